@@ -1,0 +1,57 @@
+"""litune: give any image model a language, by locked-image tuning (LiT, arXiv 2111.07991).
+
+The commands are functions of the same names (`embed`, `tune`, `eval`, `classify`, `search`, `quickstart`);
+`load` opens a run. Names are imported when they are first used, so that `import litune` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from litune.checkpoint import load as load
+    from litune.commands.classify import classify as classify
+    from litune.commands.embed import embed as embed
+    from litune.commands.evaluate import evaluate as eval
+    from litune.commands.quickstart import quickstart as quickstart
+    from litune.commands.search import search as search
+    from litune.commands.tune import tune as tune
+    from litune.data.images import ImageTransform as ImageTransform
+    from litune.errors import LituneError as LituneError
+    from litune.features import FeatureStore as FeatureStore
+    from litune.losses import softmax_loss as softmax_loss
+    from litune.model import LiT as LiT
+    from litune.towers.image import ImageTower as ImageTower
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "FeatureStore": "litune.features",
+    "ImageTower": "litune.towers.image",
+    "ImageTransform": "litune.data.images",
+    "LiT": "litune.model",
+    "LituneError": "litune.errors",
+    "classify": "litune.commands.classify",
+    "embed": "litune.commands.embed",
+    "eval": "litune.commands.evaluate",
+    "load": "litune.checkpoint",
+    "quickstart": "litune.commands.quickstart",
+    "search": "litune.commands.search",
+    "softmax_loss": "litune.losses",
+    "tune": "litune.commands.tune",
+}
+__all__ = [*sorted(_HOME), "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'litune' has no attribute {name!r}")
+    module = importlib.import_module(_HOME[name])
+    value = getattr(module, "evaluate" if name == "eval" else name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,164 @@
+"""Run folders: the model, its tokenizer and where everything came from; and the state to go on from.
+
+    config.json         the command's config, whole
+    manifest.json       towers, heads, provenance, counts, versions, metrics; `complete` when tuning is done
+    model.safetensors   text tower, heads, temperature, centre
+    tokenizer.json      the tokenizer
+    metrics.jsonl       one JSON object per logged step and per evaluation
+    state.safetensors   weights, optimizer moments and step while tuning goes on; gone when it is done
+
+Every file is written under a temporary name and renamed. There is no pickle.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from litune.data.tokenizers import load_tokenizer
+from litune.devices import pick_device
+from litune.errors import RunError, StoreError, TowerError
+from litune.files import atomic, read_json, write_json
+from litune.model import LiT
+from litune.towers.heads import make_head
+from litune.towers.image import ImageTower, differences, load_image_tower
+from litune.towers.text import build_text_tower
+
+FORMAT = 1
+MANIFEST, CONFIG, MODEL, TOKENIZER = "manifest.json", "config.json", "model.safetensors", "tokenizer.json"
+METRICS, STATE = "metrics.jsonl", "state.safetensors"
+
+
+def model_state(model: LiT) -> dict[str, Tensor]:
+    """What a run keeps of a model: everything but the locked image tower."""
+    return {
+        name: value.detach().cpu().contiguous()
+        for name, value in model.state_dict().items()
+        if not name.startswith("image.")
+    }
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Write tensors and JSON facts as one safetensors file, atomically."""
+    with atomic(path) as temporary:
+        # Tied weights would share memory, which safetensors refuses.
+        save_file({k: v.clone() for k, v in tensors.items()}, temporary, {"litune": json.dumps(facts)})
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save_tensors` wrote. Raises `RunError` where the file is missing or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {}).get("litune", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
+    except FileNotFoundError:
+        raise RunError(f"{path} is missing: the run folder is incomplete") from None
+    except (SafetensorError, json.JSONDecodeError) as why:
+        raise RunError(f"{path} is damaged ({why}): tune again, or restore it") from None
+
+
+def save_model(folder: Path, model: LiT, manifest: dict[str, Any]) -> None:
+    """Write a run folder's model, tokenizer and manifest; the manifest last, so that it vouches for the rest."""
+    save_tensors(folder / MODEL, model_state(model), {"format": FORMAT})
+    model.tokenizer.save(folder / TOKENIZER)
+    write_json(folder / MANIFEST, {"format": FORMAT, **manifest, "model": describe_model(model)})
+
+
+def describe_model(model: LiT) -> dict[str, Any]:
+    """What is needed to build the model again, without weights."""
+    return {
+        "image_tower": model.image_provenance,
+        "image_width": model.image_width,
+        "image_head": _head_kind(model.image_head),
+        "text_tower": model.text.architecture,
+        "text_head": "linear",
+        "dim": model.dim,
+        "tokenizer": model.tokenizer.describe(),
+    }
+
+
+def _head_kind(head: torch.nn.Module) -> str:
+    return {"Identity": "none", "Linear": "linear", "Sequential": "mlp"}[type(head).__name__]
+
+
+def load(run: Path | str, *, image_tower: str | None = None, device: str = "auto") -> LiT:
+    """The model of a run folder, in evaluation mode: `encode_image`, `encode_text`, `zero_shot`.
+
+    The image tower is loaded when the first picture is encoded, from `image_tower` or the run's own spec.
+    Raises `RunError` where the folder is missing, unfinished, damaged or of another version.
+    """
+    folder = Path(run)
+    if not folder.is_dir():
+        raise RunError(f"there is no run at {folder}: make one with litune tune")
+    if not (folder / MANIFEST).exists():
+        unfinished = (folder / CONFIG).exists()
+        hint = "tuning has not finished, run the same litune tune again" if unfinished else "it is not a run folder"
+        raise RunError(f"{folder} has no {MANIFEST}: {hint}")
+    manifest = read_json(folder / MANIFEST, RunError)
+    if manifest.get("format") != FORMAT:
+        raise RunError(f"{folder} has the run format {manifest.get('format')!r}, this litune reads {FORMAT}")
+    made = manifest["model"]
+    tokenizer = load_tokenizer(folder / TOKENIZER, made["tokenizer"]["layout"], made["tokenizer"]["max_tokens"])
+    text = build_text_tower(made["text_tower"])
+    model = LiT(
+        text,
+        make_head(made["text_head"], text.width, made["dim"]),
+        make_head(made["image_head"], made["image_width"], made["dim"]),
+        tokenizer,
+        image_width=made["image_width"],
+        dim=made["dim"],
+        logit_scale=0.0,
+        image_provenance=made["image_tower"],
+    )
+    tensors, _ = load_tensors(folder / MODEL)
+    try:
+        model.load_state_dict(tensors, strict=True)
+    except RuntimeError as why:
+        raise RunError(f"{folder / MODEL} does not fit its manifest: {str(why).splitlines()[-1].strip()}") from None
+    model.find_image_tower = image_tower_finder(model, image_tower)
+    return model.eval().to(pick_device(device))
+
+
+def image_tower_finder(model: LiT, spec: str | None) -> Callable[[], ImageTower] | None:
+    """How the model gets its image tower: `spec`, else the run's own; None where neither names one."""
+    provenance = model.image_provenance
+    wanted = spec or (provenance or {}).get("spec")
+    if wanted is None:
+        return None
+
+    def find() -> ImageTower:
+        tower = load_image_tower(wanted)
+        check_tower("the run", provenance, tower.provenance)
+        return tower
+
+    return find
+
+
+def check_tower(what: str, known: dict[str, Any] | None, tower: dict[str, Any]) -> None:
+    """Raise `TowerError` naming both sides where `what` was made with another tower than this."""
+    if known is None:
+        return
+    found = differences(known, tower)
+    if found:
+        raise TowerError(
+            f"{what} was made with the image tower {known['spec']}, not with {tower['spec']}: {'; '.join(found)}"
+        )
+
+
+def check_store(run: Path, model: LiT, store_path: Path, width: int, tower: dict[str, Any] | None) -> None:
+    """Raise `StoreError` naming both sides where a store's features are not those the run was tuned on."""
+    known = model.image_provenance
+    if known is not None and tower is not None and (found := differences(known, tower)):
+        raise StoreError(
+            f"{store_path} was made with the image tower {tower['spec']}, the run {run} was tuned on {known['spec']}: "
+            f"{'; '.join(found)}; embed the images with {known['spec']}"
+        )
+    if width != model.image_width:
+        raise StoreError(f"{store_path} has features of width {width}, the run {run} needs {model.image_width}")

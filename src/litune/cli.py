@@ -1,0 +1,141 @@
+"""argv → config → one function. Nothing here imports torch before it is needed."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import tyro
+
+from litune.config import ClassifyConfig, Command, EmbedConfig, EvalConfig, QuickstartConfig, SearchConfig, TuneConfig
+from litune.errors import LituneError
+
+DESCRIPTION = """Give any image model a language.
+
+litune locks an image tower that already sees well, teaches a text tower to read it, and from then on classifies
+and searches images by free-form text (locked-image tuning, LiT)."""
+
+# Each command's config and where its function is.
+COMMANDS: dict[str, tuple[type[Any], str]] = {
+    "quickstart": (QuickstartConfig, "litune.commands.quickstart:quickstart"),
+    "embed": (EmbedConfig, "litune.commands.embed:embed"),
+    "tune": (TuneConfig, "litune.commands.tune:tune"),
+    "eval": (EvalConfig, "litune.commands.evaluate:evaluate"),
+    "classify": (ClassifyConfig, "litune.commands.classify:classify"),
+    "search": (SearchConfig, "litune.commands.search:search"),
+}
+
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def parse(argv: Sequence[str]) -> Any:
+    """The config that the command line asks for. Exits with 2 and a usage message where it can't be read."""
+    choices: Any = None
+    for name, (config, _) in COMMANDS.items():
+        choice = Annotated[config, tyro.conf.subcommand(name)]  # type: ignore[valid-type]
+        choices = choice if choices is None else choices | choice
+    return tyro.cli(
+        choices,
+        prog="litune",
+        description=DESCRIPTION,
+        args=list(argv),
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes),
+    )
+
+
+def find_command(config: Any) -> Command[..., Any, Any]:
+    """The command whose config this is."""
+    place = next(where for kind, where in COMMANDS.values() if kind is type(config))
+    module, _, name = place.partition(":")
+    found: Command[..., Any, Any] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; exits with 2 and one line on bad input, 130 when interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    if list(argv) in (["--version"], ["-V"]):
+        from litune import __version__
+
+        print(f"litune {__version__}")
+        return
+    try:
+        config = parse(argv or ["--help"])
+        quiet_libraries()
+        result = find_command(config).run(config)
+        show = SHOW.get(type(config))
+        if show is not None:
+            show(config, result)
+    except LituneError as why:
+        fail(str(why))
+    except KeyboardInterrupt:
+        print("litune: interrupted; the same command goes on where it was", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except PermissionError as why:
+        fail(f"{why.filename}: {why.strerror}: choose another place, or change its permissions")
+    except OSError as why:
+        if why.errno not in FULL_DISK:
+            raise
+        where = f" while writing {why.filename}" if why.filename else ""
+        fail(f"the disk is full{where} ({why.strerror}): what is finished is kept; free space and run the same command")
+
+
+def fail(message: str) -> None:
+    """Print one line and exit with 2."""
+    print("litune: error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def quiet_libraries() -> None:
+    """Keep transformers from printing bars and reports of its own."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def show_eval(config: EvalConfig, results: dict[str, Any]) -> None:
+    """Print the figures beside chance, with what they mean."""
+    if found := results.get("retrieval"):
+        print(f"retrieval: {found['images']:,} images, {found['captions']:,} captions")
+        ks = list(found["text_to_image"])
+        print(f"{'':16}" + "".join(f"{k:>12}" for k in ks))
+        for way, name in (("text_to_image", "text → image"), ("image_to_text", "image → text")):
+            print(f"{name:16}" + "".join(f"{found[way][k]:>11.1%} " for k in ks))
+            print(f"{'  chance':16}" + "".join(f"{found['chance'][way][k]:>11.1%} " for k in ks))
+        print(found["definition"])
+    if found := results.get("zero_shot"):
+        print(f"zero-shot: {found['images']:,} images, {found['classes']:,} classes, templates {found['templates']}")
+        for name in ("accuracy", "mean_per_class", "top5", "chance"):
+            if name in found:
+                print(f"{name:16}{found[name]:>11.1%}")
+        print(found["definition"])
+    if config.json:
+        print(f"written to {config.json}")
+
+
+def show_classified(config: ClassifyConfig, results: Sequence[Any]) -> None:
+    """Print each image's labels, the most probable first."""
+    for one in results:
+        print(one.image)
+        for label, probability in one.probabilities.items():
+            print(f"  {probability:>6.1%}  {label}")
+
+
+def show_found(config: SearchConfig, results: Sequence[Any]) -> None:
+    """Print scores and paths, best first."""
+    for one in results:
+        print(f"{one.score:.4f}  {one.path}")
+
+
+SHOW: dict[type[Any], Callable[[Any, Any], None]] = {
+    EvalConfig: show_eval,
+    ClassifyConfig: show_classified,
+    SearchConfig: show_found,
+}

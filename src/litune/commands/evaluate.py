@@ -1,0 +1,119 @@
+"""Run → numbers: retrieval on a store's pairs, zero-shot classification on class folders."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from litune.checkpoint import check_store, load
+from litune.config import EvalConfig, command
+from litune.data.images import decode_file, map_ahead
+from litune.data.names import canonicalize
+from litune.data.pairs import class_folders
+from litune.errors import DataError
+from litune.evaluation import retrieval as retrieval_metrics
+from litune.evaluation import zero_shot as zero_shot_metrics
+from litune.features import MANIFEST, FeatureStore, library_versions
+from litune.files import write_json
+from litune.model import LiT
+from litune.progress import say, track
+
+
+@command(EvalConfig)
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """Measure a run; returns (and writes to `config.json`) every figure, each metric's definition, and chance.
+
+    Raises `RunError`, `StoreError` or `DataError` for what can't be read.
+    """
+    model = load(config.run, image_tower=config.image_tower, device=config.device)
+    results: dict[str, Any] = {"run": str(config.run)}
+    if config.store is not None:
+        results["retrieval"] = evaluate_retrieval(model, config, FeatureStore(config.store))
+    if config.classes is not None:
+        results["zero_shot"] = evaluate_classes(model, config, config.classes)
+    results["libraries"] = library_versions()
+    if config.json is not None:
+        write_json(config.json, results)
+    return results
+
+
+def evaluate_retrieval(model: LiT, config: EvalConfig, store: FeatureStore) -> dict[str, Any]:
+    """Recall@k both ways on the pairs of a store."""
+    check_store(config.run, model, store.path, store.width, store.tower)
+    pairs = store.select(config.split, config.lang)
+    captions = pairs.captions
+    parts = []
+    with track("encoding", "captions", len(captions)) as task:
+        for start in range(0, len(captions), 2048):
+            parts.append(model.encode_text(captions[start : start + 2048]))
+            task.advance(len(parts[-1]))
+    images = torch.cat([model.encode_features(block) for block in store.blocks(pairs.rows)])
+    found = retrieval_metrics.retrieval(images, torch.cat(parts), torch.from_numpy(pairs.owner))
+    about = {"store": str(store.path), "split": config.split, "lang": list(config.lang)}
+    return found | about | {"definition": retrieval_metrics.DEFINITION}
+
+
+def evaluate_classes(model: LiT, config: EvalConfig, where: Path) -> dict[str, Any]:
+    """Zero-shot accuracy on a tree of class folders, or on a feature store made from one."""
+    damaged = 0
+    if (where / MANIFEST).exists():
+        store = FeatureStore(where)
+        check_store(config.run, model, where, store.width, store.tower)
+        if "label" not in store.metadata.column_names:
+            raise DataError(f"{where} has no classes: embed a tree with one folder of images per class")
+        owners = store.metadata["label"].to_pylist()
+        names = sorted(set(owners))
+        features = torch.cat([model.encode_features(block) for block in store.blocks(np.arange(len(store)))])
+    else:
+        tree = class_folders(where)
+        names = list(tree)
+        owners, features, damaged = encode_tree(model, tree, config.max_damaged)
+    classifier = model.zero_shot(names, config.templates)
+    labels = torch.tensor([names.index(owner) for owner in owners])
+    scores = classifier.scores(features)
+    found = zero_shot_metrics.accuracy(scores, labels)
+    return found | {
+        "classes_at": str(where),
+        "class_names": [canonicalize(name) for name in names],
+        "templates": classifier.templates,
+        "damaged": damaged,
+        "definition": zero_shot_metrics.DEFINITION,
+    }
+
+
+def encode_tree(
+    model: LiT, tree: dict[str, list[Path]], max_damaged: float
+) -> tuple[list[str], torch.Tensor, int]:
+    """The class of every readable image, the images' features [B, D], and how many could not be read."""
+    files = [(name, file) for name, images in tree.items() for file in images]
+    tower = model.load_image_tower()
+    owners: list[str] = []
+    parts, waiting, damaged = [], [], 0
+    decoded = map_ahead(
+        lambda i: decode_file(i, str(files[i][1]), files[i][1], tower.preprocess),
+        range(len(files)),
+        os.cpu_count() or 1,
+        ahead=72,
+    )
+    with track("embedding", "images", len(files)) as task:
+        for one in decoded:
+            task.advance(1)
+            if one.damage is not None:
+                damaged += 1
+                say(f"skipped {one.key}: {one.damage.reason}")
+                if damaged > max_damaged * len(files):
+                    raise DataError(
+                        f"{damaged:,} of {len(files):,} images can't be read (at most {max_damaged:.1%} may): {one.key}: "
+                        f"{one.damage.reason}; mend or remove them, or raise --max-damaged"
+                    )
+            elif one.pixels is not None:
+                owners.append(files[one.row][0])
+                waiting.append(one.pixels)
+            if len(waiting) == 32 or (waiting and task.done == len(files)):
+                parts.append(model.encode_features(tower.encode(torch.from_numpy(np.stack(waiting)))))
+                waiting = []
+    return owners, torch.cat(parts), damaged

@@ -1,0 +1,333 @@
+"""One frozen dataclass per command: every setting, its default and its help, in one place.
+
+The command line is generated from these classes (a field's docstring is its `--help`), a run saves its
+config whole, and each command is a Python function with the same name and the same settings. Nothing here
+imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, ParamSpec, TypeVar, cast
+
+from tyro.conf import Positional, UseAppendAction
+
+from litune.errors import ConfigError
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """Encode every image once, with a locked image tower, into a feature store.
+
+    An interrupted run goes on where it was with the same command.
+    """
+
+    pairs: Positional[Path]
+    """Where the pairs are: a folder of images with a table of captions in it or beside it, the table itself
+    (.csv, .tsv, .jsonl, .parquet), a tree with one folder per class, or a folder of images without captions."""
+    image_tower: str
+    """The image tower: efficientnet-lite0, timm:NAME, hf:NAME_OR_FOLDER, onnx:FILE or python:MODULE:FUNCTION."""
+    out: Path
+    """The feature store to write (a folder)."""
+    images: Path | None = None
+    """The folder that the table's image paths are relative to, if litune should not look for it."""
+    image_column: str | None = None
+    """The table's column of image paths; by default the first of image, image_path, file_name, filename, …"""
+    caption_column: str | None = None
+    """The table's column of captions; by default the first of caption, captions, text, title, …"""
+    split_column: str = "split"
+    """The table's column of splits (train, val, …), if it has one."""
+    lang_column: str = "lang"
+    """The table's column of languages, if it has one."""
+    split: tuple[str, ...] = ()
+    """Take only the images of these splits."""
+    lang: tuple[str, ...] = ()
+    """Take only the captions in these languages."""
+    batch_size: int = 32
+    """Images that pass through the tower at once."""
+    workers: int = 0
+    """Threads that decode images; 0: one per processor core."""
+    precision: Precision = "float32"
+    """Arithmetic of the tower. float32 is exact; bfloat16 is faster on processors with AMX and on GPUs; auto
+    takes bfloat16 where it is fast."""
+    store_dtype: Literal["float16", "float32"] = "float16"
+    """How features are stored."""
+    shard_size: int = 16384
+    """The most images in one file of the store. Files are also closed every few seconds, so that an
+    interruption costs seconds of work."""
+    max_damaged: float = 0.01
+    """Stop when more than this share of the images or captions can't be used."""
+    overwrite: bool = False
+    """Remove a store that is already at --out."""
+    device: Device = "auto"
+    """Where the tower runs."""
+
+    def __post_init__(self) -> None:
+        _at_least("batch-size", self.batch_size, 1)
+        _at_least("workers", self.workers, 0)
+        _at_least("shard-size", self.shard_size, 1)
+        _share("max-damaged", self.max_damaged)
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """Teach a text tower to read a locked image tower, from the features in a store.
+
+    Writes a run folder: the model, its tokenizer, metrics.jsonl and where everything came from. An
+    interrupted run goes on from its last checkpoint with the same command.
+    """
+
+    store: Positional[Path]
+    """A feature store that `litune embed` wrote, or a folder that clip-retrieval wrote."""
+    text_tower: str
+    """The text tower: minilm, hf:NAME_OR_FOLDER (pre-trained), hf:NAME_OR_FOLDER?init=random (the same
+    architecture from scratch), or vit:Ti, S, B, L, H, g (from scratch)."""
+    out: Path
+    """The run folder to write."""
+    split: str = "train"
+    """Tune on the pairs of this split, where the store has splits."""
+    val_split: str = "val"
+    """Evaluate on the pairs of this split as tuning goes, where the store has splits; otherwise a held-out
+    part of the pairs is used (see --holdout)."""
+    holdout: float = 0.05
+    """The share of the images held out for evaluation where the store has no splits (at most 1,000 images);
+    0: none."""
+    lang: tuple[str, ...] = ()
+    """Use only captions in these languages."""
+    tokenizer: str | None = None
+    """For vit: towers, a tokenizer.json or a folder that has one; by default one is trained on the captions."""
+    vocab_size: int = 32000
+    """The size of a freshly trained tokenizer, at most."""
+    max_tokens: int = 16
+    """Tokens of a caption that are read, at most."""
+    pooling: Literal["auto", "first", "mean", "last"] = "auto"
+    """How the text tower's tokens become one vector: the first token (BERT), their mean, or the last token;
+    auto: what the tower itself declares, else the first token (vit: the last)."""
+    image_head: Literal["none", "linear", "mlp"] = "none"
+    """A head on the image side, tuned. none keeps the locked tower's own feature space."""
+    dim: int | None = None
+    """The shared dimension; the image tower's width unless there is an image head."""
+    center: bool = True
+    """Subtract the tuning images' mean feature before normalising. Features of a CNN after its last ReLU are all
+    positive, so that every cosine starts high; the mean is estimated once and saved with the run."""
+    pairs_seen: int | None = None
+    """How long to tune, in pairs; by default set from the number of images."""
+    batch_size: int = 512
+    """Pairs in a batch; each is contrasted with all others."""
+    learning_rate: float = 5e-4
+    """The peak learning rate."""
+    head_rate: float = 1.0
+    """The learning rate of the heads, as a multiple of --learning-rate."""
+    temperature_rate: float = 1.0
+    """The learning rate of the temperature, as a multiple of --learning-rate."""
+    weight_decay: float = 1e-4
+    """Decoupled weight decay of the weight matrices. It follows the schedule but is not multiplied by the
+    learning rate (PyTorch's AdamW would need --weight-decay / --learning-rate)."""
+    warmup: float = 0.05
+    """The share of the steps over which the learning rate rises; a cosine to zero follows."""
+    beta2: float = 0.999
+    """Adam's second moment decay."""
+    clip_norm: float = 1.0
+    """Clip the gradient to this global norm."""
+    dropout: float | None = None
+    """Dropout in the text tower; by default what its own configuration says."""
+    logit_scale: float = 2.302585092994046
+    """The temperature's start: the logarithm of the scale, ln 10 as in the paper."""
+    precision: Precision = "auto"
+    """Arithmetic of the text tower; auto: bfloat16 on processors with AMX or AVX512-bf16 and on GPUs."""
+    evaluations: int = 5
+    """How often the held-out pairs are evaluated during tuning, spread evenly."""
+    checkpoint_seconds: float = 60.0
+    """Seconds between checkpoints: what an interruption can cost."""
+    seed: int = 0
+    """The seed of everything random. The same seed gives the same weights, bit for bit, on one machine."""
+    overwrite: bool = False
+    """Remove a run that is already at --out."""
+    device: Device = "auto"
+    """Where the text tower is tuned."""
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("batch-size", self.batch_size, 2),
+            ("max-tokens", self.max_tokens, 2),
+            ("vocab-size", self.vocab_size, 8),
+            ("evaluations", self.evaluations, 0),
+        ):
+            _at_least(name, value, least)
+        for name, number in (("learning-rate", self.learning_rate), ("clip-norm", self.clip_norm)):
+            if not number > 0:
+                raise ConfigError(f"--{name} is {number}, it must be positive")
+        for name, number in (("weight-decay", self.weight_decay), ("checkpoint-seconds", self.checkpoint_seconds)):
+            if not number >= 0:
+                raise ConfigError(f"--{name} is {number}, it must not be negative")
+        _share("warmup", self.warmup)
+        _share("holdout", self.holdout)
+        if self.dropout is not None:
+            _share("dropout", self.dropout)
+        if self.pairs_seen is not None:
+            _at_least("pairs-seen", self.pairs_seen, self.batch_size)
+        if self.dim is not None:
+            _at_least("dim", self.dim, 1)
+            if self.image_head == "none":
+                raise ConfigError("--dim needs an image head: without one the dimension is the image tower's width")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Measure a run: retrieval on a store's pairs, zero-shot classification on a tree of class folders."""
+
+    run: Positional[Path]
+    """The run folder."""
+    store: Path | None = None
+    """A feature store whose pairs are retrieved."""
+    split: str | None = None
+    """Evaluate the pairs of this split; by default, of the whole store."""
+    lang: tuple[str, ...] = ()
+    """Use only captions in these languages."""
+    classes: Path | None = None
+    """A tree with one folder of images per class, classified zero-shot (also a store made from such a tree)."""
+    templates: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """A template that puts a class name into a sentence, as in "a photo of a {}."; repeat for several, or give
+    a text file with one per line. By default the bare name and "a photo of a {}."."""
+    image_tower: str | None = None
+    """The image tower, where the run does not name one that can be loaded."""
+    json: Path | None = None
+    """Write the results here."""
+    max_damaged: float = 0.01
+    """Stop when more than this share of the images can't be read."""
+    device: Device = "auto"
+    """Where the towers run."""
+
+    def __post_init__(self) -> None:
+        if self.store is None and self.classes is None:
+            raise ConfigError("nothing to evaluate: give --store for retrieval, --classes for classification, or both")
+        _share("max-damaged", self.max_damaged)
+
+
+@dataclass(frozen=True)
+class ClassifyConfig:
+    """Classify images with any labels, without training data for them."""
+
+    run: Positional[Path]
+    """The run folder."""
+    images: Positional[tuple[Path, ...]]
+    """The images."""
+    labels: tuple[str, ...]
+    """The labels to choose from."""
+    templates: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """A template that puts a label into a sentence, as in "a photo of a {}."; repeat for several, or give a text
+    file with one per line. By default the bare label and "a photo of a {}."."""
+    image_tower: str | None = None
+    """The image tower, where the run does not name one that can be loaded."""
+    json: Path | None = None
+    """Write the probabilities here."""
+    device: Device = "auto"
+    """Where the towers run."""
+
+    def __post_init__(self) -> None:
+        if not self.images:
+            raise ConfigError("no image was given")
+        if not self.labels:
+            raise ConfigError("no label was given: give two or more after --labels")
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Find the images of a feature store that match a text."""
+
+    run: Positional[Path]
+    """The run folder."""
+    store: Positional[Path]
+    """The feature store to search."""
+    query: Positional[str]
+    """What to look for, in free form."""
+    top: int = 5
+    """How many images to show."""
+    sheet: Path | None = None
+    """Draw the found images into this PNG."""
+    json: Path | None = None
+    """Write the found images here."""
+    overwrite: bool = False
+    """Replace a --sheet or --json file that is already there."""
+    device: Device = "auto"
+    """Where the text tower runs."""
+
+    def __post_init__(self) -> None:
+        _at_least("top", self.top, 1)
+        if not self.query.strip():
+            raise ConfigError("the query is empty: say what to look for")
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """The whole way on real data in minutes, on a CPU: render emoji, embed, tune, evaluate, search.
+
+    All data and weights come with the extra `quickstart`: EfficientNet-Lite0 (locked), MiniLM (tuned) and
+    OpenMoji pictures with their names.
+    """
+
+    out: Path = Path("litune-quickstart")
+    """The folder to write. A second run reuses the pictures and features that are there."""
+    seed: int = 0
+    """The seed of everything random."""
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"--{name} is {value}, it must be at least {least}")
+
+
+def _share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ConfigError(f"--{name} is {value}, it must be between 0 and 1")
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values, paths as strings."""
+    return {
+        key: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+        for key, value in dataclasses.asdict(config).items()
+    }
+
+
+Settings = ParamSpec("Settings")
+Config = TypeVar("Config")
+Result = TypeVar("Result")
+
+
+class Command(Generic[Settings, Config, Result]):
+    """A command as a Python function: called with the settings of its config, or with `run(config)`."""
+
+    def __init__(self, config: type[Config], function: Callable[[Config], Result]) -> None:
+        self.config, self.run = config, function
+        self.__name__, self.__doc__, self.__module__ = function.__name__, function.__doc__, function.__module__
+        self.__signature__ = inspect.signature(config)
+
+    def __call__(self, *args: Settings.args, **kwargs: Settings.kwargs) -> Result:
+        """Run the command with these settings; strings are taken where a path is expected."""
+        bound = self.__signature__.bind(*args, **kwargs)
+        hints = {field.name: str(field.type) for field in dataclasses.fields(cast(Any, self.config))}
+        for name, value in bound.arguments.items():
+            if "Path" in hints[name] and isinstance(value, str):
+                bound.arguments[name] = (Path(value),) if "tuple" in hints[name] else Path(value)
+            elif "tuple" in hints[name] and isinstance(value, str):
+                bound.arguments[name] = (value,)
+            elif "tuple" in hints[name]:
+                bound.arguments[name] = tuple(Path(v) if "Path" in hints[name] else v for v in value)
+        return self.run(self.config(*bound.args, **bound.kwargs))
+
+
+def command(config: Callable[Settings, Config]) -> Callable[[Callable[[Config], Result]], Command[Settings, Config, Result]]:
+    """Make a function of a config callable with the config's settings."""
+
+    def wrap(function: Callable[[Config], Result]) -> Command[Settings, Config, Result]:
+        return Command(cast(type[Config], config), function)
+
+    return wrap

@@ -1,0 +1,1 @@
+"""Pairs out of files, images into arrays, captions into tokens."""

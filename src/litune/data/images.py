@@ -1,0 +1,148 @@
+"""Image files into RGB pictures, and pictures into a tower's input."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from PIL import Image, ImageFile, ImageOps
+
+from litune.data.pairs import Damage
+from litune.errors import DataError, LituneError
+
+MAX_PIXELS = 179_000_000  # Pillow's own limit for a decompression bomb
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def open_rgb(data: bytes) -> Image.Image:
+    """Image bytes as an upright RGB picture: EXIF rotation applied, transparent pixels on white.
+
+    Raises `DataError` with the reason where the bytes are no image, truncated, or larger than `MAX_PIXELS`.
+    """
+    if not data:
+        raise DataError("the file is empty")
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise DataError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: damaged images would pass unnoticed")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise DataError(f"{width}×{height} pixels, more than {MAX_PIXELS:,}")
+                image.load()
+                return _to_rgb(ImageOps.exif_transpose(image))
+    except DataError:
+        raise
+    # Pillow's decoders raise whatever they meet in a damaged file: OSError, SyntaxError, ValueError, struct.error …
+    except Exception as why:
+        reason = "not an image" if type(why).__name__ == "UnidentifiedImageError" else str(why) or repr(why)
+        raise DataError(reason.splitlines()[0]) from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16") or image.mode == "I":
+        # Pillow clips these to 255; keep the upper eight of sixteen bits.
+        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """A tower's preprocessing: resize, crop, then (value / 255 − mean) / std, as timm does it for evaluation.
+
+    Called with an RGB picture it gives uint8 values of shape [3, H, W]; the tower normalises whole batches.
+    """
+
+    size: tuple[int, int]
+    """Height and width of the tower's input, in pixels."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    crop_pct: float = 1.0
+    """The share of the resized picture that the crop keeps."""
+    crop_mode: Literal["center", "squash", "border"] = "center"
+    interpolation: str = "bicubic"
+
+    @cached_property
+    def _pipeline(self) -> Callable[[Image.Image], np.ndarray]:
+        from timm.data import create_transform
+
+        pipeline: Callable[[Image.Image], np.ndarray] = create_transform(
+            (3, *self.size),
+            is_training=False,
+            use_prefetcher=True,  # uint8 out, not normalised
+            crop_pct=self.crop_pct,
+            crop_mode=self.crop_mode,
+            interpolation=self.interpolation,
+        )
+        return pipeline
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        return np.asarray(self._pipeline(image))
+
+    def describe(self) -> dict[str, Any]:
+        """The settings, as they stand in a store's fingerprint."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An image file as a tower's input, with what the store keeps of it; or why it can't be used."""
+
+    row: int
+    key: str
+    pixels: np.ndarray | None
+    width: int = 0
+    height: int = 0
+    sha256: str = ""
+    damage: Damage | None = None
+
+
+def decode_file(
+    row: int, key: str, path: Path, preprocess: Callable[[Image.Image], np.ndarray]
+) -> Decoded:
+    """Read, hash, decode and preprocess one image file."""
+    try:
+        data = path.read_bytes()
+        image = open_rgb(data)
+        pixels = preprocess(image)
+    except FileNotFoundError:
+        return Decoded(row, key, None, damage=Damage(key, f"{path} does not exist"))
+    except OSError as why:
+        return Decoded(row, key, None, damage=Damage(key, why.strerror or str(why)))
+    except LituneError as why:
+        return Decoded(row, key, None, damage=Damage(key, str(why)))
+    return Decoded(row, key, pixels, image.width, image.height, hashlib.sha256(data).hexdigest())
+
+
+def map_ahead(function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int) -> Iterator[R]:
+    """`function` over `items` in threads, in order, at most `ahead` results waiting: flat memory."""
+    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
+        waiting: deque[Future[R]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) >= ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

@@ -1,0 +1,133 @@
+"""Captions into tokens, as each family of text towers was taught to read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers, trainers
+
+from litune.errors import ConfigError, RunError, TowerError
+from litune.files import atomic
+
+Layout = Literal["bert", "sticky_eos", "own"]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """N tokenised texts, ragged: `ids` holds all tokens one text after the other, `lengths` [N] their counts."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def take(self, texts: np.ndarray) -> Tokens:
+        """The texts at these positions, in this order."""
+        starts = np.concatenate([[0], np.cumsum(self.lengths)])[texts]
+        lengths = self.lengths[texts]
+        ends = np.cumsum(lengths)
+        within = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - lengths, lengths)
+        return Tokens(self.ids[np.repeat(starts, lengths) + within], lengths)
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` with the way a text tower wants its tokens laid out.
+
+    - `bert`: [CLS] and at most `max_tokens` − 1 pieces, no [SEP];
+    - `sticky_eos`: exactly `max_tokens` tokens, padded with the end token, which is always the last one;
+    - `own`: the special tokens that the tokenizer itself adds, cut to `max_tokens` (the last one kept).
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, layout: Layout, max_tokens: int) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend, self.layout, self.max_tokens = backend, layout, max_tokens
+        if layout == "bert":
+            self._first = _special(backend, ("[CLS]", "<s>", "<cls>"))
+        if layout == "sticky_eos":
+            self._end = _special(backend, ("</s>", "<eos>", "[SEP]", "<|endoftext|>"))
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of tokens, added ones included."""
+        return int(self.backend.get_vocab_size())
+
+    def __call__(self, texts: Sequence[str]) -> Tokens:
+        """Tokenise N texts."""
+        own = self.layout == "own"
+        encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=own)
+        rows = [self._lay_out(e.ids) for e in encoded]
+        lengths = np.fromiter((len(r) for r in rows), np.int64, len(rows))
+        ids = np.fromiter((t for r in rows for t in r), np.int64, int(lengths.sum()))
+        return Tokens(ids, lengths)
+
+    def _lay_out(self, ids: list[int]) -> list[int]:
+        room = self.max_tokens
+        if self.layout == "bert":
+            return [self._first, *ids[: room - 1]]
+        if self.layout == "sticky_eos":
+            return ids[: room - 1] + [self._end] * (room - min(len(ids), room - 1))
+        return ids if len(ids) <= room else ids[: room - 1] + ids[-1:]
+
+    def describe(self) -> dict[str, Any]:
+        """What a run's manifest says of its tokenizer."""
+        return {"layout": self.layout, "max_tokens": self.max_tokens}
+
+    def save(self, file: Path) -> None:
+        """Write the tokenizer.json."""
+        with atomic(file) as temporary:
+            temporary.write_text(self.backend.to_str(), encoding="utf-8")
+
+
+def load_tokenizer(file: Path, layout: Layout, max_tokens: int) -> Tokenizer:
+    """The tokenizer of a run folder."""
+    if not file.is_file():
+        raise RunError(f"{file} is missing: the run folder is incomplete")
+    return Tokenizer(tokenizers.Tokenizer.from_file(str(file)), layout, max_tokens)
+
+
+def find_tokenizer(where: str) -> tokenizers.Tokenizer:
+    """A tokenizer.json, a folder that has one (or what transformers makes one of), or a hub name."""
+    path = Path(where)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        if file.is_file():
+            return tokenizers.Tokenizer.from_file(str(file))
+        from transformers import AutoTokenizer
+
+        backend: tokenizers.Tokenizer = AutoTokenizer.from_pretrained(where).backend_tokenizer
+        return backend
+    except Exception as why:
+        raise TowerError(f"no tokenizer can be loaded from {where!r}: {str(why).splitlines()[0]}") from None
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """A unigram (SentencePiece-like) tokenizer of at most `vocab_size` pieces, learned from captions.
+
+    The end token `</s>` has id 1, as in the vocabularies of T5 and LiT.
+    """
+    tokenizer = tokenizers.Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "</s>", "<unk>"],
+        unk_token="<unk>",
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    return tokenizer
+
+
+def _special(backend: tokenizers.Tokenizer, names: Sequence[str]) -> int:
+    for name in names:
+        found = backend.token_to_id(name)
+        if found is not None:
+            return int(found)
+    raise ConfigError(f"the tokenizer has none of the tokens {', '.join(names)} that the text tower needs")

@@ -1,0 +1,32 @@
+"""Where towers run, and in which arithmetic."""
+
+from __future__ import annotations
+
+import torch
+
+from litune.errors import ConfigError
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that `name` asks for; `auto`: CUDA, else Apple's MPS, else the CPU."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = "cuda" if available["cuda"] else "mps" if available["mps"] else "cpu"
+    if not available.get(name, False):
+        raise ConfigError(f"--device {name} is not available on this machine: use cpu or auto")
+    return torch.device(name)
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products are much faster than float32 ones on this device."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        capability = torch.backends.cpu.get_cpu_capability()
+        return "AVX512" in capability and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return False
+
+
+def pick_bfloat16(precision: str, device: torch.device) -> bool:
+    """Whether to compute in bfloat16: as asked, or where it is fast for `auto`."""
+    return precision == "bfloat16" or (precision == "auto" and fast_bfloat16(device))

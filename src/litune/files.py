@@ -1,0 +1,88 @@
+"""Writing that never leaves a half-written file under its final name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from litune.errors import LituneError, OutputExistsError
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success flush it to the disk and rename it to `path`.
+
+    On any error the temporary file is removed and `path` stays as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` atomically, as UTF-8."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` to `path` atomically, as indented JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, error: type[LituneError]) -> dict[str, Any]:
+    """Read a JSON object; `error` with one line if it is missing or damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as why:
+        raise error(f"{path} is not valid JSON ({why}): restore it or make it anew") from None
+    if not isinstance(value, dict):
+        raise error(f"{path} holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def sweep_temporaries(folder: Path) -> None:
+    """Remove the temporary files that a killed writer left under `folder`."""
+    for path in folder.rglob(".*.tmp"):
+        with suppress(FileNotFoundError):
+            path.unlink()
+
+
+def clear_output(folder: Path, marker: str, what: str, overwrite: bool) -> None:
+    """Make way for a new `what` at `folder`: refuse if it exists, or remove it when `overwrite` is set.
+
+    A folder without the file `marker` was not written by litune and is never removed.
+    """
+    if folder.is_file():
+        raise OutputExistsError(f"{folder} is a file, expected a folder for the {what}: choose another --out")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / marker).exists():
+        raise OutputExistsError(f"{folder} is not empty and not a {what} of litune: choose another --out")
+    if not overwrite:
+        raise OutputExistsError(f"{folder} already holds a {what}: choose another --out, or give --overwrite")
+    shutil.rmtree(folder)
+
+
+def sha256_file(path: Path) -> str:
+    """The SHA-256 of a file's bytes, as hex, read in blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

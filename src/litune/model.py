@@ -1,0 +1,177 @@
+"""LiT: a locked image tower (which may be absent), a text tower, their heads, and the temperature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor, nn
+
+from litune.data.images import open_rgb
+from litune.data.names import canonicalize, read_templates
+from litune.data.tokenizers import Tokenizer, Tokens
+from litune.errors import DataError, TowerError
+from litune.losses import normalize
+from litune.towers.image import ImageTower
+from litune.towers.text import TextTower, pack
+
+Picture = str | Path | Image.Image
+
+
+class LiT(nn.Module):
+    """A locked image tower that can be read by a text tower.
+
+    Everything that needs only text or stored features works without the image tower; it is loaded when a
+    picture is to be encoded. Features that come out are float32 and of length one.
+    """
+
+    center: Tensor
+
+    def __init__(
+        self,
+        text: TextTower,
+        text_head: nn.Module,
+        image_head: nn.Module,
+        tokenizer: Tokenizer,
+        *,
+        image_width: int,
+        dim: int,
+        logit_scale: float,
+        image_provenance: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.text, self.text_head, self.image_head = text, text_head, image_head
+        self.tokenizer, self.image_width, self.dim = tokenizer, image_width, dim
+        self.logit_scale = nn.Parameter(torch.tensor(float(logit_scale)))
+        self.register_buffer("center", torch.zeros(image_width))
+        self.image_provenance = image_provenance
+        self.image: ImageTower | None = None
+        self.find_image_tower: Callable[[], ImageTower] | None = None
+
+    @property
+    def scale(self) -> Float[Tensor, ""]:
+        """The factor on the scores, exp(logit_scale)."""
+        return self.logit_scale.exp()
+
+    def text_features(self, tokens: Tokens) -> Float[Tensor, "N D"]:
+        """Features of N tokenised texts, with gradients where they are on."""
+        packed = pack(tokens, self.logit_scale.device)
+        return normalize(self.text_head(self.text(packed)).float())
+
+    def image_features(self, raw: Float[Tensor, "B W"]) -> Float[Tensor, "B D"]:
+        """Features of raw image tower output: centred, through the head, normalised."""
+        return normalize(self.image_head(raw.float() - self.center).float())
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str] | str, batch_size: int = 256) -> Float[Tensor, "N D"]:
+        """Features of N texts, on the CPU. Each distinct text is encoded once."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        for text in texts:
+            if not isinstance(text, str):
+                raise DataError(f"a text is {text!r}, expected a string")
+        distinct = list(dict.fromkeys(texts))
+        # Texts of similar length share a batch.
+        order = sorted(range(len(distinct)), key=lambda i: len(distinct[i]))
+        found = torch.empty(len(distinct), self.dim)
+        with _evaluating(self):
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                found[rows] = self.text_features(self.tokenizer([distinct[i] for i in rows])).cpu()
+        position = {text: i for i, text in enumerate(distinct)}
+        return found[[position[text] for text in texts]]
+
+    @torch.no_grad()
+    def encode_features(self, raw: np.ndarray | Tensor) -> Float[Tensor, "B D"]:
+        """Features of raw image tower output, as a feature store holds it, on the CPU."""
+        values = torch.as_tensor(raw)
+        if values.ndim != 2 or values.shape[1] != self.image_width:
+            raise DataError(f"features have the shape {tuple(values.shape)}, expected [images, {self.image_width}]")
+        return self.image_features(values.to(self.logit_scale.device)).cpu()
+
+    @torch.no_grad()
+    def encode_image(self, images: Sequence[Picture] | Picture, batch_size: int = 32) -> Float[Tensor, "B D"]:
+        """Features of B pictures (paths or PIL images), on the CPU.
+
+        Raises `DataError` for a picture that can't be read, `TowerError` where the image tower can't be loaded
+        or is not the one of the run.
+        """
+        images = [images] if isinstance(images, str | Path | Image.Image) else list(images)
+        tower = self.load_image_tower()
+        found = [torch.empty(0, self.dim)]
+        for start in range(0, len(images), batch_size):
+            pixels = [tower.preprocess(_open(i)) for i in images[start : start + batch_size]]
+            found.append(self.encode_features(tower.encode(torch.from_numpy(np.stack(pixels)))))
+        return torch.cat(found)
+
+    def load_image_tower(self) -> ImageTower:
+        """The image tower, loaded on first use."""
+        if self.image is None:
+            if self.find_image_tower is None:
+                raise TowerError(
+                    "the run does not know its image tower (its store came without one): name it with --image-tower, "
+                    "or image_tower= in litune.load"
+                )
+            self.image = self.find_image_tower().to(self.logit_scale.device)
+        return self.image
+
+    def zero_shot(self, class_names: Sequence[str], templates: Sequence[str] = ()) -> ZeroShot:
+        """A classifier for C classes out of their names alone (see `ZeroShot`)."""
+        return ZeroShot(self, class_names, read_templates(templates))
+
+
+class ZeroShot:
+    """A zero-shot classifier: one weight vector per class.
+
+    Names are canonicalised (`_` to space, no punctuation, lower case) and put into every template; each text's
+    feature is normalised, the mean over templates is normalised again (CLIP, arXiv 2103.00020; LiT, section 4).
+    """
+
+    def __init__(self, model: LiT, class_names: Sequence[str], templates: Sequence[str]) -> None:
+        if not class_names:
+            raise DataError("zero-shot classification needs at least one class name")
+        self.model, self.class_names, self.templates = model, list(class_names), list(templates)
+        names = [canonicalize(name) or name for name in class_names]
+        texts = [template.format(name) for name in names for template in templates]
+        features = model.encode_text(texts).view(len(names), len(templates), -1)
+        self.weights: Float[Tensor, "C D"] = normalize(features.mean(1))
+
+    def scores(self, features: Float[Tensor, "B D"]) -> Float[Tensor, "B C"]:
+        """Cosine similarities of image features with the classes."""
+        return features @ self.weights.T
+
+    def probabilities(self, features: Float[Tensor, "B D"]) -> Float[Tensor, "B C"]:
+        """The softmax of the scaled scores."""
+        return (self.model.scale.detach().cpu() * self.scores(features)).softmax(dim=-1)
+
+    def __call__(self, images: Sequence[Picture] | Picture) -> Float[Tensor, "B C"]:
+        """Probabilities of the classes for B pictures."""
+        return self.probabilities(self.model.encode_image(images))
+
+
+class _evaluating:  # noqa: N801
+    """Evaluation mode inside a `with`, the earlier mode after it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.was = model, model.training
+
+    def __enter__(self) -> None:
+        self.model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        self.model.train(self.was)
+
+
+def _open(image: Picture) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    try:
+        return open_rgb(Path(image).read_bytes())
+    except OSError as why:
+        raise DataError(f"{image} can't be read: {why.strerror or why}") from None
+    except DataError as why:
+        raise DataError(f"{image} can't be read: {why}") from None

