@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from litune.checkpoint import load as load
     from litune.commands.classify import classify as classify
     from litune.commands.embed import embed as embed
-    from litune.commands.evaluate import evaluate as eval
+    from litune.commands.evaluate import evaluate as eval  # noqa: F401
     from litune.commands.quickstart import quickstart as quickstart
     from litune.commands.search import search as search
     from litune.commands.tune import tune as tune
@@ -41,7 +41,7 @@ _HOME = {
     "softmax_loss": "litune.losses",
     "tune": "litune.commands.tune",
 }
-__all__ = [*sorted(_HOME), "__version__"]  # noqa: PLE0604
+__all__ = [*sorted(_HOME), "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -324,7 +324,9 @@ class Command(Generic[Settings, Config, Result]):
         return self.run(self.config(*bound.args, **bound.kwargs))
 
 
-def command(config: Callable[Settings, Config]) -> Callable[[Callable[[Config], Result]], Command[Settings, Config, Result]]:
+def command(
+    config: Callable[Settings, Config],
+) -> Callable[[Callable[[Config], Result]], Command[Settings, Config, Result]]:
     """Make a function of a config callable with the config's settings."""
 
     def wrap(function: Callable[[Config], Result]) -> Command[Settings, Config, Result]:

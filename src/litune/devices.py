@@ -22,8 +22,9 @@ def fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        capability = torch.backends.cpu.get_cpu_capability()
-        return "AVX512" in capability and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        # Without these instructions bfloat16 is emulated and slower than float32.
+        supported: bool = torch.cpu._is_avx512_bf16_supported()
+        return supported
     return False
 
 

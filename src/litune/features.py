@@ -75,7 +75,9 @@ class FeatureStore:
         if not self._feature_files:
             raise StoreError(f"{self.path} has no img_emb/img_emb_*.npy: it is not a feature store")
         if [n for n, _ in self._feature_files] != [n for n, _ in self._metadata_files]:
-            raise StoreError(f"{self.path} has {len(self._feature_files)} files of features but not the same of metadata")
+            raise StoreError(
+                f"{self.path} has {len(self._feature_files)} files of features but not the same of metadata"
+            )
         self._parts = [self._map(file) for _, file in self._feature_files]
         self._starts = np.cumsum([0] + [len(p) for p in self._parts])
         expected = self.manifest.get("rows")
@@ -118,7 +120,9 @@ class FeatureStore:
             try:
                 table = pa.parquet.read_table(file)
             except (pa.ArrowInvalid, OSError) as why:
-                raise StoreError(f"{file} is damaged ({str(why).splitlines()[0]}): remove the store and embed again") from None
+                raise StoreError(
+                    f"{file} is damaged ({str(why).splitlines()[0]}): remove the store and embed again"
+                ) from None
             if table.num_rows != len(part):
                 raise StoreError(f"{file} has {table.num_rows:,} rows for {len(part):,} features: embed it again")
             tables.append(table)
@@ -309,4 +313,3 @@ class StoreWriter:
             lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
             with atomic(file) as temporary:
                 temporary.write_text("".join(lines[: self.manifest["damaged"]]), encoding="utf-8")
-

@@ -13,6 +13,9 @@ from typing import Any
 
 from litune.errors import LituneError, OutputExistsError
 
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
@@ -26,7 +29,8 @@ def atomic(path: Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.chmod(0o666 & ~_UMASK)  # some writers make their files private
+        temporary.replace(path)
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()

@@ -82,7 +82,9 @@ def write_page(
             source = html.escape(_relative(one.path, file.parent))
             kind = ' class="right"' if one.key in right else ""
             label = html.escape(f"{one.key}, score {one.score:.3f}" + (", the right one" if one.key in right else ""))
-            parts.append(f'<li{kind}><img src="{source}" alt="{label}" loading="lazy"><small>{one.score:.3f}</small></li>')
+            parts.append(
+                f'<li{kind}><img src="{source}" alt="{label}" loading="lazy"><small>{one.score:.3f}</small></li>'
+            )
         parts.append("</ol></section>")
     parts.append(f"<footer>{html.escape(credit)}</footer></main></body></html>\n")
     write_text(file, "\n".join(parts))

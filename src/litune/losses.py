@@ -11,7 +11,7 @@ EPSILON = 1e-8
 
 
 def normalize(z: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-    """z / (|z| + 1e-8): features of length one; a zero vector stays zero (LiT's official code)."""
+    """Z / (|z| + 1e-8): features of length one; a zero vector stays zero (LiT's official code)."""
     # A zero vector's length has no gradient: where() keeps the NaN of 0/0 out of the backward pass.
     squared = z.square().sum(dim=-1, keepdim=True)
     zero = squared == 0

@@ -64,8 +64,7 @@ class Task:
         note = f" · {self.note}" if self.note else ""
         rate = f"{self.rate:,.0f}" if self.rate >= 10 else f"{self.rate:.2g}"
         return (
-            f"{self.what} {self.done:,}/{self.total:,} {self.unit} · {rate} {self.unit}/s · "
-            f"{duration(left)} left{note}"
+            f"{self.what} {self.done:,}/{self.total:,} {self.unit} · {rate} {self.unit}/s · {duration(left)} left{note}"
         )
 
 

@@ -85,7 +85,8 @@ def _check_output(out: Path, manifest: dict[str, Any], overwrite: bool) -> None:
     if found:
         one, other = (there.get("tower") or {}).get("spec"), manifest["tower"]["spec"]
         raise StoreError(
-            f"{out} was made with {one}, not with {other} ({'; '.join(found)}): choose another --out or give --overwrite"
+            f"{out} was made with {one}, not with {other} ({'; '.join(found)}): "
+            "choose another --out or give --overwrite"
         )
     if there.get("complete"):
         raise OutputExistsError(
@@ -94,8 +95,8 @@ def _check_output(out: Path, manifest: dict[str, Any], overwrite: bool) -> None:
         )
     if there["pairs"]["fingerprint"] != manifest["pairs"]["fingerprint"]:
         raise StoreError(
-            f"{out} was begun with other pairs ({there['images']:,} images, {there['pairs']['captions']:,} captions; "
-            f"now {manifest['images']:,} and {manifest['pairs']['captions']:,}): choose another --out or give --overwrite"
+            f"{out} was begun with other pairs ({there['images']:,} images, {there['pairs']['captions']:,} captions; now "
+            f"{manifest['images']:,} and {manifest['pairs']['captions']:,}): choose another --out or give --overwrite"
         )
     if there["dtype"] != manifest["dtype"]:
         raise StoreError(f"{out} was begun with --store-dtype {there['dtype']}, not {manifest['dtype']}: keep to one")
@@ -106,11 +107,11 @@ def one_tower(manifest: dict[str, Any]) -> str:
     return str((manifest.get("tower") or {}).get("spec", "unknown tower"))
 
 
-def _encode(
-    config: EmbedConfig, pairs: Pairs, tower: ImageTower, writer: StoreWriter, bfloat16: bool
-) -> None:
+def _encode(config: EmbedConfig, pairs: Pairs, tower: ImageTower, writer: StoreWriter, bfloat16: bool) -> None:
     """Decode ahead in threads, run the tower batch by batch, write shard by shard."""
-    workers = config.workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = (
+        config.workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     caption_damage = list(pairs.damaged) if writer.seen == 0 else []
     limit = config.max_damaged * len(pairs)
     damaged_images = _damaged_images(writer, len(pairs.damaged))
@@ -129,8 +130,8 @@ def _encode(
             damaged_images += len(bad)
             if damaged_images > limit:
                 raise DataError(
-                    f"{damaged_images:,} of {len(pairs):,} images can't be used (at most {config.max_damaged:.1%} may): "
-                    f"{bad[-1].key}: {bad[-1].reason}; mend or remove them, or raise --max-damaged; "
+                    f"{damaged_images:,} of {len(pairs):,} images can't be used (at most "
+                    f"{config.max_damaged:.1%} may): {bad[-1].key}: {bad[-1].reason}; mend or remove them, or raise --max-damaged; "
                     f"what is done stays in {writer.path}"
                 )
             if good:

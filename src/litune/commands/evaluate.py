@@ -85,9 +85,7 @@ def evaluate_classes(model: LiT, config: EvalConfig, where: Path) -> dict[str, A
     }
 
 
-def encode_tree(
-    model: LiT, tree: dict[str, list[Path]], max_damaged: float
-) -> tuple[list[str], torch.Tensor, int]:
+def encode_tree(model: LiT, tree: dict[str, list[Path]], max_damaged: float) -> tuple[list[str], torch.Tensor, int]:
     """The class of every readable image, the images' features [B, D], and how many could not be read."""
     files = [(name, file) for name, images in tree.items() for file in images]
     tower = model.load_image_tower()
@@ -107,8 +105,8 @@ def encode_tree(
                 say(f"skipped {one.key}: {one.damage.reason}")
                 if damaged > max_damaged * len(files):
                     raise DataError(
-                        f"{damaged:,} of {len(files):,} images can't be read (at most {max_damaged:.1%} may): {one.key}: "
-                        f"{one.damage.reason}; mend or remove them, or raise --max-damaged"
+                        f"{damaged:,} of {len(files):,} images can't be read (at most {max_damaged:.1%} may): "
+                        f"{one.key}: {one.damage.reason}; mend or remove them, or raise --max-damaged"
                     )
             elif one.pixels is not None:
                 owners.append(files[one.row][0])

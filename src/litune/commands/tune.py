@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from litune.checkpoint import (
 )
 from litune.config import TuneConfig, command, to_json
 from litune.data.batches import Batch, Batches
-from litune.data.tokenizers import Tokenizer, Tokens, find_tokenizer, train_tokenizer
+from litune.data.tokenizers import Tokenizer, find_tokenizer, train_tokenizer
 from litune.devices import pick_bfloat16, pick_device
 from litune.errors import ConfigError, OutputExistsError, RunError
 from litune.evaluation.retrieval import retrieval
@@ -116,9 +115,7 @@ def make_tokenizer(spec: TextSpec, config: TuneConfig, captions: Sequence[str]) 
     return Tokenizer(backend, text_layout(spec), config.max_tokens)
 
 
-def make_model(
-    store: FeatureStore, spec: TextSpec, tokenizer: Tokenizer, train: Selection, config: TuneConfig
-) -> LiT:
+def make_model(store: FeatureStore, spec: TextSpec, tokenizer: Tokenizer, train: Selection, config: TuneConfig) -> LiT:
     """The model to tune: the text tower, a linear head with bias, and the image side's fixed or tuned map."""
     text = make_text_tower(
         spec,
@@ -259,7 +256,7 @@ class Tuning:
                 f"the loss is {loss.item()} at step {self.progress.step} (images {keys}, …): lower --learning-rate, or "
                 f"try --precision float32; the last checkpoint stays in {self.config.out}"
             )
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         tuned = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(tuned, self.config.clip_norm)
         self.optimizer.step()
@@ -308,8 +305,8 @@ class Tuning:
         tensors, facts = load_tensors(self.config.out / STATE)
         if facts["steps"] != self.steps:
             raise RunError(
-                f"{self.config.out} was begun for {facts['steps']:,} steps, now there would be {self.steps:,}: the store "
-                "has changed; give --overwrite or another --out"
+                f"{self.config.out} was begun for {facts['steps']:,} steps, now there would be {self.steps:,}: the "
+                "store has changed; give --overwrite or another --out"
             )
         self.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
         for name, parameter in self._named_tuned():
@@ -380,5 +377,3 @@ def _logged_step(line: str) -> int:
         return int(json.loads(line)["step"])
     except (json.JSONDecodeError, KeyError):
         return 1 << 62  # a line that a kill cut short
-
-

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 
-
 @dataclass(frozen=True)
 class Batch:
     """One step's pairs: image i and its caption i."""
@@ -54,5 +53,3 @@ class Batches:
         counts = np.diff(self.first)
         order = random.permutation(len(counts))
         return order, self.first[:-1] + random.integers(counts)
-
-

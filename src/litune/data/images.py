@@ -95,6 +95,7 @@ class ImageTransform:
         return pipeline
 
     def __call__(self, image: Image.Image) -> np.ndarray:
+        """Resized and cropped values, uint8 [3, H, W]."""
         return np.asarray(self._pipeline(image))
 
     def describe(self) -> dict[str, Any]:
@@ -115,9 +116,7 @@ class Decoded:
     damage: Damage | None = None
 
 
-def decode_file(
-    row: int, key: str, path: Path, preprocess: Callable[[Image.Image], np.ndarray]
-) -> Decoded:
+def decode_file(row: int, key: str, path: Path, preprocess: Callable[[Image.Image], np.ndarray]) -> Decoded:
     """Read, hash, decode and preprocess one image file."""
     try:
         data = path.read_bytes()

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -20,11 +20,28 @@ from litune.data.names import canonicalize
 from litune.errors import DataError, nearest
 
 IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .ppm .pgm .pbm .tga .jp2".split()
+    [
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".webp",
+        ".gif",
+        ".bmp",
+        ".tif",
+        ".tiff",
+        ".avif",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".tga",
+        ".jp2",
+    ]
 )
 TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".jsonl", ".ndjson", ".parquet"})
-IMAGE_COLUMNS = "image image_path file_name filename filepath file path img image_file".split()
-CAPTION_COLUMNS = "caption captions text texts title sentence sentences description".split()
+IMAGE_COLUMNS = ["image", "image_path", "file_name", "filename", "filepath", "file", "path", "img", "image_file"]
+CAPTION_COLUMNS = ["caption", "captions", "text", "texts", "title", "sentence", "sentences", "description"]
 
 
 @dataclass(frozen=True)
@@ -93,9 +110,7 @@ def read_pairs(
         raise DataError(f"{source} does not exist: give a folder of images or a table of captions")
     table_file = source if source.is_file() else _find_table(source)
     if table_file is not None:
-        pairs = _from_table(
-            table_file, images, image_column, caption_column, split_column, lang_column, max_damaged
-        )
+        pairs = _from_table(table_file, images, image_column, caption_column, split_column, lang_column, max_damaged)
     elif any(_image_files(source)):
         pairs = _from_files(source)
     else:
@@ -125,9 +140,7 @@ def class_folders(root: Path) -> dict[str, list[Path]]:
 
 
 def _image_files(folder: Path) -> Iterable[Path]:
-    return (
-        p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
-    )
+    return (p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
 
 
 def _find_table(folder: Path) -> Path | None:
@@ -225,7 +238,7 @@ def _read_table(file: Path) -> dict[str, Sequence[Any]]:
 def _read_csv(file: Path, delimiter: str) -> dict[str, Sequence[Any]]:
     # Every column as text: a caption of digits stays a caption.
     with open(file, encoding="utf-8-sig", newline="") as lines:
-        quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+        quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
         names = next(csv.reader(lines, delimiter=delimiter, quoting=quoting), [])
     duplicated = {n for n in names if names.count(n) > 1}
     if duplicated:
@@ -262,9 +275,7 @@ def _read_jsonl(file: Path) -> dict[str, Sequence[Any]]:
     return {name: [row.get(name) for row in rows] for name in names} or {"image": [], "caption": []}
 
 
-def _column(
-    file: Path, names: list[str], wanted: str | None, usual: list[str], what: str, option: str
-) -> str:
+def _column(file: Path, names: list[str], wanted: str | None, usual: list[str], what: str, option: str) -> str:
     if wanted is not None:
         if wanted not in names:
             raise DataError(f"{file} has no column {wanted!r} ({nearest(wanted, names)})")
@@ -272,9 +283,7 @@ def _column(
     for name in usual:
         if name in names:
             return name
-    raise DataError(
-        f"{file} has no column of {what} that litune knows: name one of {', '.join(names)} with {option}"
-    )
+    raise DataError(f"{file} has no column of {what} that litune knows: name one of {', '.join(names)} with {option}")
 
 
 def _optional(file: Path, names: list[str], wanted: str, usual: str, option: str) -> str | None:
@@ -384,10 +393,10 @@ def _select(pairs: Pairs, split: Sequence[str], lang: Sequence[str]) -> Pairs:
     if lang:
         if "langs" not in table.column_names:
             raise DataError("--lang was given but the captions have no languages: see --lang-column")
-        known = set(pc.unique(pc.list_flatten(table["langs"])).to_pylist())
+        languages = set(pc.unique(pc.list_flatten(table["langs"])).to_pylist())
         for name in lang:
-            if name not in known:
-                raise DataError(f"no caption is in the language {name!r} ({nearest(name, known)})")
+            if name not in languages:
+                raise DataError(f"no caption is in the language {name!r} ({nearest(name, languages)})")
         table = select_langs(table, lang)
         table = table.filter(pc.greater(pc.list_value_length(table["captions"]), 0))
     if table.num_rows == 0:

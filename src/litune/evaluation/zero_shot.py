@@ -12,7 +12,8 @@ from litune.errors import DataError
 
 DEFINITION = (
     "accuracy: the share of images whose own class has the highest score; mean_per_class: the same share taken per "
-    "class, then averaged over the classes; top5: the own class is among the five highest. Ties count against the model."
+    "class, then averaged over the classes; top5: the own class is among the five highest. Ties count against the "
+    "model."
 )
 
 

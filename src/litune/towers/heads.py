@@ -20,7 +20,9 @@ def make_head(kind: str, width: int, dim: int) -> nn.Module:
     if kind == "linear":
         return _reset(nn.Linear(width, dim))
     if kind == "mlp":
-        return nn.Sequential(_reset(nn.Linear(width, 4 * dim)), nn.GELU(approximate="tanh"), _reset(nn.Linear(4 * dim, dim)))
+        return nn.Sequential(
+            _reset(nn.Linear(width, 4 * dim)), nn.GELU(approximate="tanh"), _reset(nn.Linear(4 * dim, dim))
+        )
     raise ConfigError(f"unknown head {kind!r}: known: none, linear, mlp")
 
 

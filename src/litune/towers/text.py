@@ -121,6 +121,7 @@ class TextTower(nn.Module):
     architecture: dict[str, Any]
 
     def forward(self, packed: Packed) -> Float[Tensor, "N W"]:
+        """Pooled float32 vectors [N, width]."""
         raise NotImplementedError
 
 
@@ -152,8 +153,9 @@ class HfTextTower(TextTower):
             # One call per length: no architecture needs to know of packing, and none sees padding.
             hidden = torch.cat(
                 [
-                    self.model(input_ids=packed.ids[begin : begin + n * length].view(n, length))
-                    .last_hidden_state.flatten(0, 1)
+                    self.model(
+                        input_ids=packed.ids[begin : begin + n * length].view(n, length)
+                    ).last_hidden_state.flatten(0, 1)
                     for begin, n, length in packed.spans()
                 ]
             )
@@ -198,7 +200,9 @@ class VitTextTower(TextTower):
     LayerNorm's epsilon is 1e-6, GELU is the tanh form, as in the official code.
     """
 
-    def __init__(self, size: str, vocab_size: int, max_tokens: int, pooling: str = "last", dropout: float = 0.0) -> None:
+    def __init__(
+        self, size: str, vocab_size: int, max_tokens: int, pooling: str = "last", dropout: float = 0.0
+    ) -> None:
         super().__init__()
         width, depth, mlp, heads = VIT_SIZES[size]
         self.width, self.pooling, self.layout, self.max_positions = width, pooling, "sticky_eos", max_tokens
