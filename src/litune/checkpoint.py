@@ -76,6 +76,7 @@ def describe_model(model: LiT) -> dict[str, Any]:
     return {
         "image_tower": model.image_provenance,
         "image_width": model.image_width,
+        "image_map": model.image_map,
         "image_head": _head_kind(model.image_head),
         "text_tower": model.text.architecture,
         "text_head": "linear",
@@ -115,6 +116,7 @@ def load(run: Path | str, *, image_tower: str | None = None, device: str = "auto
         image_width=made["image_width"],
         dim=made["dim"],
         logit_scale=0.0,
+        image_map=made["image_map"],
         image_provenance=made["image_tower"],
     )
     tensors, _ = load_tensors(folder / MODEL)

@@ -94,9 +94,8 @@ def fail(message: str) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep transformers from printing bars and reports of its own."""
+    """Keep the hub's library from drawing bars of its own, and the tokenizers' from asking about forks."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 

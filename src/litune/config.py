@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, ParamSpec, TypeVar, cast
 
-from tyro.conf import Positional, UseAppendAction
+from tyro.conf import Positional, UseAppendAction, arg
 
 from litune.errors import ConfigError
 
@@ -29,7 +29,7 @@ class EmbedConfig:
     An interrupted run goes on where it was with the same command.
     """
 
-    pairs: Positional[Path]
+    pairs: Annotated[Positional[Path], arg(metavar="PAIRS")]
     """Where the pairs are: a folder of images with a table of captions in it or beside it, the table itself
     (.csv, .tsv, .jsonl, .parquet), a tree with one folder per class, or a folder of images without captions."""
     image_tower: str
@@ -84,7 +84,7 @@ class TuneConfig:
     interrupted run goes on from its last checkpoint with the same command.
     """
 
-    store: Positional[Path]
+    store: Annotated[Positional[Path], arg(metavar="STORE")]
     """A feature store that `litune embed` wrote, or a folder that clip-retrieval wrote."""
     text_tower: str
     """The text tower: minilm, hf:NAME_OR_FOLDER (pre-trained), hf:NAME_OR_FOLDER?init=random (the same
@@ -114,19 +114,24 @@ class TuneConfig:
     """A head on the image side, tuned. none keeps the locked tower's own feature space."""
     dim: int | None = None
     """The shared dimension; the image tower's width unless there is an image head."""
-    center: bool = True
-    """Subtract the tuning images' mean feature before normalising. Features of a CNN after its last ReLU are all
-    positive, so that every cosine starts high; the mean is estimated once and saved with the run."""
+    image_map: Literal["none", "center", "whiten"] = "whiten"
+    """A fixed linear map of the locked tower's features before they are normalised, estimated once on the tuning
+    images and saved with the run: subtract their mean (features of a CNN after its last ReLU are all positive, so
+    that every cosine starts high), or also even out their variances. none: the tower's features as they are, as in
+    the paper."""
+    shrinkage: float = 5.0
+    """How far whitening holds back: this many times the mean variance is added to every direction's variance."""
     pairs_seen: int | None = None
     """How long to tune, in pairs; by default set from the number of images."""
-    batch_size: int = 512
+    batch_size: int = 256
     """Pairs in a batch; each is contrasted with all others."""
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     """The peak learning rate."""
-    head_rate: float = 1.0
-    """The learning rate of the heads, as a multiple of --learning-rate."""
-    temperature_rate: float = 1.0
-    """The learning rate of the temperature, as a multiple of --learning-rate."""
+    head_rate: float = 4.0
+    """The learning rate of the heads, as a multiple of --learning-rate; 1 in the paper's long runs."""
+    temperature_rate: float = 30.0
+    """The learning rate of the temperature, as a multiple of --learning-rate; 1 in the paper's long runs, but in
+    some hundred steps the temperature could not leave its start."""
     weight_decay: float = 1e-4
     """Decoupled weight decay of the weight matrices. It follows the schedule but is not multiplied by the
     learning rate (PyTorch's AdamW would need --weight-decay / --learning-rate)."""
@@ -164,7 +169,7 @@ class TuneConfig:
         for name, number in (("learning-rate", self.learning_rate), ("clip-norm", self.clip_norm)):
             if not number > 0:
                 raise ConfigError(f"--{name} is {number}, it must be positive")
-        for name, number in (("weight-decay", self.weight_decay), ("checkpoint-seconds", self.checkpoint_seconds)):
+        for name, number in (("weight-decay", self.weight_decay), ("shrinkage", self.shrinkage), ("checkpoint-seconds", self.checkpoint_seconds)):
             if not number >= 0:
                 raise ConfigError(f"--{name} is {number}, it must not be negative")
         _share("warmup", self.warmup)
@@ -183,7 +188,7 @@ class TuneConfig:
 class EvalConfig:
     """Measure a run: retrieval on a store's pairs, zero-shot classification on a tree of class folders."""
 
-    run: Positional[Path]
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
     """The run folder."""
     store: Path | None = None
     """A feature store whose pairs are retrieved."""
@@ -215,9 +220,9 @@ class EvalConfig:
 class ClassifyConfig:
     """Classify images with any labels, without training data for them."""
 
-    run: Positional[Path]
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
     """The run folder."""
-    images: Positional[tuple[Path, ...]]
+    images: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE...")]
     """The images."""
     labels: tuple[str, ...]
     """The labels to choose from."""
@@ -242,11 +247,11 @@ class ClassifyConfig:
 class SearchConfig:
     """Find the images of a feature store that match a text."""
 
-    run: Positional[Path]
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
     """The run folder."""
-    store: Positional[Path]
+    store: Annotated[Positional[Path], arg(metavar="STORE")]
     """The feature store to search."""
-    query: Positional[str]
+    query: Annotated[Positional[str], arg(metavar="QUERY")]
     """What to look for, in free form."""
     top: int = 5
     """How many images to show."""

@@ -20,11 +20,10 @@ def pick_device(name: str) -> torch.device:
 def fast_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 matrix products are much faster than float32 ones on this device."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
         # Without these instructions bfloat16 is emulated and slower than float32.
-        supported: bool = torch.cpu._is_avx512_bf16_supported()
-        return supported
+        return bool(torch.cpu._is_avx512_bf16_supported())
     return False
 
 

@@ -31,6 +31,7 @@ class LiT(nn.Module):
     """
 
     center: Tensor
+    whitening: Tensor | None
 
     def __init__(
         self,
@@ -42,13 +43,16 @@ class LiT(nn.Module):
         image_width: int,
         dim: int,
         logit_scale: float,
+        image_map: str = "none",
         image_provenance: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.text, self.text_head, self.image_head = text, text_head, image_head
         self.tokenizer, self.image_width, self.dim = tokenizer, image_width, dim
         self.logit_scale = nn.Parameter(torch.tensor(float(logit_scale)))
+        self.image_map = image_map
         self.register_buffer("center", torch.zeros(image_width))
+        self.register_buffer("whitening", torch.eye(image_width) if image_map == "whiten" else None)
         self.image_provenance = image_provenance
         self.image: ImageTower | None = None
         self.find_image_tower: Callable[[], ImageTower] | None = None
@@ -64,8 +68,11 @@ class LiT(nn.Module):
         return normalize(self.text_head(self.text(packed)).float())
 
     def image_features(self, raw: Float[Tensor, "B W"]) -> Float[Tensor, "B D"]:
-        """Features of raw image tower output: centred, through the head, normalised."""
-        return normalize(self.image_head(raw.float() - self.center).float())
+        """Features of raw image tower output: through the fixed map and the head, normalised."""
+        mapped = raw.float() - self.center
+        if self.whitening is not None:
+            mapped = mapped @ self.whitening
+        return normalize(self.image_head(mapped).float())
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str] | str, batch_size: int = 256) -> Float[Tensor, "N D"]:

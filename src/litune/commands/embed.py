@@ -95,8 +95,9 @@ def _check_output(out: Path, manifest: dict[str, Any], overwrite: bool) -> None:
         )
     if there["pairs"]["fingerprint"] != manifest["pairs"]["fingerprint"]:
         raise StoreError(
-            f"{out} was begun with other pairs ({there['images']:,} images, {there['pairs']['captions']:,} captions; now "
-            f"{manifest['images']:,} and {manifest['pairs']['captions']:,}): choose another --out or give --overwrite"
+            f"{out} was begun with other pairs ({there['images']:,} images, {there['pairs']['captions']:,} captions; "
+            f"now {manifest['images']:,} and {manifest['pairs']['captions']:,}): "
+            "choose another --out or give --overwrite"
         )
     if there["dtype"] != manifest["dtype"]:
         raise StoreError(f"{out} was begun with --store-dtype {there['dtype']}, not {manifest['dtype']}: keep to one")
@@ -131,8 +132,8 @@ def _encode(config: EmbedConfig, pairs: Pairs, tower: ImageTower, writer: StoreW
             if damaged_images > limit:
                 raise DataError(
                     f"{damaged_images:,} of {len(pairs):,} images can't be used (at most "
-                    f"{config.max_damaged:.1%} may): {bad[-1].key}: {bad[-1].reason}; mend or remove them, or raise --max-damaged; "
-                    f"what is done stays in {writer.path}"
+                    f"{config.max_damaged:.1%} may), as {bad[0].key}: {bad[0].reason}; mend or remove them, or raise "
+                    f"--max-damaged; what is done stays in {writer.path}"
                 )
             if good:
                 pixels = torch.from_numpy(np.stack([d.pixels for d in good if d.pixels is not None]))

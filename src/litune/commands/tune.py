@@ -133,19 +133,40 @@ def make_model(store: FeatureStore, spec: TextSpec, tokenizer: Tokenizer, train:
         image_width=store.width,
         dim=dim,
         logit_scale=config.logit_scale,
+        image_map=config.image_map,
         image_provenance=store.tower,
     )
-    if config.center:
-        model.center.copy_(mean_feature(train))
+    if config.image_map != "none":
+        mean, covariance = moments(train)
+        model.center.copy_(torch.from_numpy(mean))
+        if model.whitening is not None:
+            model.whitening.copy_(torch.from_numpy(whitening(covariance, config.shrinkage)))
     return model
 
 
-def mean_feature(pairs: Selection) -> Tensor:
-    """The mean [D] of the images' raw features, summed in float64 block by block."""
-    total = np.zeros(pairs.store.width, dtype=np.float64)
+def moments(pairs: Selection) -> tuple[np.ndarray, np.ndarray]:
+    """The mean [D] and covariance [D, D] of the images' raw features, summed in float64 block by block."""
+    width = pairs.store.width
+    total, products = np.zeros(width), np.zeros((width, width))
     for block in pairs.store.blocks(pairs.rows):
-        total += block.sum(axis=0, dtype=np.float64)
-    return torch.from_numpy((total / len(pairs)).astype(np.float32))
+        values = block.astype(np.float64)
+        total += values.sum(axis=0)
+        products += values.T @ values
+    mean = total / len(pairs)
+    return mean, products / len(pairs) - np.outer(mean, mean)
+
+
+def whitening(covariance: np.ndarray, shrinkage: float) -> np.ndarray:
+    """The symmetric matrix W [D, D] with W (C + s·I) W = I, where s is `shrinkage` times the mean variance.
+
+    Directions whose variance is far above s come out with variance one; those far below keep their shares, so that
+    noise is not blown up (ZCA whitening with ridge shrinkage).
+    """
+    variances, directions = np.linalg.eigh(covariance)
+    floor = shrinkage * max(float(variances.mean()), 1e-12) + 1e-12
+    inverse_roots = 1 / np.sqrt(np.maximum(variances, 0) + floor)
+    found: np.ndarray = (directions * inverse_roots) @ directions.T
+    return found
 
 
 @dataclass
@@ -363,8 +384,8 @@ class Tuning:
 
 
 def default_pairs_seen(images: int) -> int:
-    """How long to tune where nothing is asked: 20 epochs, at least 40,000 pairs and at most 4 million."""
-    return int(min(4_000_000, max(40_000, 20 * images)))
+    """How long to tune where nothing is asked: 15 epochs, at least 30,000 pairs and at most 4 million."""
+    return min(4_000_000, max(30_000, 15 * images))
 
 
 def evaluation_steps(steps: int, evaluations: int) -> set[int]:

@@ -108,18 +108,16 @@ def find_tokenizer(where: str) -> tokenizers.Tokenizer:
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """A unigram (SentencePiece-like) tokenizer of at most `vocab_size` pieces, learned from captions.
+    """A byte-pair tokenizer over SentencePiece's word marks, of at most `vocab_size` pieces, learned from captions.
 
-    The end token `</s>` has id 1, as in the vocabularies of T5 and LiT.
+    The end token `</s>` has id 1, as in the vocabularies of T5 and LiT. (The library's unigram trainer gives
+    other scores on each run; byte-pair merges are counts, and so the same every time.)
     """
-    tokenizer = tokenizers.Tokenizer(models.Unigram())
+    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<pad>", "</s>", "<unk>"],
-        unk_token="<unk>",
-        show_progress=False,
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<pad>", "</s>", "<unk>"], show_progress=False
     )
     tokenizer.train_from_iterator(captions, trainer)
     return tokenizer

@@ -38,7 +38,7 @@ def retrieval(
     if len(torch.unique(owner)) != len(images):
         raise DataError("an image has no caption: retrieval needs at least one for each")
     text_ranks = torch.empty(len(texts), dtype=torch.int64)
-    best_own = torch.full((len(images),), -torch.inf)
+    best_own = images.new_full((len(images),), -torch.inf)
     for start in range(0, len(texts), chunk):
         part = slice(start, start + chunk)
         scores = texts[part] @ images.T

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from litune.data.images import ImageTransform
 from litune.errors import MissingExtraError, TowerError, nearest
+from litune.towers.quiet import quiet_transformers
 
 Preprocess = Callable[[Image.Image], np.ndarray]
 
@@ -289,7 +290,8 @@ def _hf(spec: str, name: str, options: dict[str, str]) -> ImageTower:
         extra = {"add_pooling_layer": False} if kind in ("vit", "deit", "vit_msn") else {}
         if hasattr(config, "vision_config"):
             raise TowerError(f"{name} is a two-tower model ({kind}): give its vision half as a folder of its own")
-        model, report = AutoModel.from_pretrained(name, output_loading_info=True, dtype=torch.float32, **extra)
+        with quiet_transformers():
+            model, report = AutoModel.from_pretrained(name, output_loading_info=True, dtype=torch.float32, **extra)
         processor = AutoImageProcessor.from_pretrained(name)
     except TowerError:
         raise

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from litune.data.tokenizers import Layout, Tokens
 from litune.errors import MissingExtraError, TowerError, nearest
+from litune.towers.quiet import quiet_transformers
 
 POOLINGS = ("first", "mean", "last")
 
@@ -359,9 +360,10 @@ def _load_hf(spec: TextSpec, pooling: str, dropout: float | None) -> HfTextTower
         return HfTextTower(_empty_hf(config), _hf_pooling(spec.name, pooling))
     try:
         extra = {"add_pooling_layer": False} if config.model_type in _POOLERS else {}
-        model, report = AutoModel.from_pretrained(
-            spec.name, config=config, dtype=torch.float32, output_loading_info=True, **extra
-        )
+        with quiet_transformers():
+            model, report = AutoModel.from_pretrained(
+                spec.name, config=config, dtype=torch.float32, output_loading_info=True, **extra
+            )
     except Exception as why:
         raise TowerError(_reason(spec, why)) from None
     missing = sorted(report["missing_keys"])

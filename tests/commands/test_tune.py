@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import litune
+from litune.checkpoint import load
+from litune.commands import tune as tune_module
+from litune.commands.tune import Tuning, choose_pairs, evaluation_steps, make_model, make_tokenizer, tune
+from litune.config import TuneConfig, to_json
+from litune.errors import ConfigError, OutputExistsError, RunError, StoreError
+from litune.features import FeatureStore
+from litune.losses import softmax_loss
+from litune.towers import text as text_towers
+from litune.towers.image import weights_hash
+from litune.towers.text import parse_text_spec
+from tests.conftest import random_store, random_timm_tower
+from tests.test_features import clip_retrieval_folder
+
+
+def test_learns(tune_config: TuneConfig) -> None:
+    """Held-out colors and shapes are found far above chance, and the manifest says how the run came about."""
+    tune_config = dataclasses.replace(tune_config, pairs_seen=480)
+    tune.run(tune_config)
+    lines = [json.loads(line) for line in (tune_config.out / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == list(range(1, 81))
+    evaluations = [line["val"] for line in lines if "val" in line]
+    assert len(evaluations) == 2
+    found = evaluations[-1]
+    assert (found["images"], found["captions"]) == (6, 12)
+    assert found["text_to_image"]["recall@1"] > 2 * found["chance"]["text_to_image"]["recall@1"]
+    manifest = json.loads((tune_config.out / "manifest.json").read_text())
+    assert manifest["tuned_on"] == {"split": "train", "images": 18, "captions": 36, "held_out_images": 6}
+    assert manifest["store"]["tower"]["spec"] == "python:colortower:make"
+    assert manifest["held_out"] == found
+    assert manifest["seed"] == 0
+    assert json.loads((tune_config.out / "config.json").read_text()) == to_json(tune_config)
+    assert sorted(p.name for p in tune_config.out.iterdir()) == [
+        "config.json", "manifest.json", "metrics.jsonl", "model.safetensors", "tokenizer.json",
+    ]  # fmt: skip
+
+
+def bytes_of(run: Path) -> dict[str, bytes]:
+    return {name: value.numpy().tobytes() for name, value in load_file(run / "model.safetensors").items()}
+
+
+def test_same_seed_same_bytes(tune_config: TuneConfig, tmp_path: Path) -> None:
+    again = dataclasses.replace(tune_config, out=tmp_path / "again")
+    other = dataclasses.replace(tune_config, out=tmp_path / "other", seed=1)
+    for config in (tune_config, again, other):
+        tune.run(config)
+    assert bytes_of(tune_config.out) == bytes_of(again.out)
+    assert bytes_of(tune_config.out) != bytes_of(other.out)
+
+
+class _Stop(Exception):
+    pass
+
+
+def test_interrupted_anywhere_ends_with_the_same_bytes(
+    tune_config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped at several steps, with dropout on, the finished run equals an undisturbed one bit for bit."""
+    config = dataclasses.replace(tune_config, dropout=0.2, checkpoint_seconds=0.0)
+    tune.run(config)
+    broken = dataclasses.replace(config, out=tmp_path / "broken")
+    step = Tuning.step
+    for stop_at in (1, 7, 22, 39):
+
+        def stopping(self: Tuning, batch: object, stop_at: int = stop_at) -> dict[str, float]:
+            if self.progress.step == stop_at:
+                raise _Stop
+            return step(self, batch)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(Tuning, "step", stopping)
+        with pytest.raises(_Stop):
+            tune.run(broken)
+        with pytest.raises(RunError, match="tuning has not finished"):
+            load(broken.out)
+    monkeypatch.setattr(Tuning, "step", step)
+    tune.run(broken)
+    assert bytes_of(broken.out) == bytes_of(config.out)
+    lines = [json.loads(line) for line in (broken.out / "metrics.jsonl").read_text().splitlines()]
+    whole = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
+    timed = ("seconds", "pairs_per_second")
+    assert [{k: v for k, v in x.items() if k not in timed} for x in lines] == [
+        {k: v for k, v in x.items() if k not in timed} for x in whole
+    ]
+
+
+def test_killed_and_gone_on(tune_config: TuneConfig, tmp_path: Path) -> None:
+    """kill -9 in the middle of a run, through the command line."""
+    out = tmp_path / "killed"
+    command = [
+        sys.executable, "-m", "litune", "tune", str(tune_config.store), "--text-tower", tune_config.text_tower,
+        "--out", str(out), "--lang", "en", "--pairs-seen", "1200", "--batch-size", "6", "--checkpoint-seconds", "0",
+        "--evaluations", "0",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (out / "state.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / "manifest.json").exists()
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert "going on with" in finished.stderr
+    assert not (out / "state.safetensors").exists()
+    assert not list(out.glob(".*"))
+    undisturbed = tmp_path / "undisturbed"
+    subprocess.run([*command[:8], str(undisturbed), *command[9:]], check=True, capture_output=True)
+    assert bytes_of(out) == bytes_of(undisturbed)
+
+
+def test_what_is_already_there(tune_config: TuneConfig) -> None:
+    tune.run(tune_config)
+    with pytest.raises(OutputExistsError, match="holds a finished run"):
+        tune.run(tune_config)
+    (tune_config.out / "manifest.json").unlink()
+    with pytest.raises(RunError, match=r"another config \(seed was 0, is 5\)"):
+        tune.run(dataclasses.replace(tune_config, seed=5))
+    tune.run(dataclasses.replace(tune_config, seed=5, overwrite=True))
+
+
+def test_locked_is_locked(store: FeatureStore, tune_config: TuneConfig) -> None:
+    """With an image tower in the model: no byte of it moves, nothing in it trains, the optimizer has none of it."""
+    tower = random_timm_tower()
+    torch.manual_seed(0)
+    train, _ = choose_pairs(store, tune_config)
+    spec = parse_text_spec(tune_config.text_tower)
+    wide = random_store(tune_config.out.parent / "wide", 24, 512)
+    model = make_model(wide, spec, make_tokenizer(spec, tune_config, train.captions), wide.select(), tune_config)
+    model.image = tower
+    run = Tuning(tune_config, wide, wide.select(), None, model, torch.device("cpu"))
+    in_optimizer = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+    assert in_optimizer
+    assert not in_optimizer & {id(p) for p in tower.parameters()}
+    before = weights_hash(tower)
+    model.train()
+    assert model.text.training
+    assert not any(module.training for module in tower.modules())
+    pixels = torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8)
+    first = tower.encode(pixels)
+    text_before = weights_hash(model.text)
+    for batch in run.batches.from_step(0, 3):
+        run.step(batch)
+        images = model.image_features(tower.encode(pixels))
+        loss = softmax_loss(images, model.text_features(run.tokens.take(batch.captions)), model.scale)
+        loss.backward()
+        run.optimizer.step()
+    assert weights_hash(model.text) != text_before
+    assert weights_hash(tower) == before
+    assert torch.equal(tower.encode(pixels), first)
+    assert all(p.grad is None for p in tower.parameters())
+
+
+def test_tower_folder_keeps_its_bytes(tune_config: TuneConfig, tiny_bert: Path) -> None:
+    before = {p.name: p.read_bytes() for p in tiny_bert.iterdir()}
+    tune.run(tune_config)
+    assert {p.name: p.read_bytes() for p in tiny_bert.iterdir()} == before
+
+
+def test_vit_from_scratch_with_its_own_tokenizer(tune_config: TuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(text_towers.VIT_SIZES, "Ti", (24, 2, 48, 2))
+    config = dataclasses.replace(tune_config, text_tower="vit:Ti", max_tokens=8, vocab_size=60)
+    model = tune.run(config)
+    assert model.tokenizer.vocab_size <= 60
+    assert model.encode_text(["a red box"]).shape == (1, 48)
+
+
+def test_random_init_and_heads(tune_config: TuneConfig, tiny_bert: Path) -> None:
+    for kind in ("linear", "mlp"):
+        config = dataclasses.replace(
+            tune_config,
+            text_tower=f"hf:{tiny_bert}?init=random",
+            image_head=kind,
+            dim=16,
+            out=tune_config.out.parent / kind,
+        )
+        model = tune.run(config)
+        assert model.encode_text(["a red box"]).shape == (1, 16)
+        assert model.encode_features(FeatureStore(config.store).features([0, 1])).shape == (2, 16)
+
+
+def test_clip_retrievals_folder_is_tuned_on_as_it_is(tiny_bert: Path, tmp_path: Path) -> None:
+    clip_retrieval_folder(tmp_path / "clip")
+    model = litune.tune(
+        store=tmp_path / "clip", text_tower=f"hf:{tiny_bert}", out=tmp_path / "run", pairs_seen=12, batch_size=4
+    )
+    assert model.encode_text("picture 1").shape == (1, 6)
+    with pytest.raises(litune.LituneError, match="does not know its image tower"):
+        model.encode_image([tmp_path / "x.png"])
+
+
+def test_image_maps(tune_config: TuneConfig) -> None:
+    """none: the tower's features as they are; center: less the tuned images' mean; whiten: by W (C + s·I) W = I."""
+    short = dataclasses.replace(tune_config, pairs_seen=12, evaluations=0)
+    raw = FeatureStore(short.store).select("train").features().astype(np.float64)
+    for kind in ("none", "center", "whiten"):
+        config = dataclasses.replace(short, image_map=kind, shrinkage=0.5, out=short.out.parent / kind)
+        model = tune.run(config)
+        mapped = raw if kind == "none" else raw - raw.mean(0)
+        if kind == "whiten":
+            covariance = np.cov(raw.T, bias=True)
+            shrunk = covariance + 0.5 * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
+            assert model.whitening is not None
+            found = model.whitening.double().numpy()
+            assert np.allclose(found @ shrunk @ found, np.eye(len(found)), atol=1e-3)
+            mapped = mapped @ np.linalg.cholesky(np.linalg.inv(shrunk))  # another root: equal up to a rotation
+        expected = mapped / np.linalg.norm(mapped, axis=1, keepdims=True)
+        features = model.encode_features(raw.astype(np.float32)).double().numpy()
+        assert np.allclose(features @ features.T, expected @ expected.T, atol=1e-4), kind
+        if kind != "whiten":
+            assert np.allclose(features, expected, atol=1e-5)
+
+
+def test_holdout_without_splits(tmp_path: Path, tune_config: TuneConfig) -> None:
+    store = random_store(tmp_path / "s", 100, 4)
+    for seed in (0, 1):
+        config = dataclasses.replace(tune_config, store=store.path, lang=(), holdout=0.1, seed=seed)
+        train, val = choose_pairs(store, config)
+        assert val is not None
+        assert (len(train), len(val)) == (90, 10)
+        assert not set(train.keys) & set(val.keys)
+        held = val.keys
+        assert held == choose_pairs(store, dataclasses.replace(config, seed=9))[1].keys, "the same whatever the seed"
+    assert choose_pairs(store, dataclasses.replace(config, holdout=0.0))[1] is None
+
+
+def test_not_finite_stops_with_the_step(tune_config: TuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune_module, "softmax_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True))
+    with pytest.raises(RunError, match=r"the loss is nan at step 0 \(images .*\.png.*lower --learning-rate"):
+        tune.run(tune_config)
+
+
+def test_bad_input(tune_config: TuneConfig, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="there is no feature store"):
+        tune.run(dataclasses.replace(tune_config, store=tmp_path / "nothing"))
+    with pytest.raises(StoreError, match="no split"):
+        tune.run(dataclasses.replace(tune_config, split="trian"))
+    with pytest.raises(ConfigError, match="trained with its own"):
+        tune.run(dataclasses.replace(tune_config, tokenizer="x.json"))
+    for wrong in ({"batch_size": 1}, {"learning_rate": 0.0}, {"warmup": 2.0}, {"dim": 8}, {"pairs_seen": 1}):
+        with pytest.raises(ConfigError):
+            dataclasses.replace(tune_config, **wrong)
+
+
+def test_evaluation_steps() -> None:
+    assert evaluation_steps(10, 3) == {4, 7, 10}
+    assert evaluation_steps(10, 0) == set()
+    assert evaluation_steps(2, 5) == {1, 2}

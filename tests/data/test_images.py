@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import io
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from litune.data.images import ImageTransform, decode_file, map_ahead, open_rgb
+from litune.errors import DataError
+from tests.conftest import draw
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_modes() -> None:
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    assert np.asarray(open_rgb(encoded(clear))).min() == 255, "transparent pixels are put on white"
+    deep = Image.fromarray(np.full((4, 4), 128 * 256, np.uint16))
+    assert np.asarray(open_rgb(encoded(deep)))[0, 0].tolist() == [128] * 3
+    for mode in ("L", "P", "1", "LA"):
+        assert open_rgb(encoded(draw("red", "box").convert(mode))).mode == "RGB"
+    assert open_rgb(encoded(draw("red", "box").convert("CMYK"), "JPEG")).mode == "RGB"
+
+
+def test_exif_rotation() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    turned = open_rgb(encoded(Image.new("RGB", (8, 4)), "JPEG", exif=exif))
+    assert turned.size == (4, 8)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [(b"", "empty"), (b"<html>", "not an image"), (encoded(draw("red", "box"))[:100], "truncated|not enough|broken")],
+)
+def test_damaged(data: bytes, reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
+        open_rgb(data)
+
+
+def test_every_truncation_is_an_error_or_the_whole_picture() -> None:
+    whole = encoded(draw("blue", "ring"), "JPEG")
+    for cut in range(0, len(whole) - 2, 97):
+        with pytest.raises(DataError):
+            open_rgb(whole[:cut])
+
+
+def test_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("litune.data.images.MAX_PIXELS", 100)
+    with pytest.raises(DataError, match=r"48×48 pixels, more than 100"):
+        open_rgb(encoded(draw("red", "box")))
+
+
+@pytest.mark.parametrize("crop_pct", [1.0, 0.875])
+@pytest.mark.parametrize("size", [(31, 57), (64, 40)])
+def test_transform_is_timms(crop_pct: float, size: tuple[int, int]) -> None:
+    from timm.data import create_transform
+
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+    ours = ImageTransform((32, 32), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), crop_pct=crop_pct)
+    theirs = create_transform(
+        (3, 32, 32), mean=ours.mean, std=ours.std, crop_pct=crop_pct, interpolation="bicubic", crop_mode="center"
+    )
+    mean, std = (np.array(v).reshape(3, 1, 1) for v in (ours.mean, ours.std))
+    assert np.allclose((ours(image) / 255 - mean) / std, theirs(image).numpy(), atol=1e-6)
+
+
+def test_decode_file(tmp_path: Path) -> None:
+    transform = ImageTransform((16, 16), (0.5,) * 3, (0.5,) * 3)
+    draw("red", "bar").save(tmp_path / "a.png")
+    good = decode_file(3, "a", tmp_path / "a.png", transform)
+    assert (good.row, good.width, good.height, good.damage) == (3, 48, 48, None)
+    assert good.pixels is not None
+    assert (good.pixels.shape, good.pixels.dtype) == ((3, 16, 16), np.uint8)
+    assert len(good.sha256) == 64
+    missing = decode_file(0, "b", tmp_path / "b.png", transform)
+    assert missing.damage is not None
+    assert "does not exist" in missing.damage.reason
+    folder = decode_file(0, "c", tmp_path, transform)
+    assert folder.damage is not None
+
+
+def test_map_ahead_keeps_order_and_stays_flat() -> None:
+    started = 0
+    lock = threading.Lock()
+
+    def work(i: int) -> int:
+        nonlocal started
+        with lock:
+            started += 1
+        time.sleep(0.001 * (i % 3))
+        return i
+
+    for i, result in enumerate(map_ahead(work, range(100), workers=4, ahead=8)):
+        assert result == i
+        assert started <= i + 8 + 1

@@ -1,0 +1,171 @@
+"""The command line as a user meets it, in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from litune.cli import COMMANDS, main
+from litune.features import FeatureStore
+
+SNAPSHOT = Path(__file__).parent / "cli_options.txt"
+
+
+def run(*args: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "litune", *map(str, args)], cwd=cwd, capture_output=True, text=True, check=False
+    )
+
+
+def test_help_without_torch() -> None:
+    code = (
+        "import sys\n"
+        "from litune.cli import main\n"
+        "try:\n"
+        "    main(['--help'])\n"
+        "except SystemExit as why:\n"
+        "    assert not why.code, why.code\n"
+        "heavy = {'torch', 'timm', 'transformers', 'pyarrow', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    for name in COMMANDS:
+        assert name in found.stdout
+
+
+def test_version() -> None:
+    import litune
+
+    assert run("--version").stdout.strip() == f"litune {litune.__version__}"
+
+
+def test_options_are_a_reviewed_list() -> None:
+    """A new flag is a reviewed difference: run scripts/write_docs.py to take it over."""
+    from scripts.write_docs import options
+
+    assert options() == SNAPSHOT.read_text(encoding="utf-8")
+
+
+def test_the_way(photos: Path, class_tree: Path, tower_module: str, tiny_bert: Path, tmp_path: Path) -> None:
+    """embed, tune, eval, search, classify, as typed."""
+    done = run("embed", photos, "--image-tower", tower_module, "--out", "s", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "24 images, 72 captions" in done.stderr
+    done = run(
+        "tune", "s", "--text-tower", f"hf:{tiny_bert}", "--out", "r", "--lang", "en", "--pairs-seen", "120",
+        "--batch-size", "6", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "18 images with 36 captions, 6 images held out; 20 steps of 6 pairs" in done.stderr
+    done = run(
+        "eval", "r", "--store", "s", "--split", "val", "--lang", "en", "--classes", class_tree, "--templates", "{}",
+        "--templates", "a {} box", "--json", "e.json", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "retrieval: 6 images, 12 captions" in done.stdout
+    assert "chance" in done.stdout
+    results = json.loads((tmp_path / "e.json").read_text())
+    assert results["retrieval"]["chance"]["text_to_image"]["recall@1"] == pytest.approx(1 / 6)
+    assert results["zero_shot"]["templates"] == ["{}", "a {} box"]
+    assert results["zero_shot"]["images"] == 12
+    assert "Ties count against the model" in results["zero_shot"]["definition"]
+    done = run("search", "r", "s", "a red box", "--top", "3", "--sheet", "found.png", "--json", "f.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3
+    assert Path(lines[0].split()[1]).is_file()
+    assert (tmp_path / "found.png").read_bytes()[:4] == b"\x89PNG"
+    scores = [float(line.split()[0]) for line in lines]
+    assert scores == sorted(scores, reverse=True)
+    again = run("search", "r", "s", "a red box", "--sheet", "found.png", cwd=tmp_path)
+    assert (again.returncode, again.stderr.count("\n")) == (2, 1)
+    done = run("classify", "r", class_tree / "red" / "box.png", "--labels", "red", "blue", "green", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 4
+    assert sum(float(line.split("%")[0]) for line in done.stdout.splitlines()[1:]) == pytest.approx(100, abs=0.3)
+
+    # The same classification on a store made from the tree.
+    run("embed", class_tree, "--image-tower", tower_module, "--out", "tree", cwd=tmp_path)
+    run("eval", "r", "--classes", "tree", "--templates", "{}", "--templates", "a {} box", "--json", "e2.json", cwd=tmp_path)
+    from_store = json.loads((tmp_path / "e2.json").read_text())
+    assert from_store["zero_shot"]["accuracy"] == results["zero_shot"]["accuracy"]
+
+    # A store of another tower is refused, both sides named.
+    (tmp_path / "other.py").write_text("from colortower import encode, preprocess\ndef make():\n    return encode, preprocess")
+    run("embed", class_tree, "--image-tower", "python:other:make", "--out", "o", cwd=tmp_path)
+    refused = run("search", "r", "o", "a red box", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "python:other:make" in refused.stderr
+    assert "python:colortower:make" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["embed", "nowhere", "--image-tower", "efficientnet-lite0", "--out", "s"], "nowhere does not exist"),
+        (["embed", "empty.csv", "--image-tower", "efficientnet-lite0", "--out", "s"], "empty.csv is empty"),
+        (["embed", "t.csv", "--image-tower", "x", "--out", "s", "--caption-column", "words"], "has no column 'words'"),
+        (["embed", "t.csv", "--image-tower", "efficientnet-lite", "--out", "s"], "perhaps you meant 'efficientnet-lite0'"),
+        (["embed", "t.csv", "--image-tower", "efficientnet-lite0", "--out", "full"], "not a feature store of litune"),
+        (["embed", "t.csv", "--image-tower", "x", "--out", "s", "--batch-size", "0"], "--batch-size is 0"),
+        (["tune", "nowhere", "--text-tower", "minilm", "--out", "r"], "there is no feature store at nowhere"),
+        (["eval", "nowhere", "--store", "s"], "there is no run at nowhere"),
+        (["eval", "nowhere"], "nothing to evaluate"),
+        (["search", "nowhere", "s", " "], "the query is empty"),
+        (["search", "nowhere", "s", "x", "--device", "cuda"], "nowhere"),
+        (["classify", "nowhere", "x.jpg", "--labels", "a", "b"], "there is no run at nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(
+    args: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.csv").touch()
+    (tmp_path / "a.png").write_bytes(b"")
+    (tmp_path / "t.csv").write_text("image,caption\na.png,x\n")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("x")
+    before = sorted(str(p) for p in tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as why:
+        main(args)
+    assert why.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("litune: error: ")
+    assert message in lines[-1]
+    assert sorted(str(p) for p in tmp_path.rglob("*")) == before, "nothing is made or lost"
+
+
+def test_unknown_command_and_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    for args in (["tuen"], ["tune", "s", "--text-towr", "x", "--out", "r"], ["tune", "s"]):
+        with pytest.raises(SystemExit) as why:
+            main(args)
+        assert why.value.code == 2
+        assert "Traceback" not in capsys.readouterr().err
+
+
+def test_interrupted(store: FeatureStore, tiny_bert: Path, tmp_path: Path) -> None:
+    """Ctrl-C ends a run with one line and 130; the same command finishes it."""
+    import signal
+    import time
+
+    command = [
+        sys.executable, "-m", "litune", "tune", str(store.path), "--text-tower", f"hf:{tiny_bert}", "--out", "r",
+        "--pairs-seen", "1200", "--batch-size", "6", "--checkpoint-seconds", "0", "--evaluations", "0",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "r" / "state.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, message = process.communicate()
+    assert process.returncode == 130
+    assert "interrupted; the same command goes on" in message.splitlines()[-1]
+    assert "Traceback" not in message
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+

