@@ -27,9 +27,9 @@ import torch
 from PIL import Image
 
 from litune.config import TuneConfig
+from litune.data.images import ImageTransform
 from litune.features import FeatureStore, StoreWriter
 from litune.towers.image import ImageTower
-from litune.data.images import ImageTransform
 
 COLORS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (240, 220, 40)}
 SHAPES = ("bar", "box", "ring")

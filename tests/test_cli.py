@@ -91,12 +91,26 @@ def test_the_way(photos: Path, class_tree: Path, tower_module: str, tiny_bert: P
 
     # The same classification on a store made from the tree.
     run("embed", class_tree, "--image-tower", tower_module, "--out", "tree", cwd=tmp_path)
-    run("eval", "r", "--classes", "tree", "--templates", "{}", "--templates", "a {} box", "--json", "e2.json", cwd=tmp_path)
+    run(
+        "eval",
+        "r",
+        "--classes",
+        "tree",
+        "--templates",
+        "{}",
+        "--templates",
+        "a {} box",
+        "--json",
+        "e2.json",
+        cwd=tmp_path,
+    )
     from_store = json.loads((tmp_path / "e2.json").read_text())
     assert from_store["zero_shot"]["accuracy"] == results["zero_shot"]["accuracy"]
 
     # A store of another tower is refused, both sides named.
-    (tmp_path / "other.py").write_text("from colortower import encode, preprocess\ndef make():\n    return encode, preprocess")
+    (tmp_path / "other.py").write_text(
+        "from colortower import encode, preprocess\ndef make():\n    return encode, preprocess"
+    )
     run("embed", class_tree, "--image-tower", "python:other:make", "--out", "o", cwd=tmp_path)
     refused = run("search", "r", "o", "a red box", cwd=tmp_path)
     assert refused.returncode == 2
@@ -110,7 +124,10 @@ def test_the_way(photos: Path, class_tree: Path, tower_module: str, tiny_bert: P
         (["embed", "nowhere", "--image-tower", "efficientnet-lite0", "--out", "s"], "nowhere does not exist"),
         (["embed", "empty.csv", "--image-tower", "efficientnet-lite0", "--out", "s"], "empty.csv is empty"),
         (["embed", "t.csv", "--image-tower", "x", "--out", "s", "--caption-column", "words"], "has no column 'words'"),
-        (["embed", "t.csv", "--image-tower", "efficientnet-lite", "--out", "s"], "perhaps you meant 'efficientnet-lite0'"),
+        (
+            ["embed", "t.csv", "--image-tower", "efficientnet-lite", "--out", "s"],
+            "perhaps you meant 'efficientnet-lite0'",
+        ),
         (["embed", "t.csv", "--image-tower", "efficientnet-lite0", "--out", "full"], "not a feature store of litune"),
         (["embed", "t.csv", "--image-tower", "x", "--out", "s", "--batch-size", "0"], "--batch-size is 0"),
         (["tune", "nowhere", "--text-tower", "minilm", "--out", "r"], "there is no feature store at nowhere"),
@@ -168,4 +185,3 @@ def test_interrupted(store: FeatureStore, tiny_bert: Path, tmp_path: Path) -> No
     assert "Traceback" not in message
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-

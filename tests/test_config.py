@@ -73,5 +73,10 @@ def test_wrong_settings() -> None:
 
 
 def test_imports_no_torch() -> None:
-    names = {n.name for node in ast.walk(ast.parse(inspect.getsource(configs))) if isinstance(node, ast.Import) for n in node.names}
+    names = {
+        n.name
+        for node in ast.walk(ast.parse(inspect.getsource(configs)))
+        if isinstance(node, ast.Import)
+        for n in node.names
+    }
     assert "torch" not in names

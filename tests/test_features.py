@@ -7,10 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from tests.conftest import random_store
 
 from litune.errors import DataError, StoreError
 from litune.features import FeatureStore, StoreWriter
-from tests.conftest import random_store
 
 
 def rows(names: list[str]) -> pa.Table:

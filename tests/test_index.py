@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.conftest import random_store
 
 from litune.index import nearest_images
-from tests.conftest import random_store
 
 
 class _Plain:
@@ -15,6 +15,7 @@ class _Plain:
 
     def encode_features(self, raw: np.ndarray) -> torch.Tensor:
         return torch.nn.functional.normalize(torch.from_numpy(raw))
+
 
 # Without the check of types: what is searched needs no whole model.
 unchecked = getattr(nearest_images, "__wrapped__", nearest_images)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.conftest import draw
 
 import litune
 from litune.checkpoint import MANIFEST, load
@@ -14,7 +15,6 @@ from litune.commands.tune import tune
 from litune.config import TuneConfig
 from litune.errors import DataError, RunError, TowerError
 from litune.features import FeatureStore
-from tests.conftest import draw
 
 
 @pytest.fixture
@@ -44,7 +44,9 @@ def test_pictures_give_the_stores_features(run: Path, store: FeatureStore) -> No
 
 def test_batching_does_not_matter(run: Path) -> None:
     model = litune.load(run)
-    texts = [f"{c} {s} {'really ' * i}" for i, (c, s) in enumerate([("red", "box"), ("blue", "bar"), ("green", "ring")] * 5)]
+    texts = [
+        f"{c} {s} {'really ' * i}" for i, (c, s) in enumerate([("red", "box"), ("blue", "bar"), ("green", "ring")] * 5)
+    ]
     assert torch.allclose(model.encode_text(texts, batch_size=2), model.encode_text(texts), atol=1e-6)
 
 
@@ -74,8 +76,12 @@ def test_zero_shot_by_hand(run: Path) -> None:
 
 
 def test_another_image_tower_is_refused(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "othertower.py").write_text("from colortower import encode, preprocess\ndef make():\n    return encode, preprocess")
-    with pytest.raises(TowerError, match=r"the run was made with .*colortower:make, not with .*othertower:make: weights"):
+    (tmp_path / "othertower.py").write_text(
+        "from colortower import encode, preprocess\ndef make():\n    return encode, preprocess"
+    )
+    with pytest.raises(
+        TowerError, match=r"the run was made with .*colortower:make, not with .*othertower:make: weights"
+    ):
         litune.load(run, image_tower="python:othertower:make").encode_image(draw("red", "box"))
 
 

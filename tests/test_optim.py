@@ -50,9 +50,7 @@ def test_groups() -> None:
     model = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 2), "locked": nn.Linear(2, 2)})
     model["locked"].requires_grad_(False)
     model["token_embedding"] = nn.Embedding(4, 2)
-    groups = parameter_groups(
-        model.named_parameters(), learning_rate=1e-3, weight_decay=1e-4, rates={"head.": 4.0}
-    )
+    groups = parameter_groups(model.named_parameters(), learning_rate=1e-3, weight_decay=1e-4, rates={"head.": 4.0})
     by_name = {name: group for group in groups for name in group["names"]}
     assert set(by_name) == {
         "body.weight", "body.bias", "head.weight", "head.bias", "token_embedding.weight",

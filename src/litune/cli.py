@@ -78,13 +78,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except PermissionError as why:
-        fail(f"{why.filename}: {why.strerror}: choose another place, or change its permissions")
     except OSError as why:
-        if why.errno not in FULL_DISK:
-            raise
         where = f" while writing {why.filename}" if why.filename else ""
-        fail(f"the disk is full{where} ({why.strerror}): what is finished is kept; free space and run the same command")
+        if why.errno in FULL_DISK:
+            fail(
+                f"the disk is full{where} ({why.strerror}): what is finished is kept; free space, then the same command"
+            )
+        if why.filename is None:
+            raise
+        fail(f"{why.filename}: {why.strerror}: choose another path, or change what is there")
 
 
 def fail(message: str) -> None:

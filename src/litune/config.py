@@ -169,7 +169,11 @@ class TuneConfig:
         for name, number in (("learning-rate", self.learning_rate), ("clip-norm", self.clip_norm)):
             if not number > 0:
                 raise ConfigError(f"--{name} is {number}, it must be positive")
-        for name, number in (("weight-decay", self.weight_decay), ("shrinkage", self.shrinkage), ("checkpoint-seconds", self.checkpoint_seconds)):
+        for name, number in (
+            ("weight-decay", self.weight_decay),
+            ("shrinkage", self.shrinkage),
+            ("checkpoint-seconds", self.checkpoint_seconds),
+        ):
             if not number >= 0:
                 raise ConfigError(f"--{name} is {number}, it must not be negative")
         _share("warmup", self.warmup)

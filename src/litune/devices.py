@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from litune.errors import ConfigError
@@ -15,6 +17,11 @@ def pick_device(name: str) -> torch.device:
     if not available.get(name, False):
         raise ConfigError(f"--device {name} is not available on this machine: use cpu or auto")
     return torch.device(name)
+
+
+def processor_cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def fast_bfloat16(device: torch.device) -> bool:

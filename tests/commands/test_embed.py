@@ -58,7 +58,9 @@ def test_few_damaged_images_are_skipped_by_name(photos: Path, tower_module: str,
     whole = (photos / "images" / "blue-box-1.png").read_bytes()
     (photos / "images" / "blue-box-1.png").write_bytes(whole[: len(whole) // 2])
     (photos / "images" / "green-bar-0.png").unlink()
-    with pytest.raises(DataError, match=r"3 of 24 images can't be used \(at most 1.0% may\), as red-box-0.png: not an image"):
+    with pytest.raises(
+        DataError, match=r"3 of 24 images can't be used \(at most 1.0% may\), as red-box-0.png: not an image"
+    ):
         embed(pairs=photos, image_tower=tower_module, out=tmp_path / "s")
     store = embed(pairs=photos, image_tower=tower_module, out=tmp_path / "t", max_damaged=0.2, batch_size=4)
     assert len(store) == 21
@@ -83,7 +85,9 @@ def test_another_tower_names_both_sides(store: FeatureStore, photos: Path, tmp_p
     file = tmp_path / "colortower.py"
     file.write_text(file.read_text().replace("(32, 32)", "(16, 16)").replace(", 8)", ", 4)"))
     sys.modules.pop("colortower")
-    with pytest.raises(StoreError, match=r"was made with python:colortower:make, not with .* \(weights \w{12} and \w{12}"):
+    with pytest.raises(
+        StoreError, match=r"was made with python:colortower:make, not with .* \(weights \w{12} and \w{12}"
+    ):
         embed(pairs=photos, image_tower="python:colortower:make", out=store.path)
 
 

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.conftest import random_store, random_timm_tower
+from tests.test_features import clip_retrieval_folder
 
 import litune
 from litune.checkpoint import load
@@ -25,8 +27,6 @@ from litune.losses import softmax_loss
 from litune.towers import text as text_towers
 from litune.towers.image import weights_hash
 from litune.towers.text import parse_text_spec
-from tests.conftest import random_store, random_timm_tower
-from tests.test_features import clip_retrieval_folder
 
 
 def test_learns(tune_config: TuneConfig) -> None:
@@ -67,7 +67,7 @@ def test_same_seed_same_bytes(tune_config: TuneConfig, tmp_path: Path) -> None:
     assert bytes_of(tune_config.out) != bytes_of(other.out)
 
 
-class _Stop(Exception):
+class _StopError(Exception):
     pass
 
 
@@ -83,11 +83,11 @@ def test_interrupted_anywhere_ends_with_the_same_bytes(
 
         def stopping(self: Tuning, batch: object, stop_at: int = stop_at) -> dict[str, float]:
             if self.progress.step == stop_at:
-                raise _Stop
+                raise _StopError
             return step(self, batch)  # type: ignore[arg-type]
 
         monkeypatch.setattr(Tuning, "step", stopping)
-        with pytest.raises(_Stop):
+        with pytest.raises(_StopError):
             tune.run(broken)
         with pytest.raises(RunError, match="tuning has not finished"):
             load(broken.out)

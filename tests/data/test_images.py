@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tests.conftest import draw
 
 from litune.data.images import ImageTransform, decode_file, map_ahead, open_rgb
 from litune.errors import DataError
-from tests.conftest import draw
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:

@@ -6,10 +6,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from tests.conftest import draw
 
 from litune.data.pairs import read_pairs
 from litune.errors import DataError
-from tests.conftest import draw
 
 ROWS = [
     ("a.png", "train", "en", "a red box"),

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.conftest import draw, random_timm_tower
 
 from litune.errors import TowerError
 from litune.towers.image import differences, load_image_tower, weights_hash
-from tests.conftest import draw, random_timm_tower
 
 
 def picture(size: tuple[int, int] = (90, 70)) -> Image.Image:

@@ -101,9 +101,10 @@ def reference_vit(tower: VitTextTower, ids: np.ndarray) -> np.ndarray:
 
     def norm(x: np.ndarray, name: str) -> np.ndarray:
         centred = x - x.mean(-1, keepdims=True)
-        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * state[f"{name}.weight"] + state[
-            f"{name}.bias"
-        ]
+        return (
+            centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * state[f"{name}.weight"]
+            + state[f"{name}.bias"]
+        )
 
     def dense(x: np.ndarray, name: str) -> np.ndarray:
         return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
@@ -113,7 +114,8 @@ def reference_vit(tower: VitTextTower, ids: np.ndarray) -> np.ndarray:
     for i in range(len(tower.blocks)):
         y = norm(x, f"blocks.{i}.norm1")
         q, k, v = (
-            dense(y, f"blocks.{i}.{n}").reshape(len(ids), heads, -1).transpose(1, 0, 2) for n in ("query", "key", "value")
+            dense(y, f"blocks.{i}.{n}").reshape(len(ids), heads, -1).transpose(1, 0, 2)
+            for n in ("query", "key", "value")
         )
         scores = q @ k.transpose(0, 2, 1) / np.sqrt(q.shape[-1])
         weights = np.exp(scores - scores.max(-1, keepdims=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from litune.config import EmbedConfig, command
 from litune.data.images import Decoded, decode_file, map_ahead
 from litune.data.pairs import Damage, Pairs, read_pairs
-from litune.devices import pick_bfloat16, pick_device
+from litune.devices import pick_bfloat16, pick_device, processor_cores
 from litune.errors import DataError, OutputExistsError, StoreError
 from litune.features import MANIFEST, FeatureStore, StoreWriter, library_versions
 from litune.files import clear_output, read_json
@@ -110,9 +109,7 @@ def one_tower(manifest: dict[str, Any]) -> str:
 
 def _encode(config: EmbedConfig, pairs: Pairs, tower: ImageTower, writer: StoreWriter, bfloat16: bool) -> None:
     """Decode ahead in threads, run the tower batch by batch, write shard by shard."""
-    workers = (
-        config.workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    workers = config.workers or processor_cores()
     caption_damage = list(pairs.damaged) if writer.seen == 0 else []
     limit = config.max_damaged * len(pairs)
     damaged_images = _damaged_images(writer, len(pairs.damaged))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from litune.config import EvalConfig, command
 from litune.data.images import decode_file, map_ahead
 from litune.data.names import canonicalize
 from litune.data.pairs import class_folders
+from litune.devices import processor_cores
 from litune.errors import DataError
 from litune.evaluation import retrieval as retrieval_metrics
 from litune.evaluation import zero_shot as zero_shot_metrics
@@ -73,7 +73,8 @@ def evaluate_classes(model: LiT, config: EvalConfig, where: Path) -> dict[str, A
         names = list(tree)
         owners, features, damaged = encode_tree(model, tree, config.max_damaged)
     classifier = model.zero_shot(names, config.templates)
-    labels = torch.tensor([names.index(owner) for owner in owners])
+    number = {name: i for i, name in enumerate(names)}
+    labels = torch.tensor([number[owner] for owner in owners])
     scores = classifier.scores(features)
     found = zero_shot_metrics.accuracy(scores, labels)
     return found | {
@@ -94,7 +95,7 @@ def encode_tree(model: LiT, tree: dict[str, list[Path]], max_damaged: float) -> 
     decoded = map_ahead(
         lambda i: decode_file(i, str(files[i][1]), files[i][1], tower.preprocess),
         range(len(files)),
-        os.cpu_count() or 1,
+        processor_cores(),
         ahead=72,
     )
     with track("embedding", "images", len(files)) as task:

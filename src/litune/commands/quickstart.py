@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,15 +12,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from litune.checkpoint import CONFIG, load
 from litune.checkpoint import MANIFEST as RUN_MANIFEST
-from litune.checkpoint import load
 from litune.commands.embed import embed
 from litune.commands.evaluate import evaluate
 from litune.commands.tune import tune
-from litune.config import QuickstartConfig, command
+from litune.config import QuickstartConfig, command, to_json
 from litune.data import emoji as emoji_pairs
 from litune.data.emoji import Emoji
-from litune.errors import OutputExistsError
+from litune.errors import OutputExistsError, RunError, StoreError
 from litune.evaluation.zero_shot import accuracy
 from litune.features import MANIFEST as STORE_MANIFEST
 from litune.features import FeatureStore, library_versions
@@ -57,7 +58,7 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
     counts = {
         "render": len(found),
         "embed": len(store),
-        "tune": read_json(out / "run" / RUN_MANIFEST, OutputExistsError)["pairs_seen"],
+        "tune": read_json(out / "run" / RUN_MANIFEST, RunError)["pairs_seen"],
         "evaluate": results["retrieval"]["captions"],
     }
     for name, stage in stages.items():
@@ -96,7 +97,7 @@ def _render(found: list[Emoji], out: Path) -> None:
 
 def _embed(out: Path) -> tuple[FeatureStore, bool]:
     there = out / "features" / STORE_MANIFEST
-    if there.exists() and read_json(there, OutputExistsError).get("complete"):
+    if there.exists() and read_json(there, StoreError).get("complete"):
         store = FeatureStore(out / "features")
         say(f"reusing the features of {len(store):,} images in {store.path}: every image is encoded once")
         return store, True
@@ -104,11 +105,13 @@ def _embed(out: Path) -> tuple[FeatureStore, bool]:
 
 
 def _tune(config: QuickstartConfig) -> LiT:
-    run = config.out / "run"
-    if (run / RUN_MANIFEST).exists() and read_json(run / RUN_MANIFEST, OutputExistsError).get("seed") == config.seed:
-        say(f"reusing the tuned run {run}: remove it to tune again")
-        return load(run)
     recipe = quickstart_tune(config.out, config.seed)
+    if (recipe.out / CONFIG).exists():
+        if read_json(recipe.out / CONFIG, RunError) != to_json(recipe):
+            recipe = dataclasses.replace(recipe, overwrite=True)
+        elif (recipe.out / RUN_MANIFEST).exists():
+            say(f"reusing the tuned run {recipe.out}: remove it to tune again")
+            return load(recipe.out)
     return tune.run(recipe)
 
 

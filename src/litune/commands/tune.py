@@ -384,8 +384,8 @@ class Tuning:
 
 
 def default_pairs_seen(images: int) -> int:
-    """How long to tune where nothing is asked: 15 epochs, at least 30,000 pairs and at most 4 million."""
-    return min(4_000_000, max(30_000, 15 * images))
+    """How long to tune where nothing is asked: 10 epochs, at least 30,000 pairs and at most 4 million."""
+    return min(4_000_000, max(30_000, 10 * images))
 
 
 def evaluation_steps(steps: int, evaluations: int) -> set[int]:

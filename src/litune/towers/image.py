@@ -10,7 +10,6 @@ import hashlib
 import importlib
 import inspect
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from litune.data.images import ImageTransform
+from litune.devices import processor_cores
 from litune.errors import MissingExtraError, TowerError, nearest
 from litune.towers.quiet import quiet_transformers
 
@@ -347,7 +347,7 @@ def _onnx(spec: str, name: str, options: dict[str, str]) -> ImageTower:
         raise TowerError(f"{file} does not exist: give the path of an ONNX file after onnx:")
     try:
         settings = onnxruntime.SessionOptions()
-        settings.intra_op_num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+        settings.intra_op_num_threads = processor_cores()
         session = onnxruntime.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
     except Exception as why:
         raise TowerError(_reason(f"{file} can't be loaded by ONNX Runtime", why)) from why

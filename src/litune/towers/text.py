@@ -379,7 +379,7 @@ def _empty_hf(config: Any) -> Any:
     from transformers import AutoModel
 
     extra = {"add_pooling_layer": False} if config.model_type in _POOLERS else {}
-    return AutoModel.from_config(config, **extra)
+    return AutoModel.from_config(config, dtype=torch.float32, **extra)
 
 
 def _set_dropout(config: Any, dropout: float) -> None:
