@@ -68,6 +68,8 @@ def test_wrong_settings() -> None:
         EmbedConfig(pairs=Path("p"), image_tower="x", out=Path("o"), max_damaged=3)
     with pytest.raises(ConfigError, match="--dim needs an image head"):
         TuneConfig(store=Path("s"), text_tower="minilm", out=Path("o"), dim=4)
+    with pytest.raises(ConfigError, match="--precision is 'bf16', it must be one of auto, float32, bfloat16"):
+        TuneConfig(store=Path("s"), text_tower="minilm", out=Path("o"), precision="bf16")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="no label"):
         ClassifyConfig(run=Path("r"), images=(Path("x"),), labels=())
 

@@ -28,21 +28,20 @@ def test_json(tmp_path: Path) -> None:
 
 def test_clear_output(tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    clear_output(folder, "store.json", "feature store", overwrite=False)
+    clear_output(folder, False, "feature store", overwrite=False)
     folder.mkdir()
-    clear_output(folder, "store.json", "feature store", overwrite=False)
+    clear_output(folder, False, "feature store", overwrite=False)
     (folder / "thesis.tex").write_text("years of work")
     with pytest.raises(OutputExistsError, match="not a feature store of litune"):
-        clear_output(folder, "store.json", "feature store", overwrite=True)
+        clear_output(folder, False, "feature store", overwrite=True)
     assert (folder / "thesis.tex").exists()
-    (folder / "store.json").write_text("{}")
     with pytest.raises(OutputExistsError, match="--overwrite"):
-        clear_output(folder, "store.json", "feature store", overwrite=False)
-    clear_output(folder, "store.json", "feature store", overwrite=True)
+        clear_output(folder, True, "feature store", overwrite=False)
+    clear_output(folder, True, "feature store", overwrite=True)
     assert not folder.exists()
     folder.write_text("a file")
     with pytest.raises(OutputExistsError, match="is a file"):
-        clear_output(folder, "store.json", "feature store", overwrite=True)
+        clear_output(folder, True, "feature store", overwrite=True)
 
 
 def test_sweep(tmp_path: Path) -> None:

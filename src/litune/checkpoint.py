@@ -13,6 +13,8 @@ Every file is written under a temporary name and renamed. There is no pickle.
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,8 +50,15 @@ def model_state(model: LiT) -> dict[str, Tensor]:
 def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Write tensors and JSON facts as one safetensors file, atomically."""
     with atomic(path) as temporary:
-        # Tied weights would share memory, which safetensors refuses.
-        save_file({k: v.clone() for k, v in tensors.items()}, temporary, {"litune": json.dumps(facts)})
+        try:
+            # Tied weights would share memory, which safetensors refuses.
+            save_file({k: v.clone() for k, v in tensors.items()}, temporary, {"litune": json.dumps(facts)})
+        except SafetensorError as why:
+            # safetensors hides the system's error in its message: a full disk should say so.
+            code = re.search(r"os error (\d+)", str(why))
+            if code is None:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -84,9 +84,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             fail(
                 f"the disk is full{where} ({why.strerror}): what is finished is kept; free space, then the same command"
             )
-        if why.filename is None:
+        if why.errno is None:
             raise
-        fail(f"{why.filename}: {why.strerror}: choose another path, or change what is there")
+        fail(f"{why.filename or 'a file'}: {why.strerror}: choose another path, or change what is there")
 
 
 def fail(message: str) -> None:

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, ParamSpec, TypeVar, cast
+from typing import Annotated, Any, Generic, Literal, ParamSpec, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from tyro.conf import Positional, UseAppendAction, arg
 
@@ -60,8 +60,8 @@ class EmbedConfig:
     store_dtype: Literal["float16", "float32"] = "float16"
     """How features are stored."""
     shard_size: int = 16384
-    """The most images in one file of the store. Files are also closed every few seconds, so that an
-    interruption costs seconds of work."""
+    """Images after which a file of the store is closed (at the end of a batch). Files are also closed every few
+    seconds, so that an interruption costs seconds of work."""
     max_damaged: float = 0.01
     """Stop when more than this share of the images or captions can't be used."""
     overwrite: bool = False
@@ -70,6 +70,7 @@ class EmbedConfig:
     """Where the tower runs."""
 
     def __post_init__(self) -> None:
+        _choices(self)
         _at_least("batch-size", self.batch_size, 1)
         _at_least("workers", self.workers, 0)
         _at_least("shard-size", self.shard_size, 1)
@@ -114,7 +115,7 @@ class TuneConfig:
     """A head on the image side, tuned. none keeps the locked tower's own feature space."""
     dim: int | None = None
     """The shared dimension; the image tower's width unless there is an image head."""
-    image_map: Literal["none", "center", "whiten"] = "whiten"
+    image_map: Literal["none", "center", "whiten"] = "center"
     """A fixed linear map of the locked tower's features before they are normalised, estimated once on the tuning
     images and saved with the run: subtract their mean (features of a CNN after its last ReLU are all positive, so
     that every cosine starts high), or also even out their variances. none: the tower's features as they are, as in
@@ -127,8 +128,9 @@ class TuneConfig:
     """Pairs in a batch; each is contrasted with all others."""
     learning_rate: float = 1e-3
     """The peak learning rate."""
-    head_rate: float = 4.0
-    """The learning rate of the heads, as a multiple of --learning-rate; 1 in the paper's long runs."""
+    head_rate: float = 1.0
+    """The learning rate of the heads, as a multiple of --learning-rate. On a thousand pairs, a lower rate with
+    --head-rate 10 overfits less."""
     temperature_rate: float = 30.0
     """The learning rate of the temperature, as a multiple of --learning-rate; 1 in the paper's long runs, but in
     some hundred steps the temperature could not leave its start."""
@@ -147,7 +149,7 @@ class TuneConfig:
     """The temperature's start: the logarithm of the scale, ln 10 as in the paper."""
     precision: Precision = "auto"
     """Arithmetic of the text tower; auto: bfloat16 on processors with AMX or AVX512-bf16 and on GPUs."""
-    evaluations: int = 5
+    evaluations: int = 3
     """How often the held-out pairs are evaluated during tuning, spread evenly."""
     checkpoint_seconds: float = 60.0
     """Seconds between checkpoints: what an interruption can cost."""
@@ -159,6 +161,7 @@ class TuneConfig:
     """Where the text tower is tuned."""
 
     def __post_init__(self) -> None:
+        _choices(self)
         for name, value, least in (
             ("batch-size", self.batch_size, 2),
             ("max-tokens", self.max_tokens, 2),
@@ -176,8 +179,13 @@ class TuneConfig:
         ):
             if not number >= 0:
                 raise ConfigError(f"--{name} is {number}, it must not be negative")
+        for name, number in (("head-rate", self.head_rate), ("temperature-rate", self.temperature_rate)):
+            if not number >= 0:
+                raise ConfigError(f"--{name} is {number}, it must not be negative")
         _share("warmup", self.warmup)
-        _share("holdout", self.holdout)
+        for name, number in (("holdout", self.holdout), ("beta2", self.beta2)):
+            if not 0 <= number < 1:
+                raise ConfigError(f"--{name} is {number}, it must be at least 0 and less than 1")
         if self.dropout is not None:
             _share("dropout", self.dropout)
         if self.pairs_seen is not None:
@@ -215,6 +223,7 @@ class EvalConfig:
     """Where the towers run."""
 
     def __post_init__(self) -> None:
+        _choices(self)
         if self.store is None and self.classes is None:
             raise ConfigError("nothing to evaluate: give --store for retrieval, --classes for classification, or both")
         _share("max-damaged", self.max_damaged)
@@ -241,6 +250,7 @@ class ClassifyConfig:
     """Where the towers run."""
 
     def __post_init__(self) -> None:
+        _choices(self)
         if not self.images:
             raise ConfigError("no image was given")
         if not self.labels:
@@ -269,6 +279,7 @@ class SearchConfig:
     """Where the text tower runs."""
 
     def __post_init__(self) -> None:
+        _choices(self)
         _at_least("top", self.top, 1)
         if not self.query.strip():
             raise ConfigError("the query is empty: say what to look for")
@@ -286,6 +297,14 @@ class QuickstartConfig:
     """The folder to write. A second run reuses the pictures and features that are there."""
     seed: int = 0
     """The seed of everything random."""
+
+
+def _choices(config: Any) -> None:
+    """Check settings of few choices, as the command line does, for those who call from Python."""
+    for name, hint in get_type_hints(type(config)).items():
+        if get_origin(hint) is Literal and getattr(config, name) not in get_args(hint):
+            choices = ", ".join(map(str, get_args(hint)))
+            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)!r}, it must be one of {choices}")
 
 
 def _at_least(name: str, value: int, least: int) -> None:

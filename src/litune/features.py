@@ -272,15 +272,17 @@ class StoreWriter:
         """How many of the source's images are done, damaged ones included."""
         return int(self.manifest["seen"])
 
-    def write_shard(self, features: np.ndarray, rows: pa.Table, damaged: Sequence[Damage], seen: int) -> None:
-        """Write one shard: features [n, D], n rows of metadata, what was damaged, and the source's position."""
+    def write_shard(
+        self, features: np.ndarray, rows: pa.Table, damaged: Sequence[Damage], seen: int, seconds: float = 0.0
+    ) -> None:
+        """Write one shard: features [n, D], n rows of metadata, what was damaged, source position and time."""
         number = self.manifest["shards"]
         stored = features.astype(self.manifest["dtype"])
         if not np.isfinite(stored).all():
             row = int(np.flatnonzero(~np.isfinite(stored).all(axis=1))[0])
             raise DataError(
                 f"the features of {rows['key'][row].as_py()} do not fit {self.manifest['dtype']} "
-                "(infinite or not a number): use --store-dtype float32, or check the tower"
+                "(infinite or not a number): use --store-dtype float32 (with --overwrite), or check the tower"
             )
         if len(features):
             with atomic(self.path / "img_emb" / f"img_emb_{number:04d}.npy") as file, open(file, "wb") as out:
@@ -297,6 +299,7 @@ class StoreWriter:
             "damaged": self.manifest["damaged"] + len(damaged),
             "width": int(features.shape[1]) if len(features) else self.manifest.get("width"),
             "seen": seen,
+            "seconds": round(self.manifest.get("seconds", 0.0) + seconds, 3),
         }
         write_json(self.path / MANIFEST, self.manifest)
 

@@ -67,16 +67,16 @@ def sweep_temporaries(folder: Path) -> None:
             path.unlink()
 
 
-def clear_output(folder: Path, marker: str, what: str, overwrite: bool) -> None:
+def clear_output(folder: Path, ours: bool, what: str, overwrite: bool) -> None:
     """Make way for a new `what` at `folder`: refuse if it exists, or remove it when `overwrite` is set.
 
-    A folder without the file `marker` was not written by litune and is never removed.
+    A folder that is not `ours`, that litune did not write, is never removed.
     """
     if folder.is_file():
         raise OutputExistsError(f"{folder} is a file, expected a folder for the {what}: choose another --out")
     if not folder.exists() or not any(folder.iterdir()):
         return
-    if not (folder / marker).exists():
+    if not ours:
         raise OutputExistsError(f"{folder} is not empty and not a {what} of litune: choose another --out")
     if not overwrite:
         raise OutputExistsError(f"{folder} already holds a {what}: choose another --out, or give --overwrite")

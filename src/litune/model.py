@@ -143,7 +143,7 @@ class ZeroShot:
             raise DataError("zero-shot classification needs at least one class name")
         self.model, self.class_names, self.templates = model, list(class_names), list(templates)
         names = [canonicalize(name) or name for name in class_names]
-        texts = [template.format(name) for name in names for template in templates]
+        texts = [template.replace("{}", name) for name in names for template in templates]
         features = model.encode_text(texts).view(len(names), len(templates), -1)
         self.weights: Float[Tensor, "C D"] = normalize(features.mean(1))
 

@@ -21,6 +21,7 @@ def quickstart_tune(folder: Path, seed: int) -> TuneConfig:
         pairs_seen=16_000,
         learning_rate=3e-4,
         head_rate=10,
+        image_map="whiten",
         shrinkage=10,
         evaluations=4,
         seed=seed,

@@ -264,3 +264,102 @@ def test_evaluation_steps() -> None:
     assert evaluation_steps(10, 3) == {4, 7, 10}
     assert evaluation_steps(10, 0) == set()
     assert evaluation_steps(2, 5) == {1, 2}
+
+
+def test_a_folder_of_others_is_never_removed(tune_config: TuneConfig, tiny_bert: Path, tmp_path: Path) -> None:
+    """A Hugging Face checkpoint has a config.json too: --overwrite does not touch it."""
+    mine = tmp_path / "my-bert"
+    mine.mkdir()
+    for file in tiny_bert.iterdir():
+        (mine / file.name).write_bytes(file.read_bytes())
+    config = dataclasses.replace(tune_config, text_tower=f"hf:{mine}", out=mine)
+    for overwrite in (False, True):
+        with pytest.raises(OutputExistsError, match="not a run of litune"):
+            tune.run(dataclasses.replace(config, overwrite=overwrite))
+    assert {p.name for p in mine.iterdir()} == {p.name for p in tiny_bert.iterdir()}
+
+
+def test_a_failing_command_touches_nothing(tune_config: TuneConfig) -> None:
+    tune.run(dataclasses.replace(tune_config, pairs_seen=12, evaluations=0))
+    before = bytes_of(tune_config.out)
+    for wrong in ({"text_tower": "hf:/nowhere"}, {"split": "trian"}, {"max_tokens": 4000}):
+        with pytest.raises(litune.LituneError):
+            tune.run(dataclasses.replace(tune_config, overwrite=True, **wrong))
+    assert bytes_of(tune_config.out) == before
+    fresh = dataclasses.replace(tune_config, out=tune_config.out.parent / "fresh", text_tower="hf:/nowhere")
+    with pytest.raises(litune.LituneError):
+        tune.run(fresh)
+    assert not fresh.out.exists()
+
+
+def stop_after(steps: int, config: TuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Tuning.step
+
+    def stopping(self: Tuning, batch: object) -> dict[str, float]:
+        if self.progress.step == steps:
+            raise _StopError
+        return step(self, batch)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tuning, "step", stopping)
+        with pytest.raises(_StopError):
+            tune.run(config)
+
+
+def test_going_on_wants_the_same_store(tune_config: TuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(tune_config, checkpoint_seconds=0.0)
+    stop_after(5, config, monkeypatch)
+    manifest = Path(config.store) / "store.json"
+    facts = json.loads(manifest.read_text())
+    facts["tower"]["weights"] = "0" * 64
+    manifest.write_text(json.dumps(facts))
+    with pytest.raises(RunError, match=r"begun on another store \(tower differ"):
+        tune.run(config)
+
+
+def test_overwrite_goes_on_too(
+    tune_config: TuneConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(tune_config, checkpoint_seconds=0.0, overwrite=True)
+    stop_after(5, config, monkeypatch)
+    tune.run(config)
+    assert "from step 5 of 40" in capsys.readouterr().err
+
+
+def test_stopped_before_the_first_checkpoint(tune_config: TuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_after(5, tune_config, monkeypatch)
+    tune.run(tune_config)
+    steps = [json.loads(line)["step"] for line in (tune_config.out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+    assert steps.count(3) == 1
+
+
+def test_full_disk(tune_config: TuneConfig) -> None:
+    """One line, exit code 2, and the same command finishes once there is room."""
+    code = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (40000, 40000))\n"
+        "from litune.cli import main\n"
+        "main(sys.argv[1:])"
+    )
+    command = [
+        "tune", str(tune_config.store), "--text-tower", tune_config.text_tower, "--out", str(tune_config.out),
+        "--pairs-seen", "60", "--batch-size", "6", "--evaluations", "0",
+    ]  # fmt: skip
+    full = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
+    assert full.returncode == 2, full.stderr
+    assert "the disk is full" in full.stderr
+    assert "Traceback" not in full.stderr
+    done = subprocess.run([sys.executable, "-m", "litune", *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_val_split(store: FeatureStore, tune_config: TuneConfig) -> None:
+    with pytest.raises(StoreError, match="no split 'tset'"):
+        choose_pairs(store, dataclasses.replace(tune_config, val_split="tset"))
+    train, val = choose_pairs(store, dataclasses.replace(tune_config, split="val", holdout=0.4))
+    assert val is not None
+    assert (len(train), len(val)) == (4, 2)
+    with pytest.raises(ConfigError, match="needs two or more"):
+        choose_pairs(store, dataclasses.replace(tune_config, split="val", holdout=0.9))

@@ -156,3 +156,26 @@ def test_nothing_there(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(DataError, match="not a table"):
         read_pairs(tmp_path / "notes.txt")
+
+
+def test_lists_of_languages_and_empty_lists(folder: Path) -> None:
+    lines = [
+        {"image": "a.png", "caption": ["a box", "eine Kiste"], "lang": ["en", "de"]},
+        {"image": "b.png", "caption": [], "lang": []},
+        *({"image": "b.png", "caption": [f"box {i}"], "lang": "en"} for i in range(200)),
+    ]
+    (folder / "c.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    pairs = read_pairs(folder)
+    assert pairs.table["langs"][0].as_py() == ["en", "de"]
+    assert [d.reason for d in pairs.damaged] == ["the list of captions is empty"]
+    (folder / "c.jsonl").write_text(json.dumps({"image": "a.png", "caption": []}))
+    with pytest.raises(DataError, match="no usable caption"):
+        read_pairs(folder, max_damaged=1.0)
+    (folder / "c.jsonl").write_text(json.dumps(lines[0] | {"lang": ["en"]}))
+    with pytest.raises(DataError, match="2 captions but 1 languages"):
+        read_pairs(folder)
+
+
+def test_here(class_tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(class_tree)
+    assert len(read_pairs(Path())) == 12

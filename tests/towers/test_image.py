@@ -116,12 +116,12 @@ def test_hf_weights_that_are_missing_are_an_error(tmp_path: Path) -> None:
         load_image_tower(f"hf:{tmp_path}")
 
 
-@pytest.mark.parametrize("fixed_batch", [False, True])
-def test_onnx(tmp_path: Path, fixed_batch: bool) -> None:
+@pytest.mark.parametrize("fixed_batch", [0, 1, 2])
+def test_onnx(tmp_path: Path, fixed_batch: int) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     helper, types = onnx.helper, onnx.TensorProto
-    batch = 1 if fixed_batch else "batch"
+    batch = fixed_batch or "batch"
     graph = helper.make_graph(
         [helper.make_node("GlobalAveragePool", ["pixels"], ["features"])],
         "mean",
@@ -133,9 +133,12 @@ def test_onnx(tmp_path: Path, fixed_batch: bool) -> None:
     with pytest.raises(TowerError, match=r"does not say its preprocessing: add \?size=224"):
         load_image_tower(f"onnx:{file}")
     tower = load_image_tower(f"onnx:{file}?size=16&mean=0.5,0.5,0.5&std=0.25,0.25,0.25&interpolation=bilinear")
-    pixels = np.stack([tower.preprocess(picture()), tower.preprocess(draw("red", "box"))])
+    pixels = np.stack(
+        [tower.preprocess(picture()), tower.preprocess(draw("red", "box")), tower.preprocess(draw("blue", "bar"))]
+    )
     expected = ((pixels / 255 - 0.5) / 0.25).mean((2, 3))
     assert np.allclose(tower.encode(torch.from_numpy(pixels)).numpy(), expected, atol=1e-5)
+    assert load_image_tower(tower.provenance["spec"]).provenance == tower.provenance, "a run finds its tower again"
     (tmp_path / "mean.json").write_text(json.dumps({"size": 16, "mean": [0.5] * 3, "std": [0.25] * 3, "crop_pct": 0.9}))
     assert load_image_tower(f"onnx:{file}").provenance["preprocess"]["crop_pct"] == 0.9
 

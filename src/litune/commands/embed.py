@@ -15,7 +15,7 @@ from litune.config import EmbedConfig, command
 from litune.data.images import Decoded, decode_file, map_ahead
 from litune.data.pairs import Damage, Pairs, read_pairs
 from litune.devices import pick_bfloat16, pick_device, processor_cores
-from litune.errors import DataError, OutputExistsError, StoreError
+from litune.errors import DataError, LituneError, OutputExistsError, StoreError
 from litune.features import MANIFEST, FeatureStore, StoreWriter, library_versions
 from litune.files import clear_output, read_json
 from litune.progress import Task, say, track
@@ -63,9 +63,8 @@ def embed(config: EmbedConfig) -> FeatureStore:
     writer = StoreWriter(config.out, manifest)
     if writer.seen:
         say(f"going on with {config.out}: {writer.seen:,} of {len(pairs):,} images are done")
-    began = time.monotonic()
     _encode(config, pairs, tower, writer, bfloat16)
-    store = writer.finish(seconds=round(writer.manifest.get("seconds", 0.0) + time.monotonic() - began, 3))
+    store = writer.finish()
     if store.manifest["damaged"]:
         say(f"skipped {store.manifest['damaged']:,} images and captions that can't be used: {config.out}/damaged.jsonl")
     say(f"wrote {config.out}: {len(store):,} images, D={store.width}, {store.manifest['dtype']}")
@@ -74,10 +73,20 @@ def embed(config: EmbedConfig) -> FeatureStore:
 
 def _check_output(out: Path, manifest: dict[str, Any], overwrite: bool) -> None:
     """Let an unfinished store of the same tower and pairs pass, refuse or remove anything else."""
-    if overwrite or not (out / MANIFEST).exists():
-        clear_output(out, MANIFEST, "feature store", overwrite)
+    if not (out / MANIFEST).exists():
+        clear_output(out, False, "feature store", overwrite)
         return
     there = read_json(out / MANIFEST, StoreError)
+    try:
+        _check_same(out, there, manifest)
+    except LituneError:
+        if not overwrite:
+            raise
+        clear_output(out, "dtype" in there, "feature store", overwrite)
+
+
+def _check_same(out: Path, there: dict[str, Any], manifest: dict[str, Any]) -> None:
+    """Raise unless the store at `out` is an unfinished one of this tower and these pairs."""
     found = differences(there.get("tower") or {}, manifest["tower"])
     if (there.get("tower") or {}).get("precision") != manifest["tower"]["precision"]:
         found.append(f"precision {there['tower'].get('precision')} and {manifest['tower']['precision']}")
@@ -89,7 +98,7 @@ def _check_output(out: Path, manifest: dict[str, Any], overwrite: bool) -> None:
         )
     if there.get("complete"):
         raise OutputExistsError(
-            f"{out} is finished ({there['rows']:,} images, {one_tower(there)}): use it, choose another --out, "
+            f"{out} is finished ({there['rows']:,} images, {_tower_name(there)}): use it, choose another --out, "
             "or give --overwrite"
         )
     if there["pairs"]["fingerprint"] != manifest["pairs"]["fingerprint"]:
@@ -99,10 +108,10 @@ def _check_output(out: Path, manifest: dict[str, Any], overwrite: bool) -> None:
             "choose another --out or give --overwrite"
         )
     if there["dtype"] != manifest["dtype"]:
-        raise StoreError(f"{out} was begun with --store-dtype {there['dtype']}, not {manifest['dtype']}: keep to one")
+        raise StoreError(f"{out} was begun with --store-dtype {there['dtype']}, not {manifest['dtype']}: keep to it")
 
 
-def one_tower(manifest: dict[str, Any]) -> str:
+def _tower_name(manifest: dict[str, Any]) -> str:
     """The tower of a store's manifest, in a word."""
     return str((manifest.get("tower") or {}).get("spec", "unknown tower"))
 
@@ -129,7 +138,8 @@ def _encode(config: EmbedConfig, pairs: Pairs, tower: ImageTower, writer: StoreW
             if damaged_images > limit:
                 raise DataError(
                     f"{damaged_images:,} of {len(pairs):,} images can't be used (at most "
-                    f"{config.max_damaged:.1%} may), as {bad[0].key}: {bad[0].reason}; mend or remove them, or raise "
+                    f"{config.max_damaged:.1%} may), as "
+                    f"{_last_damage(writer, shard.damaged + bad)}; mend them or raise "
                     f"--max-damaged; what is done stays in {writer.path}"
                 )
             if good:
@@ -141,7 +151,7 @@ def _encode(config: EmbedConfig, pairs: Pairs, tower: ImageTower, writer: StoreW
             now = time.monotonic()
             due = now - closed >= max(SHARD_SECONDS, SHARD_SHARE * (now - began))
             if due or shard.rows >= config.shard_size or seen == len(pairs):
-                shard.write(writer, seen)
+                shard.write(writer, seen, now - closed)
                 _announce_damage(shard.damaged)
                 shard, closed = _Shard(pairs, []), now
     _finish_rate(writer, task)
@@ -181,7 +191,7 @@ class _Shard:
         # The pixels have done their work.
         self.images += [Decoded(d.row, d.key, None, d.width, d.height, d.sha256) for d in images]
 
-    def write(self, writer: StoreWriter, seen: int) -> None:
+    def write(self, writer: StoreWriter, seen: int, seconds: float) -> None:
         width = int(writer.manifest.get("width") or 0)
         features = np.concatenate(self.features) if self.features else np.empty((0, width), np.float32)
         source = self.pairs.table.take(pa.array([d.row for d in self.images], pa.int64()))
@@ -197,7 +207,12 @@ class _Shard:
             "height": pa.array([d.height for d in self.images], pa.int32()),
             "sha256": pa.array([d.sha256 for d in self.images], pa.string()),
         }
-        writer.write_shard(features, pa.table(columns), self.damaged, seen)
+        writer.write_shard(features, pa.table(columns), self.damaged, seen, seconds)
+
+
+def _last_damage(writer: StoreWriter, damaged: list[Damage]) -> str:
+    """One damaged image, for a message."""
+    return f"{damaged[0].key}: {damaged[0].reason}" if damaged else f"those in {writer.path / 'damaged.jsonl'}"
 
 
 def _damaged_images(writer: StoreWriter, damaged_captions: int) -> int:

@@ -115,4 +115,6 @@ def encode_tree(model: LiT, tree: dict[str, list[Path]], max_damaged: float) -> 
             if len(waiting) == 32 or (waiting and task.done == len(files)):
                 parts.append(model.encode_features(tower.encode(torch.from_numpy(np.stack(waiting)))))
                 waiting = []
+    if not parts:
+        raise DataError("none of the images in the class folders can be read")
     return owners, torch.cat(parts), damaged

@@ -16,7 +16,7 @@ from litune.checkpoint import CONFIG, load
 from litune.checkpoint import MANIFEST as RUN_MANIFEST
 from litune.commands.embed import embed
 from litune.commands.evaluate import evaluate
-from litune.commands.tune import tune
+from litune.commands.tune import changed_settings, tune
 from litune.config import QuickstartConfig, command, to_json
 from litune.data import emoji as emoji_pairs
 from litune.data.emoji import Emoji
@@ -44,17 +44,16 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
     Raises `MissingExtraError` where the extra `quickstart` is not installed.
     """
     out = config.out
-    if out.exists() and not (out / "emoji").exists() and any(out.iterdir()):
-        raise OutputExistsError(f"{out} is not empty and not a quickstart of litune: choose another --out")
+    if out.exists() and (not out.is_dir() or (not (out / "emoji").exists() and any(out.iterdir()))):
+        raise OutputExistsError(f"{out} is there and not a quickstart of litune: choose another --out")
     began = time.monotonic()
     stages: dict[str, dict[str, Any]] = {}
 
     found = emoji_pairs.find_emoji()
-    _timed(stages, "render", "pictures", lambda: _render(found, out))
-    store, reused = _timed(stages, "embed", "images", lambda: _embed(out))
-    stages["embed"]["reused"] = reused
+    _timed(stages, "render", "pictures", lambda: (None, _render(found, out)))
+    store = _timed(stages, "embed", "images", lambda: _embed(out))
     model = _timed(stages, "tune", "pairs", lambda: _tune(config))
-    results = _timed(stages, "evaluate", "captions", lambda: evaluate.run(quickstart_eval(out)))
+    results = _timed(stages, "evaluate", "captions", lambda: (evaluate.run(quickstart_eval(out)), False))
     counts = {
         "render": len(found),
         "embed": len(store),
@@ -63,7 +62,8 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
     }
     for name, stage in stages.items():
         stage["count"] = counts[name]
-        stage["rate"] = round(counts[name] / max(stage["seconds"], 1e-3), 1)
+        if not stage["reused"]:
+            stage["rate"] = round(counts[name] / max(stage["seconds"], 1e-3), 1)
 
     held_out = [one for one in found if one.split == "val"]
     zero_shot = _zero_shot(model, store, held_out)
@@ -83,16 +83,19 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
     return figures
 
 
-def _timed(stages: dict[str, dict[str, Any]], name: str, unit: str, work: Callable[[], T]) -> T:
+def _timed(stages: dict[str, dict[str, Any]], name: str, unit: str, work: Callable[[], tuple[T, bool]]) -> T:
+    """Do `work`, which says whether it reused what was there, and note how long it took."""
     began = time.monotonic()
-    result = work()
-    stages[name] = {"seconds": round(time.monotonic() - began, 2), "unit": unit}
+    result, reused = work()
+    stages[name] = {"seconds": round(time.monotonic() - began, 2), "unit": unit, "reused": reused}
     return result
 
 
-def _render(found: list[Emoji], out: Path) -> None:
-    with track("rendering", "pictures", len(found)) as task:
+def _render(found: list[Emoji], out: Path) -> bool:
+    there = sum((out / "emoji" / "images" / one.key).exists() for one in found)
+    with track("rendering", "pictures", len(found), there) as task:
         emoji_pairs.render(found, out / "emoji", lambda: task.advance(1))
+    return there == len(found)
 
 
 def _embed(out: Path) -> tuple[FeatureStore, bool]:
@@ -104,15 +107,15 @@ def _embed(out: Path) -> tuple[FeatureStore, bool]:
     return embed.run(quickstart_embed(out)), False
 
 
-def _tune(config: QuickstartConfig) -> LiT:
+def _tune(config: QuickstartConfig) -> tuple[LiT, bool]:
     recipe = quickstart_tune(config.out, config.seed)
     if (recipe.out / CONFIG).exists():
-        if read_json(recipe.out / CONFIG, RunError) != to_json(recipe):
+        if changed_settings(read_json(recipe.out / CONFIG, RunError), to_json(recipe)):
             recipe = dataclasses.replace(recipe, overwrite=True)
         elif (recipe.out / RUN_MANIFEST).exists():
             say(f"reusing the tuned run {recipe.out}: remove it to tune again")
-            return load(recipe.out)
-    return tune.run(recipe)
+            return load(recipe.out), True
+    return tune.run(recipe), False
 
 
 def _zero_shot(model: LiT, store: FeatureStore, held_out: list[Emoji]) -> dict[str, Any]:
@@ -170,8 +173,8 @@ def _show(figures: dict[str, Any], out: Path) -> None:
     for column in ("stage", "seconds", "rate"):
         stages.add_column(column, justify="left" if column == "stage" else "right")
     for name, stage in figures["stages"].items():
-        note = " (reused)" if stage.get("reused") else ""
-        stages.add_row(name + note, f"{stage['seconds']:.1f}", f"{stage['rate']:,.0f} {stage['unit']}/s")
+        rate = "reused" if stage["reused"] else f"{stage['rate']:,.0f} {stage['unit']}/s"
+        stages.add_row(name, f"{stage['seconds']:.1f}", rate)
     console.print(stages)
 
     classes = Table(

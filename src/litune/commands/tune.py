@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,15 +56,17 @@ def tune(config: TuneConfig) -> LiT:
     store = FeatureStore(config.store)
     spec = parse_text_spec(config.text_tower)
     train, val = choose_pairs(store, config)
-    goes_on = prepare_run(config)
-    torch.manual_seed(config.seed)
+    goes_on = can_go_on(config)
     device = pick_device(config.device)
+    torch.manual_seed(config.seed)
     tokenizer = make_tokenizer(spec, config, train.captions)
     model = make_model(store, spec, tokenizer, train, config).to(device)
     run = Tuning(config, store, train, val, model, device)
+    if not goes_on:
+        prepare_run(config)
+    run.announce()
     if goes_on:
         run.go_on()
-    run.announce()
     run.fit()
     return load(config.out, device=config.device)
 
@@ -72,38 +75,72 @@ def choose_pairs(store: FeatureStore, config: TuneConfig) -> tuple[Selection, Se
     """The pairs to tune on and, where there are any, the held-out ones."""
     if "split" in store.metadata.column_names:
         splits = set(store.metadata["split"].to_pylist())
-        train = store.select(config.split, config.lang)
-        held = config.val_split != config.split and config.val_split in splits
-        return train, store.select(config.val_split, config.lang) if held else None
-    pairs = store.select(lang=config.lang)
+        pairs = store.select(config.split, config.lang)
+        if config.val_split in splits and config.val_split != config.split:
+            return _enough(pairs), store.select(config.val_split, config.lang)
+        if config.val_split != TuneConfig.val_split:
+            store.select(config.val_split, config.lang)  # says which splits there are
+            raise ConfigError(f"--split and --val-split are both {config.split!r}: evaluate on pairs not tuned on")
+    else:
+        pairs = store.select(lang=config.lang)
     held_out = min(HOLDOUT_MOST, round(config.holdout * len(pairs)))
     if held_out < 2:
-        return pairs, None
+        return _enough(pairs), None
     # By the seed of the store's order alone: another run's seed holds out the same images.
     order = np.random.default_rng(0).permutation(len(pairs))
-    return pairs.subset(np.sort(order[held_out:])), pairs.subset(np.sort(order[:held_out]))
+    return _enough(pairs.subset(np.sort(order[held_out:]))), pairs.subset(np.sort(order[:held_out]))
 
 
-def prepare_run(config: TuneConfig) -> bool:
-    """Make way for the run, or find that an unfinished one with the same config can be gone on with."""
+def _enough(pairs: Selection) -> Selection:
+    if len(pairs) < 2:
+        raise ConfigError(f"{pairs.store.path} has {len(pairs)} image to tune on: contrastive tuning needs two or more")
+    return pairs
+
+
+def can_go_on(config: TuneConfig) -> bool:
+    """Whether an unfinished run of the same config is at the output; raises where something else is in the way.
+
+    Writes nothing: whatever else is wrong with the settings is found before a byte is touched.
+    """
     out = config.out
-    if not config.overwrite and (out / CONFIG).exists():
-        if (out / MANIFEST).exists():
+    before = _config_at(out)
+    finished = (out / MANIFEST).exists()
+    if before is not None and not finished and not changed_settings(before, to_json(config)):
+        return True  # also with --overwrite: the same command goes on
+    if before is not None and not config.overwrite:
+        if finished:
             raise OutputExistsError(f"{out} holds a finished run: choose another --out, or give --overwrite")
-        before, now = read_json(out / CONFIG, RunError), to_json(config)
-        changed = [k for k in now if before.get(k) != now[k] and k not in ("overwrite", "out", "checkpoint_seconds")]
-        if changed:
-            sides = "; ".join(f"{k} was {before.get(k)!r}, is {now[k]!r}" for k in changed)
-            raise RunError(
-                f"{out} holds an unfinished run of another config ({sides}): give the same, choose another --out, "
-                "or give --overwrite"
-            )
-        sweep_temporaries(out)
-        return (out / STATE).exists()
-    clear_output(out, CONFIG, "run", config.overwrite)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / CONFIG, to_json(config))
+        sides = "; ".join(
+            f"{k} was {before.get(k)!r}, is {v!r}" for k, v in changed_settings(before, to_json(config)).items()
+        )
+        raise RunError(
+            f"{out} holds an unfinished run of another config ({sides}): give the same, choose another --out, "
+            "or give --overwrite"
+        )
+    if before is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        clear_output(out, False, "run", config.overwrite)
     return False
+
+
+def prepare_run(config: TuneConfig) -> None:
+    """Make way for a new run and write its config."""
+    clear_output(config.out, _config_at(config.out) is not None, "run", config.overwrite)
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_json(config.out / CONFIG, to_json(config))
+
+
+def _config_at(out: Path) -> dict[str, Any] | None:
+    """The config of the run at `out`; None where there is no run of litune (other tools write a config.json too)."""
+    if not (out / CONFIG).is_file():
+        return None
+    found = read_json(out / CONFIG, RunError)
+    return found if {"store", "text_tower", "pairs_seen"} <= found.keys() else None
+
+
+def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The settings of `now` that are others in `before`, but for those that leave the result as it is."""
+    neutral = ("overwrite", "out", "checkpoint_seconds")
+    return {k: v for k, v in now.items() if before.get(k) != v and k not in neutral}
 
 
 def make_tokenizer(spec: TextSpec, config: TuneConfig, captions: Sequence[str]) -> Tokenizer:
@@ -198,8 +235,6 @@ class Tuning:
         self.tokens = model.tokenizer(train.captions)
         first = np.concatenate([[0], np.cumsum(train.counts)])
         self.size = min(config.batch_size, len(train))
-        if self.size < 2:
-            raise ConfigError(f"{config.store} has {len(train)} image to tune on: contrastive tuning needs two or more")
         self.batches = Batches(first, self.size, config.seed)
         self.pairs_seen = config.pairs_seen or default_pairs_seen(len(train))
         self.steps = max(1, round(self.pairs_seen / self.size))
@@ -242,7 +277,7 @@ class Tuning:
         log_every = max(1, self.steps // LOG_LINES)
         done = self.progress.step
         with (
-            open(self.config.out / METRICS, "a", encoding="utf-8") as metrics,
+            open(self.config.out / METRICS, "a" if done else "w", encoding="utf-8") as metrics,
             track("tuning", "pairs", self.steps * self.size, done * self.size) as task,
         ):
             for batch in self.batches.from_step(done, self.steps):
@@ -275,7 +310,7 @@ class Tuning:
             keys = ", ".join(self.train.keys[i] for i in batch.images[:3])
             raise RunError(
                 f"the loss is {loss.item()} at step {self.progress.step} (images {keys}, …): lower --learning-rate, or "
-                f"try --precision float32; the last checkpoint stays in {self.config.out}"
+                f"try --precision float32, in another --out; the last checkpoint stays in {self.config.out}"
             )
         loss.backward()
         tuned = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -318,24 +353,37 @@ class Tuning:
         for name, parameter in self._named_tuned():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value).detach().cpu()
-        facts = dataclasses.asdict(self.progress) | {"steps": self.steps, "last_evaluation": self.last_evaluation}
+        facts = dataclasses.asdict(self.progress) | {"last_evaluation": self.last_evaluation, "about": self.about()}
         save_tensors(self.config.out / STATE, tensors, facts)
 
+    def about(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to be gone on from."""
+        facts = {
+            "steps": self.steps,
+            "images": len(self.train),
+            "captions": int(self.train.counts.sum()),
+            "tower": self.store.tower,
+            "pairs": self.store.manifest.get("pairs"),
+        }
+        return dict(json.loads(json.dumps(facts)))
+
     def go_on(self) -> None:
-        """Take up the last checkpoint; lines logged after it are dropped."""
+        """Take up the last checkpoint, if there is one; lines logged after it are dropped."""
+        sweep_temporaries(self.config.out)
+        if not (self.config.out / STATE).exists():
+            return
         tensors, facts = load_tensors(self.config.out / STATE)
-        if facts["steps"] != self.steps:
+        if facts["about"] != self.about():
+            differing = [k for k, v in self.about().items() if facts["about"].get(k) != v]
             raise RunError(
-                f"{self.config.out} was begun for {facts['steps']:,} steps, now there would be {self.steps:,}: the "
-                "store has changed; give --overwrite or another --out"
+                f"{self.config.out} was begun on another store ({', '.join(differing)} differ from {self.config.store} "
+                "as it is now): give --overwrite, or another --out"
             )
         self.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
         for name, parameter in self._named_tuned():
             prefix = f"optimizer.{name}."
             state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            self.optimizer.state[parameter] = {
-                k: v if k == "step" else v.to(parameter.device) for k, v in state.items()
-            }
+            self.optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in state.items()}
         self.progress = Progress(facts["step"], facts["seconds"])
         self.last_evaluation = facts["last_evaluation"]
         file = self.config.out / METRICS

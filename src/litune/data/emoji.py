@@ -87,7 +87,7 @@ def render(emoji: list[Emoji], folder: Path, rendered: Callable[[], None]) -> No
             picture = resvg_py.svg_to_bytes(svg_path=str(one.svg), width=SIZE, height=SIZE, background="white")
             with atomic(file) as temporary:
                 temporary.write_bytes(bytes(picture))
-        rendered()
+            rendered()
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["image", "split", "caption"])

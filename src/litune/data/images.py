@@ -128,6 +128,9 @@ def decode_file(row: int, key: str, path: Path, preprocess: Callable[[Image.Imag
         return Decoded(row, key, None, damage=Damage(key, why.strerror or str(why)))
     except LituneError as why:
         return Decoded(row, key, None, damage=Damage(key, str(why)))
+    except Exception as why:  # a tower's own preprocessing, on a picture it did not expect
+        reason = f"the tower's preprocessing failed: {type(why).__name__}: {why}"
+        return Decoded(row, key, None, damage=Damage(key, reason))
     return Decoded(row, key, pixels, image.width, image.height, hashlib.sha256(data).hexdigest())
 
 

@@ -151,7 +151,8 @@ def _find_table(folder: Path) -> Path | None:
         raise DataError(f"{folder} has several tables ({names}): give the one to read, and --images {folder}")
     if tables:
         return tables[0]
-    beside = [t for s in sorted(TABLE_SUFFIXES) if (t := folder.with_name(folder.name + s)).is_file()]
+    whole = folder.absolute()
+    beside = [t for s in sorted(TABLE_SUFFIXES) if (t := whole.parent / f"{whole.name}{s}").is_file()]
     return beside[0] if beside else None
 
 
@@ -296,10 +297,10 @@ def _optional(file: Path, names: list[str], wanted: str, usual: str, option: str
 
 @dataclass
 class _Flat:
-    """One entry per usable caption (or one with None for an image without any), in the table's order."""
+    """One entry per usable caption, in the table's order."""
 
     image: list[str]
-    caption: list[str | None]
+    caption: list[str]
     split: list[str]
     lang: list[str]
     damaged: list[Damage]
@@ -322,7 +323,13 @@ def _flatten(
             flat.damaged.append(Damage(where, f"the image path is {image!r}, expected a path"))
             continue
         captions = cell if isinstance(cell, list) else [cell]
-        for caption in captions:
+        lang = langs[row] if langs else ""
+        if isinstance(lang, list) and len(lang) != len(captions):
+            flat.damaged.append(Damage(f"{where} ({image})", f"{len(captions)} captions but {len(lang)} languages"))
+            continue
+        if not captions:
+            flat.damaged.append(Damage(f"{where} ({image})", "the list of captions is empty"))
+        for i, caption in enumerate(captions):
             if not isinstance(caption, str):
                 reason = f"the caption is {caption!r}, expected a string"
                 flat.damaged.append(Damage(f"{where} ({image})", reason))
@@ -332,7 +339,7 @@ def _flatten(
                 flat.image.append(image)
                 flat.caption.append(caption.strip())
                 flat.split.append(str(splits[row] or "") if splits else "")
-                flat.lang.append(str(langs[row] or "") if langs else "")
+                flat.lang.append(str((lang[i] if isinstance(lang, list) else lang) or ""))
     if not flat.image:
         raise DataError(f"{file} has no usable caption: {flat.damaged[0].key}: {flat.damaged[0].reason}")
     return flat

@@ -76,7 +76,8 @@ class ImageTower(nn.Module):
         pixels = pixels.to(mean.device)
         if self.normalize:
             pixels = (pixels.float() - mean) / self.get_buffer("std")
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        if pixels.ndim == 4:
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
         with torch.autocast(mean.device.type, torch.bfloat16, enabled=bfloat16):
             features = self.network(pixels)
         if features.ndim != 2:
@@ -272,11 +273,11 @@ class _HfNetwork(nn.Module):
         if self.pooling == "pooler":
             return torch.flatten(output.pooler_output, 1)
         hidden: Tensor = output.last_hidden_state
-        return hidden[:, 0] if self.pooling == "first token" else hidden.mean((2, 3))
+        return hidden[:, 0]
 
 
 # ViT's pooler is a tanh layer that its pre-training does not fill: the features are the CLS token's.
-_FIRST_TOKEN = {"vit", "deit", "vit_mae", "dinov2", "dinov2_with_registers", "dinov3_vit", "vit_msn", "ijepa"}
+_FIRST_TOKEN = {"vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "vit_msn"}
 
 
 def _hf(spec: str, name: str, options: dict[str, str]) -> ImageTower:
@@ -300,6 +301,8 @@ def _hf(spec: str, name: str, options: dict[str, str]) -> ImageTower:
     missing = sorted(report["missing_keys"])
     if missing:
         raise TowerError(f"{name} lacks {len(missing)} of the tower's weights, {missing[0]!r} first")
+    if kind == "vit_mae":
+        raise TowerError(f"{name} is a masked autoencoder, which hides patches at random: use its timm twin")
     if kind in _FIRST_TOKEN:
         pooling = "first token"
     elif any("pooler" in n for n, _ in model.named_modules()) or hasattr(model, "pooler"):
@@ -325,15 +328,15 @@ class _OnnxNetwork:
         self.input = session.get_inputs()[0]
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        # A model exported with a fixed batch takes its images in batches of just that size.
+        # A model exported with a fixed batch takes its images in batches of just that size, the last one filled up.
         fixed = self.input.shape[0] if isinstance(self.input.shape[0], int) else len(pixels)
         output = self.session.get_outputs()[0].name
-        features = torch.cat(
-            [
-                torch.from_numpy(self.session.run([output], {self.input.name: part.contiguous().cpu().numpy()})[0])
-                for part in pixels.split(fixed)
-            ]
-        )
+        parts = []
+        for part in pixels.split(fixed):
+            full = torch.cat([part, part[-1:].expand(fixed - len(part), *part.shape[1:])])
+            values = self.session.run([output], {self.input.name: full.contiguous().cpu().numpy()})[0]
+            parts.append(torch.from_numpy(values)[: len(part)])
+        features = torch.cat(parts)
         return features.flatten(1) if features.ndim == 4 and features.shape[2:] == (1, 1) else features
 
 
@@ -354,7 +357,7 @@ def _onnx(spec: str, name: str, options: dict[str, str]) -> ImageTower:
     transform = _onnx_transform(spec, file, options)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     return ImageTower(
-        spec.partition("?")[0],
+        spec,
         _OnnxNetwork(session),
         transform,
         description=transform.describe(),

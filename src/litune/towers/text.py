@@ -104,7 +104,7 @@ def pool(hidden: Float[Tensor, "S W"], packed: Packed, how: str) -> Float[Tensor
     pooled = []
     for begin, n, length in packed.spans():
         block = hidden[begin : begin + n * length].unflatten(0, (n, length)).float()
-        pooled.append(block.mean(1) if how == "mean" else block[:, 0 if how == "first" else -1])
+        pooled.append(block.mean(1) if how == "mean" else block[:, {"first": 0, "last": -1}[how]])
     return torch.cat(pooled)[packed.inverse]
 
 
@@ -352,6 +352,8 @@ def _load_hf(spec: TextSpec, pooling: str, dropout: float | None) -> HfTextTower
     from transformers import AutoModel
 
     config = _hf_config(spec)
+    if not hasattr(config, "hidden_size"):
+        raise TowerError(f"{spec.spec} ({config.model_type}) is not a text encoder that litune reads")
     if config.is_encoder_decoder:
         raise TowerError(f"{spec.spec} is an encoder-decoder ({config.model_type}): litune reads encoders")
     if dropout is not None:
