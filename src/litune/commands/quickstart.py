@@ -34,7 +34,7 @@ from litune.recipes import quickstart_embed, quickstart_eval, quickstart_tune
 T = TypeVar("T")
 
 # Free-form queries that are nobody's name, for the gallery beside held-out names.
-FREE_QUERIES = ("something to eat for breakfast", "a wild animal", "a way to travel", "a happy face")
+FREE_QUERIES = ("a wild animal", "a way to travel", "a happy face", "something to eat")
 
 
 @command(QuickstartConfig)
@@ -143,7 +143,8 @@ def _zero_shot(model: LiT, store: FeatureStore, held_out: list[Emoji]) -> dict[s
 
 def _gallery(model: LiT, store: FeatureStore, held_out: list[Emoji], out: Path) -> dict[str, str]:
     """Queries and the pictures found for them among the held-out ones: one PNG, one HTML file."""
-    names = [one for one in held_out if "flag" not in one.name][:: max(1, len(held_out) // 6)][:4]
+    kinds = [kind for kind in emoji_pairs.CLASSES if kind != "flag"]  # nobody tells one unseen flag from another
+    names = [next(one for one in held_out if one.kind == kind) for kind in kinds]
     queries = [*(one.name for one in names), *FREE_QUERIES]
     right = [{one.key} for one in names] + [set[str]() for _ in FREE_QUERIES]
     only = {one.key for one in held_out}
