@@ -176,7 +176,7 @@ def test_interrupted(store: FeatureStore, tiny_bert: Path, tmp_path: Path) -> No
         "--precision", "float32",
     ]  # fmt: skip
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (tmp_path / "r" / "state.safetensors").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
