@@ -119,7 +119,7 @@ def _tune(config: QuickstartConfig) -> tuple[LiT, bool]:
 
 
 def _zero_shot(model: LiT, store: FeatureStore, held_out: list[Emoji]) -> dict[str, Any]:
-    """Sort held-out pictures into classes that no caption named, and show one of each."""
+    """Sort held-out pictures into classes whose names are no picture's caption, and show one of each."""
     keys = store.metadata["key"].to_pylist()
     row = {key: i for i, key in enumerate(keys)}
     shown = [one for one in held_out if one.kind is not None]

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from litune.data.images import ImageTransform
 from litune.devices import processor_cores
 from litune.errors import MissingExtraError, TowerError, nearest
+from litune.files import sha256_file
 from litune.towers.quiet import quiet_transformers
 
 Preprocess = Callable[[Image.Image], np.ndarray]
@@ -355,13 +356,12 @@ def _onnx(spec: str, name: str, options: dict[str, str]) -> ImageTower:
     except Exception as why:
         raise TowerError(_reason(f"{file} can't be loaded by ONNX Runtime", why)) from why
     transform = _onnx_transform(spec, file, options)
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
     return ImageTower(
         spec,
         _OnnxNetwork(session),
         transform,
         description=transform.describe(),
-        weights=digest,
+        weights=sha256_file(file),
         pooling="model output",
     )
 

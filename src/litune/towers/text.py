@@ -24,8 +24,6 @@ from litune.data.tokenizers import Layout, Tokens
 from litune.errors import MissingExtraError, TowerError, nearest
 from litune.towers.quiet import quiet_transformers
 
-POOLINGS = ("first", "mean", "last")
-
 # Sizes of the ViT-style text transformer (METHOD, "Scaling Vision Transformers"): width, depth, mlp, heads.
 VIT_SIZES = {
     "Ti": (192, 12, 768, 3),
