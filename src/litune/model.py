@@ -18,7 +18,8 @@ from litune.data.tokenizers import Tokenizer, Tokens
 from litune.errors import DataError, TowerError
 from litune.losses import normalize
 from litune.towers.image import ImageTower
-from litune.towers.text import TextTower, pack
+from litune.towers.packing import pack
+from litune.towers.text import TextTower
 
 Picture = str | Path | Image.Image
 

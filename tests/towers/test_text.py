@@ -8,12 +8,12 @@ import torch
 
 from litune.data.tokenizers import Tokenizer, Tokens, find_tokenizer
 from litune.errors import TowerError
+from litune.towers.packing import pack
 from litune.towers.text import (
     VIT_SIZES,
     VitTextTower,
     build_text_tower,
     make_text_tower,
-    pack,
     parse_text_spec,
     text_layout,
 )
@@ -24,15 +24,6 @@ TEXTS = ["a red box", "the ring is blue, really", "x", "the box is in the box in
 def ragged(lengths: list[int], vocab: int = 50) -> Tokens:
     random = np.random.default_rng(0)
     return Tokens(random.integers(5, vocab, sum(lengths)), np.array(lengths))
-
-
-def test_pack() -> None:
-    tokens = ragged([3, 1, 2, 1])
-    packed = pack(tokens, torch.device("cpu"))
-    assert packed.groups == [(2, 1), (1, 2), (1, 3)]
-    assert packed.ids.tolist() == [int(tokens.ids[i]) for i in (3, 6, 4, 5, 0, 1, 2)]
-    assert packed.positions.tolist() == [0, 0, 0, 1, 0, 1, 2]
-    assert packed.inverse.tolist() == [3, 0, 2, 1]
 
 
 @pytest.mark.parametrize("pooling", ["first", "mean", "last"])
@@ -58,6 +49,45 @@ def test_bert_without_padding_is_transformers_with_padding(tiny_bert: Path, pool
         real = hidden[i, : len(row)]
         expected = {"first": real[0], "mean": real.mean(0), "last": real[-1]}[pooling]
         assert torch.allclose(found[i], expected, atol=1e-6)
+
+
+def test_roberta_is_transformers_own(tmp_path: Path) -> None:
+    """RoBERTa's positions begin after the padding token's number."""
+    from transformers import RobertaConfig, RobertaModel
+
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=20,
+        type_vocab_size=1,
+        pad_token_id=1,
+    )
+    theirs = RobertaModel(config, add_pooling_layer=False).eval()
+    theirs.save_pretrained(tmp_path)
+    tower = make_text_tower(parse_text_spec(f"hf:{tmp_path}"), vocab_size=50, max_tokens=16).eval()
+    assert tower.max_positions == 18
+    tokens = ragged([3, 5, 16, 3])
+    with torch.no_grad():
+        found = tower(pack(tokens, torch.device("cpu")))
+        for i in range(4):
+            ids = torch.from_numpy(tokens.take(np.array([i])).ids)[None]
+            assert torch.allclose(found[i], theirs(input_ids=ids).last_hidden_state[0, 0], atol=1e-6)
+
+
+def test_bfloat16_stays_close(tiny_bert: Path) -> None:
+    """In bfloat16 a text's vector points where the float32 one does."""
+    tower = make_text_tower(parse_text_spec(f"hf:{tiny_bert}"), vocab_size=40, max_tokens=12).eval()
+    packed = pack(ragged([4, 2, 7, 12], 40), torch.device("cpu"))
+    with torch.no_grad():
+        exact = tower(packed)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = tower(packed)
+    assert found.dtype == torch.float32
+    assert torch.cosine_similarity(found, exact).min() > 0.999
 
 
 def test_gradients_without_padding(tiny_bert: Path) -> None:

@@ -6,7 +6,6 @@ padded: a step costs what its real tokens cost.
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,14 +13,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from litune.data.tokenizers import Layout, Tokens
+from litune.data.tokenizers import Layout
 from litune.errors import MissingExtraError, TowerError, nearest
+from litune.towers.bert import BERT_LIKE, ROBERTA_LIKE, bert_encode
+from litune.towers.dropout import dropout
+from litune.towers.packing import Packed, attention, pool
 from litune.towers.quiet import quiet_transformers
 
 # Sizes of the ViT-style text transformer (METHOD, "Scaling Vision Transformers"): width, depth, mlp, heads.
@@ -33,77 +34,6 @@ VIT_SIZES = {
     "H": (1280, 32, 5120, 16),
     "g": (1408, 40, 6144, 16),
 }
-
-
-@dataclass(frozen=True)
-class Packed:
-    """N texts without padding, sorted by length: what a text tower reads.
-
-    `ids` and `positions` [S] hold all tokens one text after the other; `groups` says how many texts there are
-    of each length, as (count, length) in the order of `ids`; `inverse` [N] puts the texts back in their order.
-    """
-
-    ids: Int[Tensor, " S"]
-    positions: Int[Tensor, " S"]
-    groups: list[tuple[int, int]]
-    inverse: Int[Tensor, " N"]
-
-    def spans(self) -> list[tuple[int, int, int]]:
-        """For each group, where its tokens begin, its number of texts, and their length."""
-        begins = itertools.accumulate((n * length for n, length in self.groups), initial=0)
-        return [(b, n, length) for b, (n, length) in zip(begins, self.groups, strict=False)]
-
-
-def pack(tokens: Tokens, device: torch.device) -> Packed:
-    """Sort N texts by length and join them."""
-    order = np.argsort(tokens.lengths, kind="stable")
-    sorted_tokens = tokens.take(order)
-    lengths, counts = np.unique(sorted_tokens.lengths, return_counts=True)
-    ends = np.cumsum(sorted_tokens.lengths)
-    starts = np.repeat(ends - sorted_tokens.lengths, sorted_tokens.lengths)
-    inverse = np.empty(len(order), dtype=np.int64)
-    inverse[order] = np.arange(len(order))
-    return Packed(
-        torch.from_numpy(sorted_tokens.ids).to(device),
-        torch.from_numpy(np.arange(len(sorted_tokens.ids)) - starts).to(device),
-        [(int(n), int(length)) for n, length in zip(counts, lengths, strict=True)],
-        torch.from_numpy(inverse).to(device),
-    )
-
-
-def attend(
-    q: Float[Tensor, "S H d"],
-    k: Float[Tensor, "S H d"],
-    v: Float[Tensor, "S H d"],
-    spans: list[tuple[int, int, int]],
-    scale: float,
-    dropout: float = 0.0,
-) -> Float[Tensor, "S W"]:
-    """Softmax attention of packed tokens, each text to itself only.
-
-    Texts of one length are a dense block, so no mask is needed and nothing is computed for padding.
-    """
-    outputs = []
-    for begin, n, length in spans:
-        block = slice(begin, begin + n * length)
-        a, b, c = (x[block].unflatten(0, (n, length)).transpose(1, 2) for x in (q, k, v))
-        if q.device.type == "cpu":
-            # The fused kernel's backward is many times slower than this on CPUs in bfloat16.
-            weights = torch.softmax((a * scale) @ b.transpose(2, 3), dim=-1)
-            out = F.dropout(weights, dropout) @ c if dropout else weights @ c
-        else:
-            out = F.scaled_dot_product_attention(a, b, c, dropout_p=dropout, scale=scale)
-        outputs.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
-    return torch.cat(outputs)
-
-
-def pool(hidden: Float[Tensor, "S W"], packed: Packed, how: str) -> Float[Tensor, "N W"]:
-    """One float32 vector per text, in the texts' own order: its first token, its last, or the mean of all."""
-    pooled = []
-    for begin, n, length in packed.spans():
-        block = hidden[begin : begin + n * length].unflatten(0, (n, length)).float()
-        pooled.append(block.mean(1) if how == "mean" else block[:, {"first": 0, "last": -1}[how]])
-    return torch.cat(pooled)[packed.inverse]
 
 
 class TextTower(nn.Module):
@@ -134,62 +64,26 @@ class HfTextTower(TextTower):
         self.width = int(config.hidden_size)
         self.layout = _hf_layout(config.model_type)
         self.max_positions = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
-        self.packs = config.model_type in _PACKING
-        if self.packs:
-            _register_packed_attention()
-            model.set_attn_implementation("litune_packed")
+        if config.model_type in ROBERTA_LIKE:
+            self.max_positions -= config.pad_token_id + 1
         settings = json.loads(config.to_json_string(use_diff=False))
         settings.pop("_name_or_path", None)
         self.architecture = {"kind": "hf", "config": settings, "pooling": pooling}
 
     def forward(self, packed: Packed) -> Float[Tensor, "N W"]:
         """Pooled float32 vectors [N, width]."""
-        if self.packs:
-            hidden = self.model(
-                input_ids=packed.ids[None], position_ids=packed.positions[None], litune_spans=packed.spans()
-            ).last_hidden_state[0]
-        else:
-            # One call per length: no architecture needs to know of packing, and none sees padding.
-            hidden = torch.cat(
-                [
-                    self.model(
-                        input_ids=packed.ids[begin : begin + n * length].view(n, length)
-                    ).last_hidden_state.flatten(0, 1)
-                    for begin, n, length in packed.spans()
-                ]
+        if self.model.config.model_type in BERT_LIKE:
+            return pool(bert_encode(self.model, packed), packed, self.pooling)
+        # One call per length: no architecture needs to know of packing, and none sees padding.
+        flat = packed.ids.flatten()
+        order, vectors = [], []
+        for numbers, places in packed.by_length():
+            hidden = self.model(input_ids=flat[places]).last_hidden_state.float()
+            order.append(numbers)
+            vectors.append(
+                hidden.mean(1) if self.pooling == "mean" else hidden[:, {"first": 0, "last": -1}[self.pooling]]
             )
-        return pool(hidden, packed, self.pooling)
-
-
-# Architectures whose attention goes through transformers' interface and whose positions can be given.
-_PACKING = {"bert"}
-
-
-def _packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    litune_spans: list[tuple[int, int, int]] | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    if litune_spans is None:
-        raise TowerError("packed attention was called without the packed texts' spans")
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    scale = scaling if scaling is not None else float(q.shape[-1]) ** -0.5
-    mixed = attend(q, k, v, litune_spans, scale, dropout if module.training else 0.0)
-    return mixed.unflatten(-1, (q.shape[1], q.shape[2]))[None], None
-
-
-def _register_packed_attention() -> None:
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
-    AttentionInterface.register("litune_packed", _packed_attention)
-    AttentionMaskInterface.register("litune_packed", lambda *_, **__: None)
+        return torch.cat(vectors)[torch.cat(order).argsort()]
 
 
 class VitTextTower(TextTower):
@@ -233,9 +127,8 @@ class VitTextTower(TextTower):
     def forward(self, packed: Packed) -> Float[Tensor, "N W"]:
         """Pooled float32 vectors [N, width]."""
         x = self.token_embedding(packed.ids) + self.position_embedding[packed.positions]
-        spans = packed.spans()
         for block in self.blocks:
-            x = block(x, spans)
+            x = block(x, packed)
         return pool(self.norm(x), packed, self.pooling)
 
 
@@ -248,13 +141,13 @@ class _Block(nn.Module):
         self.out = nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, mlp), nn.Linear(mlp, width)
 
-    def forward(self, x: Tensor, spans: list[tuple[int, int, int]]) -> Tensor:
+    def forward(self, x: Tensor, packed: Packed) -> Tensor:
         drop = self.dropout if self.training else 0.0
         y = self.norm1(x)
         q, k, v = (layer(y).unflatten(-1, (self.heads, -1)) for layer in (self.query, self.key, self.value))
-        x = x + F.dropout(self.out(attend(q, k, v, spans, q.shape[-1] ** -0.5)), drop)
-        y = self.down(F.dropout(F.gelu(self.up(self.norm2(x)), approximate="tanh"), drop))
-        return x + F.dropout(y, drop)
+        x = x + dropout(self.out(attention(q, k, v, packed)), drop)
+        y = self.down(dropout(F.gelu(self.up(self.norm2(x)), approximate="tanh"), drop))
+        return x + dropout(y, drop)
 
 
 @dataclass(frozen=True)
