@@ -86,7 +86,7 @@ def softmax_loss(
     batch = _Batch(images, ids, negatives)
 
     def compute(needed: tuple[bool, ...], images: Tensor, texts: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-        if batch.alone and more_images is None and len(images) <= chunk:
+        if batch.alone and more_images is None and 0 < len(images) <= chunk:
             return _softmax_both_ways(images, texts, image_to_text, batch, needed)
         value, to_images, to_texts = _one_way(images, texts, _cross_entropy, batch, chunk, needed, weight=image_to_text)
         back, back_to_texts, back_to_images = _one_way(
