@@ -38,7 +38,10 @@ class Ids:
 
 @dataclass(frozen=True)
 class MoreImages:
-    """M images besides the batch's, with their ids and those of their texts, at most K each (−1 fills up)."""
+    """M images besides the batch's, with their ids and those of their texts, at most K each (−1 fills up).
+
+    Of several ranks each brings its own, with one K for all.
+    """
 
     features: Float[Tensor, "M D"]
     images: Int[Tensor, " M"]
@@ -71,9 +74,10 @@ def softmax_loss(
     (LiT, arXiv 2111.07991, equation 1, and CLIP, arXiv 2103.00020, with λ = ½; ConVIRT, arXiv 2010.00747, with any).
     Features are expected normalised.
 
-    `ids` leave pairs that are not each other's negatives out of both softmaxes. `more_images` are further negatives in
-    the text→image softmax, but for the images of a text's own image id or with its text id. With local negatives, a
-    softmax is over one rank's rows alone; the mean is over all.
+    Where rows i ≠ j have an id in common, s_ij and s_ji are left out of the sums in both softmaxes. `more_images` are
+    further candidates of every text, in the text→image softmax only; with `ids`, text i does not see those of its
+    image's id or with its own id among their texts. With local negatives, a softmax is over the rows of one rank; the
+    mean is over all.
 
     The arithmetic is float32, or float64 where features are. Raises `ValueError` for shapes that don't fit, a λ
     outside 0 to 1, and more images that require a gradient: they get none.
@@ -112,8 +116,9 @@ def sigmoid_loss(
     """The binary cross-entropy of every image with every text, summed, over the number of pairs (SigLIP).
 
     With s = scale · images @ textsᵀ + bias, the loss is −1/B · Σ_ij log σ(z_ij · s_ij), where z_ij is 1 for a pair,
-    i = j, and −1 for all others (arXiv 2303.15343). Features are expected normalised. `ids` leave out what is neither;
-    with local negatives, the sum is over the texts and images of the same rank.
+    i = j, and −1 for all others (arXiv 2303.15343). Features are expected normalised. Where
+    rows i ≠ j have an id in common, s_ij and s_ji are left out of the sum; with local negatives, so is what is of
+    two ranks.
 
     The arithmetic is float32, or float64 where features are. Raises `ValueError` for shapes that don't fit.
     """
