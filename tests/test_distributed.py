@@ -1,0 +1,216 @@
+"""What ranks do together, in three gloo processes, of which two then form a group of their own."""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from litune import distributed
+from litune.errors import ConfigError
+from litune.losses import Ids, MoreImages, normalize, sigmoid_loss, softmax_loss
+
+ROWS = {2: [5, 2], 3: [4, 0, 3]}  # pairs of each rank
+MORE = {2: [3, 1], 3: [1, 2, 1]}  # further images of each rank
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+LOSSES = ("softmax", "softmax, masked", "softmax, more images", "softmax, one way", "sigmoid", "sigmoid, masked")
+
+
+def loss_and_gradients(name: str, rows: slice, more_rows: slice, negatives: Any = "global") -> tuple[Tensor, ...]:
+    """A loss of these rows of seven pairs, and the gradients of what made their features."""
+    torch.manual_seed(0)
+    raw_images, raw_texts, raw_more = (torch.randn(n, 4, dtype=torch.float64) for n in (7, 7, 4))
+    heads = [torch.randn(4, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    scale, bias = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (5.0, -3.0))
+    images, texts = (normalize(x[rows] @ h) for x, h in zip((raw_images, raw_texts), heads, strict=True))
+    ids = Ids(torch.tensor([0, 1, 1, 2, 3, 4, 5])[rows], torch.tensor([0, 1, 2, 3, 3, 0, 6])[rows])
+    more = MoreImages(
+        normalize(raw_more[more_rows] @ heads[0].detach()),
+        torch.tensor([7, 1, 9, 5])[more_rows],
+        torch.tensor([[8, -1], [9, -1], [6, 0], [-1, -1]])[more_rows],
+    )
+    settings: dict[str, Any] = {"chunk": 3, "negatives": negatives}
+    if "masked" in name or "more" in name:
+        settings["ids"] = ids
+    if "more" in name:
+        settings["more_images"] = more
+    if "one way" in name:
+        settings["image_to_text"] = 1.0
+    parameters = [*heads, scale]
+    if name.startswith("sigmoid"):
+        loss = sigmoid_loss(images, texts, scale, bias, **settings)
+        parameters.append(bias)
+    else:
+        loss = softmax_loss(images, texts, scale, **settings)
+    return loss.detach(), *torch.autograd.grad(loss, parameters)
+
+
+def share(counts: list[int], rank: int) -> slice:
+    return slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+
+
+def work(rank: int, folder: Path, ports: dict[int, int]) -> None:
+    """What one process does; it writes what it saw."""
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    for size, port in ports.items():
+        if rank >= size:
+            continue
+        os.environ.update(zip(NAMES, (str(rank), str(size), str(rank), "127.0.0.1", str(port)), strict=True))
+        distributed.start("cpu")
+        distributed.start("cpu")  # is there already
+        rows, more_rows = share(ROWS[size], rank), share(MORE[size], rank)
+        seen: dict[str, Any] = {
+            "place": (distributed.rank(), distributed.world_size(), distributed.is_main()),
+            "objects": distributed.gather_objects({"rank": rank}),
+            "word": distributed.broadcast_object(f"from {rank}"),
+            "equal rows": distributed.gather_rows(torch.full((2, 3), rank)),
+            "rows": distributed.gather_rows(torch.full((ROWS[size][rank], 2), float(rank), requires_grad=True)),
+            "own rows": distributed.sum_own_rows(torch.arange(14.0).view(7, 2) + rank, ROWS[size]),
+            "sums": summed(rank),
+        }
+        try:
+            distributed.gather_rows(torch.zeros(1, 2 + rank))
+        except ValueError as why:
+            seen["unequal widths"] = str(why)
+        for name in LOSSES:
+            for negatives in ("global", "local"):
+                seen[f"{name}, {negatives}"] = loss_and_gradients(name, rows, more_rows, negatives)
+        distributed.barrier()
+        torch.save(seen, folder / f"{size}-{rank}.pt")
+        distributed.stop()
+        assert distributed.world_size() == 1
+
+
+def summed(rank: int) -> list[Tensor]:
+    distributed.BUCKET = 7  # so that there are several
+    whole, wide = torch.full((2, 3), float(rank)), torch.full((9,), 1.0, requires_grad=True)
+    tensors = [whole.T, torch.tensor(rank), torch.tensor(2.0), wide, torch.zeros(0)]
+    distributed.sum_(tensors)
+    return [whole, *(tensor.detach() for tensor in tensors[1:])]
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """What each rank saw, by the number of ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(work, (folder, {3: free_port(), 2: free_port()}), nprocs=3)
+    return {size: [torch.load(folder / f"{size}-{rank}.pt") for rank in range(size)] for size in ROWS}
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+@pytest.mark.parametrize("size", ROWS)
+def test_ranks(seen: dict[int, list[dict[str, Any]]], size: int) -> None:
+    for rank, found in enumerate(seen[size]):
+        assert found["place"] == (rank, size, rank == 0)
+        assert found["objects"] == [{"rank": r} for r in range(size)]
+        assert found["word"] == "from 0"
+
+
+@pytest.mark.parametrize("size", ROWS)
+def test_rows(seen: dict[int, list[dict[str, Any]]], size: int) -> None:
+    ranks = torch.arange(size)
+    own = (size * torch.arange(14.0).view(7, 2) + ranks.sum()).split(ROWS[size])
+    for rank, found in enumerate(seen[size]):
+        assert found["equal rows"].equal(ranks.repeat_interleave(2)[:, None].expand(-1, 3))
+        gathered = ranks.repeat_interleave(torch.tensor(ROWS[size])).float()
+        assert found["rows"].equal(gathered[:, None].expand(-1, 2))
+        assert not found["rows"].requires_grad
+        assert found["own rows"].equal(own[rank])
+        assert found["unequal widths"].startswith(f"rows are {[2 + r for r in range(size)]} wide on the ranks")
+
+
+@pytest.mark.parametrize("size", ROWS)
+def test_sums(seen: dict[int, list[dict[str, Any]]], size: int) -> None:
+    total = sum(range(size))
+    for found in seen[size]:
+        whole, count, number, wide, empty = found["sums"]
+        assert whole.equal(torch.full((2, 3), float(total)))
+        assert (count.item(), count.dtype) == (total, torch.int64)
+        assert number.item() == 2 * size
+        assert wide.equal(torch.full((9,), float(size)))
+        assert empty.numel() == 0
+
+
+@pytest.mark.parametrize("size", ROWS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_are_those_of_one_rank(seen: dict[int, list[dict[str, Any]]], size: int, name: str) -> None:
+    expected = loss_and_gradients(name, slice(None), slice(None))
+    check(seen[size], f"{name}, global", expected)
+
+
+@pytest.mark.parametrize("size", ROWS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_local_losses(seen: dict[int, list[dict[str, Any]]], size: int, name: str) -> None:
+    # The mean over pairs of what each rank would find for its own rows alone.
+    parts = [
+        [n / 7 * x for x in loss_and_gradients(name, share(ROWS[size], rank), share(MORE[size], rank))]
+        for rank, n in enumerate(ROWS[size])
+        if n
+    ]
+    expected = tuple(sum(xs[1:], xs[0]) for xs in zip(*parts, strict=True))
+    check(seen[size], f"{name}, local", expected)
+    assert expected[0] < 0.99 * loss_and_gradients(name, slice(None), slice(None))[0]  # fewer negatives
+
+
+def check(ranks: list[dict[str, Any]], key: str, expected: tuple[Tensor, ...]) -> None:
+    """Each rank has the loss; the gradients are there in sum."""
+    for found in ranks:
+        assert found[key][0].item() == pytest.approx(expected[0].item(), rel=1e-12)
+    for k, gradient in enumerate(expected[1:], start=1):
+        total = torch.stack([found[key][k] for found in ranks]).sum(0)
+        assert (total - gradient).abs().max() <= 1e-10 * gradient.abs().max()
+
+
+def test_one_process_has_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    distributed.start()
+    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+    rows = torch.rand(3, 2, requires_grad=True)
+    assert distributed.row_counts(rows) == [3]
+    assert distributed.gather_rows(rows).equal(rows)
+    assert not distributed.gather_rows(rows).requires_grad
+    assert distributed.sum_own_rows(rows, [3]) is rows
+    before = rows.detach().clone()
+    distributed.sum_([rows])
+    assert rows.equal(before)
+    assert distributed.gather_objects("a") == ["a"]
+    assert distributed.broadcast_object("a") == "a"
+    distributed.barrier()
+    distributed.stop()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"MASTER_PORT": None, "LOCAL_RANK": None}, "half a process group, without LOCAL_RANK, MASTER_PORT: start"),
+        ({"WORLD_SIZE": "two"}, "a number that is none .*WORLD_SIZE=two"),
+        ({"RANK": "2"}, "must be below WORLD_SIZE .RANK=2, WORLD_SIZE=2"),
+        ({}, "can't be joined .RANK=0.*EADDRINUSE"),
+    ],
+)
+def test_broken_environment(monkeypatch: pytest.MonkeyPatch, changes: dict[str, str | None], message: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        values = dict(zip(NAMES, ("0", "2", "0", "127.0.0.1", str(taken.getsockname()[1])), strict=True))
+        for name, value in (values | changes).items():
+            if value is None:
+                monkeypatch.delenv(name, raising=False)
+            else:
+                monkeypatch.setenv(name, value)
+        with pytest.raises(ConfigError, match=message):
+            distributed.start("cpu")
+    assert distributed.world_size() == 1
