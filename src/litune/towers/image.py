@@ -12,6 +12,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -104,10 +105,8 @@ class ImageTower(nn.Module):
         try:
             if hasattr(model, "set_grad_checkpointing"):  # timm
                 model.set_grad_checkpointing(enabled)
-            elif not enabled and hasattr(model, "gradient_checkpointing_disable"):  # transformers
-                model.gradient_checkpointing_disable()
-            elif hasattr(model, "gradient_checkpointing_enable"):
-                model.gradient_checkpointing_enable({"use_reentrant": False})
+            elif (setting := _hf_checkpointing(model, enabled)) is not None:
+                setting()
             elif enabled:
                 raise ValueError(f"{type(model).__name__} has no such setting")
         except (AssertionError, ValueError) as why:
@@ -372,6 +371,17 @@ class _HfNetwork(nn.Module):
 
 # ViT's pooler is a tanh layer that its pre-training does not fill: the features are the CLS token's.
 _FIRST_TOKEN = {"vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "vit_msn"}
+
+
+def _hf_checkpointing(model: Any, enabled: bool) -> Callable[[], None] | None:
+    """The method of a transformers model that turns gradient checkpointing on or off; None where it has none."""
+    word = "enable" if enabled else "disable"
+    # transformers 5 renamed both; the later name comes first, as the earlier one warns.
+    for name in (f"activation_checkpointing_{word}", f"gradient_checkpointing_{word}"):
+        if hasattr(model, name):
+            found: Callable[..., None] = getattr(model, name)
+            return partial(found, {"use_reentrant": False}) if enabled else found
+    return None
 
 
 def _hf(spec: str, name: str, options: dict[str, str]) -> ImageTower:
