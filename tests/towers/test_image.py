@@ -8,9 +8,12 @@ import pytest
 import torch
 from PIL import Image
 from tests.conftest import draw, random_timm_tower
+from torch import nn
 
-from litune.errors import TowerError
-from litune.towers.image import differences, load_image_tower, weights_hash
+from litune.data.images import ImageTransform
+from litune.errors import ConfigError, TowerError
+from litune.towers.image import ImageTower, differences, load_image_tower, weights_hash
+from litune.towers.locking import eval_locked, lock_by_name, train_unlocked
 
 
 def picture(size: tuple[int, int] = (90, 70)) -> Image.Image:
@@ -159,6 +162,12 @@ def test_python(tower_module: str) -> None:
         ("timm:", "names no tower"),
         ("timm:resnet10t?chekpoint=x", r"unknown option 'chekpoint' \(perhaps you meant 'checkpoint'"),
         ("timm:resnet10t?checkpoint=/nowhere", "does not exist"),
+        ("timm:test_resnet?init=zeros", "has init=zeros: only init=random is known"),
+        ("timm:test_resnet?init=random&size=big", "has a size that can't be read: .*'big'"),
+        ("timm:test_resnet?init=random&size=1,2,3", "has a size that can't be read: 1,2,3 is not one or two numbers"),
+        ("timm:test_vit?init=random&size=50", "can't take pictures of 50×50 pixels: .*divisible by patch size"),
+        ("timm:mixer_s32_224?init=random&size=96", "can't take pictures of 96×96 pixels"),
+        ("efficientnet-lite0?weights=x", r"unknown option 'weights' \(known: init, size\)"),
         ("hf:/nowhere/at/all", "can't be loaded"),
         ("onnx:/nowhere.onnx", "does not exist"),
         ("python:os", "should read python:MODULE:FUNCTION"),
@@ -193,3 +202,225 @@ def test_differences_name_both_sides() -> None:
         "preprocess size [224, 224] and [288, 288]",
     ]
     assert differences(one, one | {"spec": "elsewhere"}) == []
+
+
+PIXELS = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 3, 64, 64), dtype=np.uint8))
+
+
+@pytest.fixture
+def hf_folder(tmp_path: Path) -> Path:
+    """A ViT of two layers for pictures of 64 × 64, as transformers saves it."""
+    from transformers import ViTConfig, ViTImageProcessor, ViTModel
+
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=64,
+        patch_size=16,
+        hidden_dropout_prob=0.2,
+    )
+    ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "vit")
+    return tmp_path / "vit"
+
+
+def unlocked(spec: str, seed: int = 0) -> ImageTower:
+    torch.manual_seed(seed)
+    return load_image_tower(spec, locked=False)
+
+
+def gradients(tower: ImageTower, seed: int = 1) -> dict[str, torch.Tensor]:
+    """The gradients of one training step's loss, by parameter."""
+    tower.zero_grad()
+    torch.manual_seed(seed)  # dropout
+    tower(PIXELS).square().mean().backward()
+    return {name: p.grad.clone() for name, p in tower.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_unlocked_gradients_are_the_networks_own(name: str) -> None:
+    """Those of the plain timm model on normalised pixels; none of its parameters is left out."""
+    import timm
+
+    tower = unlocked(f"timm:{name}?init=random&size=64").train()
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=0)
+    if hasattr(model, "set_input_size"):
+        model.set_input_size(img_size=(64, 64))
+    mean, std = (torch.tensor(model.pretrained_cfg[k]).view(3, 1, 1) for k in ("mean", "std"))
+    model.train()((PIXELS / 255 - mean) / std).square().mean().backward()
+    found = gradients(tower)
+    assert len(found) == len(list(tower.parameters()))
+    for key, parameter in model.named_parameters():
+        assert torch.allclose(found[f"network.model.{key}"], parameter.grad, rtol=1e-3, atol=1e-6), key
+
+
+def test_no_gradients_in_encode_or_a_locked_tower() -> None:
+    tower = unlocked("timm:test_vit?init=random&size=64")
+    assert tower(PIXELS).requires_grad
+    assert not tower.encode(PIXELS).requires_grad
+    assert torch.equal(tower.encode(PIXELS), tower(PIXELS)), "unlocking alone does not put it in train mode"
+    assert not load_image_tower("timm:test_vit?init=random&size=64")(PIXELS).requires_grad
+
+
+def test_unlocked_follows_train_and_eval() -> None:
+    """Drop-path, dropout and batch norm run in train mode, not in eval mode."""
+    tower = random_timm_tower()
+    tower.unlock()
+    tower.train()
+    assert all(module.training for module in tower.modules())
+    before = {k: v.clone() for k, v in tower.named_buffers()}
+    assert not torch.equal(tower.encode(PIXELS), tower.encode(PIXELS))
+    moved = {k for k, v in tower.named_buffers() if not torch.equal(v, before[k])}
+    statistics = {k for k in before if k.endswith(("running_mean", "running_var", "num_batches_tracked"))}
+    assert moved == statistics
+    tower.eval()
+    before = {k: v.clone() for k, v in tower.named_buffers()}
+    assert torch.equal(tower.encode(PIXELS), tower.encode(PIXELS))
+    assert all(torch.equal(v, before[k]) for k, v in tower.named_buffers())
+
+
+def test_an_unlocked_tower_keeps_the_provenance_of_its_start() -> None:
+    tower = unlocked("timm:test_resnet?init=random&size=64").train()
+    start = dict(tower.provenance)
+    assert start == unlocked("timm:test_resnet?init=random&size=64").provenance
+    optimizer = torch.optim.SGD(tower.parameters(), lr=0.1)
+    gradients(tower)
+    optimizer.step()
+    assert tower.provenance == start
+    assert weights_hash(tower.network.model) != start["weights"]
+
+
+def test_what_is_no_torch_network_stays_locked(tower_module: str) -> None:
+    tower = load_image_tower(tower_module)
+    assert tower.locked
+    assert not tower.train().training
+    with pytest.raises(TowerError, match="python:colortower:make can't be unlocked, it has no torch parameters"):
+        load_image_tower(tower_module, locked=False)
+
+
+class Small(nn.Module):
+    """Two blocks with dropout and batch norm, and dropout of its own between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout())
+        self.between = nn.Dropout()
+        self.second = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Dropout())
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.second(self.between(self.first(pixels))).mean((2, 3))
+
+
+def in_train_mode(module: nn.Module) -> set[str]:
+    return {name for name, part in module.named_modules() if part.training}
+
+
+def test_locked_parts_stay_in_eval_mode() -> None:
+    model = Small()
+    named = [f"first.{n}" for n in ("0.weight", "0.bias", "1.weight", "1.bias")]
+    assert lock_by_name(model, [r"first\..*", r".*\.1\.weight"]) == [*named, "second.1.weight"]
+    train_unlocked(model)
+    # A dropout goes with the part it is in; batch norm with one tuned parameter is tuned.
+    assert in_train_mode(model) == {"", "between", "second", "second.0", "second.1", "second.2"}
+    model.train()
+    assert "first.1" in in_train_mode(model)
+    eval_locked(model)
+    assert "first.1" not in in_train_mode(model)
+    lock_by_name(model, [".*"])
+    train_unlocked(model)
+    assert in_train_mode(model) == set()
+
+
+def test_a_partly_locked_tower_keeps_its_locked_parts_as_they_are() -> None:
+    transform = ImageTransform((64, 64), (0.5,) * 3, (0.5,) * 3)
+    tower = ImageTower("test", Small(), transform, description={}, weights="0", pooling="avg")
+    tower.unlock()
+    lock_by_name(tower, [r"network\.first\..*"])
+    nn.ModuleList([tower]).train()  # asked from above
+    assert in_train_mode(tower.network.first) == set()
+    assert tower.network.between.training
+    before = {k: v.clone() for k, v in tower.state_dict().items()}
+    found = gradients(tower)
+    assert {name.split(".")[1] for name in found} == {"second"}
+    moved = {k.split(".")[1] for k, v in tower.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved == {"second"}, "batch-norm statistics of the locked part moved"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [("frist.*", r"no parameter's name matches the pattern 'frist.*'"), ("(", "is not a regular expression")],
+)
+def test_bad_patterns(pattern: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        lock_by_name(Small(), [pattern])
+
+
+@pytest.mark.parametrize("kind", ["timm", "hf"])
+def test_gradient_checkpointing_changes_no_gradient(
+    kind: str, hf_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tower = unlocked("timm:test_vit?init=random&size=64" if kind == "timm" else f"hf:{hf_folder}").train()
+    calls = []
+    checkpoint = torch.utils.checkpoint.checkpoint
+    for place in ("torch.utils.checkpoint", "transformers.modeling_utils"):
+        monkeypatch.setattr(f"{place}.checkpoint", lambda *a, **k: calls.append(1) or checkpoint(*a, **k))
+    plain = gradients(tower)
+    assert not calls
+    tower.set_gradient_checkpointing(True)
+    recomputed = gradients(tower)
+    assert calls, "nothing was checkpointed"
+    assert plain.keys() == recomputed.keys()
+    assert all(torch.allclose(plain[k], recomputed[k], rtol=1e-4, atol=1e-7) for k in plain)
+    calls.clear()
+    tower.set_gradient_checkpointing(False)
+    gradients(tower)
+    assert not calls
+
+
+def test_a_network_without_gradient_checkpointing(tower_module: str) -> None:
+    tower = load_image_tower(tower_module)
+    tower.set_gradient_checkpointing(False)
+    with pytest.raises(TowerError, match="can't do gradient checkpointing: function has no such setting"):
+        tower.set_gradient_checkpointing(True)
+    with pytest.raises(TowerError, match="can't do gradient checkpointing: gradient checkpointing not supported"):
+        load_image_tower("timm:dla34?init=random").set_gradient_checkpointing(True)
+
+
+@pytest.mark.parametrize("spec", ["timm:test_vit?init=random", "efficientnet-lite0?init=random", "hf:{}?init=random"])
+def test_random_weights_follow_the_seed(spec: str, hf_folder: Path) -> None:
+    one, same, other = (unlocked(spec.format(hf_folder), seed).provenance["weights"] for seed in (0, 0, 1))
+    assert one == same
+    assert one != other
+
+
+def test_random_weights_are_not_the_stored_ones(hf_folder: Path) -> None:
+    stored, drawn = load_image_tower(f"hf:{hf_folder}"), unlocked(f"hf:{hf_folder}?init=random")
+    assert stored.provenance["weights"] != drawn.provenance["weights"]
+    assert stored.provenance["preprocess"] == drawn.provenance["preprocess"]
+
+
+@pytest.mark.parametrize("name", ["timm:test_vit", "timm:test_resnet", "efficientnet-lite0"])
+def test_size(name: str) -> None:
+    own, other = load_image_tower(f"{name}?init=random"), load_image_tower(f"{name}?init=random&size=64,96")
+    pixels = other.preprocess(picture((200, 150)))
+    assert pixels.shape == (3, 64, 96)
+    assert other.encode(torch.from_numpy(pixels)[None]).shape[1] == other.network.model.num_features
+    assert other.provenance["preprocess"] == own.provenance["preprocess"] | {"size": [64, 96]}
+
+
+def test_size_interpolates_a_vits_positions(tmp_path: Path) -> None:
+    """A stored checkpoint of the usual size can be taken to another; all else is as it was."""
+    import timm
+    from safetensors.torch import save_file
+
+    model = timm.create_model("test_vit", num_classes=0)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    tower = load_image_tower(f"timm:test_vit?checkpoint={tmp_path / 'w.safetensors'}&size=96")
+    for key, value in tower.network.model.state_dict().items():
+        if key == "pos_embed":
+            assert value.shape[1] == 1 + (96 // 16) ** 2
+        else:
+            assert torch.equal(value, model.state_dict()[key]), key

@@ -6,7 +6,7 @@ import hashlib
 import io
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -134,7 +134,7 @@ def decode_file(row: int, key: str, path: Path, preprocess: Callable[[Image.Imag
     return Decoded(row, key, pixels, image.width, image.height, hashlib.sha256(data).hexdigest())
 
 
-def map_ahead(function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int) -> Iterator[R]:
+def map_ahead(function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int) -> Generator[R]:
     """`function` over `items` in threads, in order, at most `ahead` results waiting: flat memory."""
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
         waiting: deque[Future[R]] = deque()

