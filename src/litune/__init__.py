@@ -1,7 +1,7 @@
 """litune: give any image model a language, by locked-image tuning (LiT, arXiv 2111.07991).
 
-The commands are functions of the same names (`embed`, `tune`, `eval`, `classify`, `search`, `quickstart`);
-`load` opens a run. Names are imported when they are first used, so that `import litune` is quick.
+The commands are functions of the same names (`embed`, `tune`, `eval`, `compare`, `classify`, `search`,
+`quickstart`); `load` opens a run. Names are imported when they are first used, so that `import litune` is quick.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from litune.checkpoint import load as load
     from litune.commands.classify import classify as classify
+    from litune.commands.compare import compare as compare
     from litune.commands.embed import embed as embed
     from litune.commands.evaluate import evaluate as eval  # noqa: F401
     from litune.commands.quickstart import quickstart as quickstart
@@ -33,6 +34,7 @@ _HOME = {
     "LiT": "litune.model",
     "LituneError": "litune.errors",
     "classify": "litune.commands.classify",
+    "compare": "litune.commands.compare",
     "embed": "litune.commands.embed",
     "eval": "litune.commands.evaluate",
     "load": "litune.checkpoint",

@@ -11,7 +11,16 @@ from typing import Annotated, Any
 
 import tyro
 
-from litune.config import ClassifyConfig, Command, EmbedConfig, EvalConfig, QuickstartConfig, SearchConfig, TuneConfig
+from litune.config import (
+    ClassifyConfig,
+    Command,
+    CompareConfig,
+    EmbedConfig,
+    EvalConfig,
+    QuickstartConfig,
+    SearchConfig,
+    TuneConfig,
+)
 from litune.errors import LituneError
 
 DESCRIPTION = """Give any image model a language.
@@ -25,6 +34,7 @@ COMMANDS: dict[str, tuple[type[Any], str]] = {
     "embed": (EmbedConfig, "litune.commands.embed:embed"),
     "tune": (TuneConfig, "litune.commands.tune:tune"),
     "eval": (EvalConfig, "litune.commands.evaluate:evaluate"),
+    "compare": (CompareConfig, "litune.commands.compare:compare"),
     "classify": (ClassifyConfig, "litune.commands.classify:classify"),
     "search": (SearchConfig, "litune.commands.search:search"),
 }
@@ -121,6 +131,16 @@ def show_eval(config: EvalConfig, results: dict[str, Any]) -> None:
         print(f"written to {config.json}")
 
 
+def show_compare(config: CompareConfig, results: dict[str, Any]) -> None:
+    """Print the table; exits with 1 where a run failed, after naming it."""
+    print((config.out / "table.md").read_text(encoding="utf-8"))
+    print(f"written to {config.out}: table.md, results.json and the run folders")
+    for one in results["failed"]:
+        print(f"litune: failed: {one['row']}, seed {one['seed']}: {one['reason']}", file=sys.stderr)
+    if results["failed"]:
+        sys.exit(1)
+
+
 def show_classified(config: ClassifyConfig, results: Sequence[Any]) -> None:
     """Print each image's labels, the most probable first."""
     for one in results:
@@ -137,6 +157,7 @@ def show_found(config: SearchConfig, results: Sequence[Any]) -> None:
 
 SHOW: dict[type[Any], Callable[[Any, Any], None]] = {
     EvalConfig: show_eval,
+    CompareConfig: show_compare,
     ClassifyConfig: show_classified,
     SearchConfig: show_found,
 }

@@ -299,6 +299,22 @@ class QuickstartConfig:
     """The seed of everything random."""
 
 
+@dataclass(frozen=True)
+class CompareConfig:
+    """Tune a table of settings, each with several seeds, evaluate every run, and print means and spreads.
+
+    An interrupted comparison goes on where it was with the same command; what is finished is reused.
+    """
+
+    file: Annotated[Positional[Path], arg(metavar="FILE")]
+    """A TOML file: the settings of all rows in [base], a [[row]] for each line of the table or a [grid] of values,
+    seeds, and what is measured in [eval]."""
+    out: Path
+    """The folder to write: one run folder per row and seed, table.md and results.json."""
+    overwrite: bool = False
+    """Tune a row again whose settings are others than those of its run in --out."""
+
+
 def _choices(config: Any) -> None:
     """Check settings of few choices, as the command line does, for those who call from Python."""
     for name, hint in get_type_hints(type(config)).items():
