@@ -6,6 +6,7 @@
     tokenizer.json      the tokenizer
     metrics.jsonl       one JSON object per logged step and per evaluation
     state.safetensors   weights, optimizer moments and step while tuning goes on; gone when it is done
+    best/               a run folder of its own: the model as it was best on the held-out pairs
 
 Every file is written under a temporary name and renamed. There is no pickle.
 """
@@ -30,7 +31,8 @@ from litune.errors import RunError, StoreError, TowerError
 from litune.files import atomic, read_json, write_json
 from litune.model import LiT
 from litune.towers.heads import make_head
-from litune.towers.image import ImageTower, differences, load_image_tower
+from litune.towers.image import ImageTower, differences, load_image_tower, with_random_weights
+from litune.towers.locking import lock
 from litune.towers.text import build_text_tower
 
 FORMAT = 1
@@ -39,11 +41,11 @@ METRICS, STATE = "metrics.jsonl", "state.safetensors"
 
 
 def model_state(model: LiT) -> dict[str, Tensor]:
-    """What a run keeps of a model: everything but the locked image tower."""
+    """What a run keeps of a model: everything but a locked image tower."""
     return {
         name: value.detach().cpu().contiguous()
         for name, value in model.state_dict().items()
-        if not name.startswith("image.")
+        if model.image_tuned or not name.startswith("image.")
     }
 
 
@@ -84,18 +86,22 @@ def describe_model(model: LiT) -> dict[str, Any]:
     """What is needed to build the model again, without weights."""
     return {
         "image_tower": model.image_provenance,
+        "image_tuned": model.image_tuned,
         "image_width": model.image_width,
         "image_map": model.image_map,
         "image_head": _head_kind(model.image_head),
         "text_tower": model.text.architecture,
-        "text_head": "linear",
+        "text_head": _head_kind(model.text_head),
         "dim": model.dim,
+        "bias": model.logit_bias is not None,
         "tokenizer": model.tokenizer.describe(),
     }
 
 
 def _head_kind(head: torch.nn.Module) -> str:
-    return {"Identity": "none", "Linear": "linear", "Sequential": "mlp"}[type(head).__name__]
+    if isinstance(head, torch.nn.Sequential):
+        return {2: "gated", 3: "mlp"}[len(head)]
+    return {"Identity": "none", "Linear": "linear"}[type(head).__name__]
 
 
 def load(run: Path | str, *, image_tower: str | None = None, device: str = "auto") -> LiT:
@@ -125,16 +131,40 @@ def load(run: Path | str, *, image_tower: str | None = None, device: str = "auto
         image_width=made["image_width"],
         dim=made["dim"],
         logit_scale=0.0,
+        logit_bias=0.0 if made.get("bias") else None,
         image_map=made["image_map"],
         image_provenance=made["image_tower"],
+        image=_tuned_tower(made["image_tower"]) if made.get("image_tuned") else None,
     )
     tensors, _ = load_tensors(folder / MODEL)
     try:
         model.load_state_dict(tensors, strict=True)
     except RuntimeError as why:
         raise RunError(f"{folder / MODEL} does not fit its manifest: {str(why).splitlines()[-1].strip()}") from None
+    if model.image_tuned and image_tower is not None:
+        raise TowerError(f"{folder} has trained its own image tower: leave out --image-tower")
     model.find_image_tower = image_tower_finder(model, image_tower)
     return model.eval().to(pick_device(device))
+
+
+def _tuned_tower(provenance: dict[str, Any]) -> ImageTower:
+    """The architecture of an image tower whose weights a run has trained and keeps."""
+    tower = load_image_tower(with_random_weights(provenance["spec"]))
+    tower.provenance = provenance
+    return tower
+
+
+def find_image_tower(spec: str) -> ImageTower:
+    """The locked image tower that `spec` names; `run:RUN` is the one that a run has trained."""
+    kind, _, folder = spec.partition(":")
+    if kind != "run":
+        return load_image_tower(spec)
+    model = load(folder, device="cpu")
+    tower = model.load_image_tower()
+    lock(tower)
+    tower.spec = spec
+    tower.provenance = tower.provenance | {"spec": spec}
+    return tower
 
 
 def image_tower_finder(model: LiT, spec: str | None) -> Callable[[], ImageTower] | None:
@@ -145,7 +175,7 @@ def image_tower_finder(model: LiT, spec: str | None) -> Callable[[], ImageTower]
         return None
 
     def find() -> ImageTower:
-        tower = load_image_tower(wanted)
+        tower = find_image_tower(wanted)
         check_tower("the run", provenance, tower.provenance)
         return tower
 
@@ -169,7 +199,7 @@ def check_store(run: Path, model: LiT, store_path: Path, width: int, tower: dict
     if known is not None and tower is not None and (found := differences(known, tower)):
         raise StoreError(
             f"{store_path} was made with the image tower {tower['spec']}, the run {run} was tuned on {known['spec']}: "
-            f"{'; '.join(found)}; embed the images with {known['spec']}"
+            f"{'; '.join(found)}; embed the images with {f'run:{run}' if model.image_tuned else known['spec']}"
         )
     if width != model.image_width:
         raise StoreError(f"{store_path} has features of width {width}, the run {run} needs {model.image_width}")

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, ParamSpec, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -17,6 +18,7 @@ from typing import Annotated, Any, Generic, Literal, ParamSpec, TypeVar, cast, g
 from tyro.conf import Positional, UseAppendAction, arg
 
 from litune.errors import ConfigError
+from litune.schedules import parse_duration, parse_unlock
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -33,15 +35,17 @@ class EmbedConfig:
     """Where the pairs are: a folder of images with a table of captions in it or beside it, the table itself
     (.csv, .tsv, .jsonl, .parquet), a tree with one folder per class, or a folder of images without captions."""
     image_tower: str
-    """The image tower: efficientnet-lite0, timm:NAME, hf:NAME_OR_FOLDER, onnx:FILE or python:MODULE:FUNCTION."""
+    """The image tower: efficientnet-lite0, timm:NAME, hf:NAME_OR_FOLDER, onnx:FILE, python:MODULE:FUNCTION, or run:RUN
+    (the image tower that a run has trained)."""
     out: Path
     """The feature store to write (a folder)."""
     images: Path | None = None
     """The folder that the table's image paths are relative to, if litune should not look for it."""
     image_column: str | None = None
     """The table's column of image paths; by default the first of image, image_path, file_name, filename, …"""
-    caption_column: str | None = None
-    """The table's column of captions; by default the first of caption, captions, text, title, …"""
+    caption_column: tuple[str, ...] = ()
+    """The table's column of captions; by default the first of caption, captions, text, title, … Give several
+    (title description tags) to keep each as a text field of its own (see the fields of litune tune)."""
     split_column: str = "split"
     """The table's column of splits (train, val, …), if it has one."""
     lang_column: str = "lang"
@@ -92,6 +96,8 @@ class TuneConfig:
     architecture from scratch), or vit:Ti, S, B, L, H, g (from scratch)."""
     out: Path
     """The run folder to write."""
+
+    # Pairs
     split: str = "train"
     """Tune on the pairs of this split, where the store has splits."""
     val_split: str = "val"
@@ -102,6 +108,33 @@ class TuneConfig:
     0: none."""
     lang: tuple[str, ...] = ()
     """Use only captions in these languages."""
+    fields: tuple[str, ...] = ()
+    """Text fields (title, description, tags, as embedded with several --caption-column) whose losses are summed, one
+    caption of each per image and step; by default one caption of any."""
+
+    # Towers and heads
+    locking: str | None = None
+    """Two letters, image tower first: L locked, U unlocked from its pre-trained weights, u unlocked from scratch.
+    LU and Lu tune on stored features; Uu, UU, uU and uu train the image tower from the store's image files; with
+    uL, UL or LL the text tower is locked and only its head is tuned. By default LU, or Lu for a text tower from
+    scratch."""
+    image_tower: str | None = None
+    """The image tower to train where it is unlocked (efficientnet-lite0, timm:NAME, hf:NAME_OR_FOLDER; ?size=96 for
+    smaller pictures); by default that of the store."""
+    image_head: Literal["auto", "none", "linear", "mlp", "gated"] = "auto"
+    """A head on the image side, tuned. none keeps a locked tower's own feature space; auto is none on a locked tower
+    and linear on an unlocked one; gated is an MLP whose hidden values are gated (SwiGLU)."""
+    text_head: Literal["none", "linear", "mlp", "gated"] = "linear"
+    """The head of the text side."""
+    dim: int | None = None
+    """The shared dimension; by default the width of the side that has no head, else the image tower's."""
+    image_map: Literal["none", "center", "whiten"] = "center"
+    """A fixed linear map of a locked tower's features before they are normalised, estimated once on the tuning
+    images and saved with the run: subtract their mean (features of a CNN after its last ReLU are all positive, so
+    that every cosine starts high), or also even out their variances. none: the tower's features as they are, as in
+    the paper, and as for every unlocked tower."""
+    shrinkage: float = 5.0
+    """How far whitening holds back: this many times the mean variance is added to every direction's variance."""
     tokenizer: str | None = None
     """For vit: towers, a tokenizer.json or a folder that has one; by default one is trained on the captions."""
     vocab_size: int = 32000
@@ -111,54 +144,99 @@ class TuneConfig:
     pooling: Literal["auto", "first", "mean", "last"] = "auto"
     """How the text tower's tokens become one vector: the first token (BERT), their mean, or the last token;
     auto: what the tower itself declares, else the first token (vit: the last)."""
-    image_head: Literal["none", "linear", "mlp"] = "none"
-    """A head on the image side, tuned. none keeps the locked tower's own feature space."""
-    dim: int | None = None
-    """The shared dimension; the image tower's width unless there is an image head."""
-    image_map: Literal["none", "center", "whiten"] = "center"
-    """A fixed linear map of the locked tower's features before they are normalised, estimated once on the tuning
-    images and saved with the run: subtract their mean (features of a CNN after its last ReLU are all positive, so
-    that every cosine starts high), or also even out their variances. none: the tower's features as they are, as in
-    the paper."""
-    shrinkage: float = 5.0
-    """How far whitening holds back: this many times the mean variance is added to every direction's variance."""
-    pairs_seen: int | None = None
-    """How long to tune, in pairs; by default set from the number of images."""
+    dropout: float | None = None
+    """Dropout in the text tower; by default what its own configuration says."""
+
+    # Loss
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """The contrastive loss: cross-entropy both ways over the batch, or SigLIP's binary one over all its pairs."""
+    image_to_text: float = 0.5
+    """The weight λ of the image→text direction of the softmax loss; text→image has 1 − λ."""
+    logit_scale: float = 2.302585092994046
+    """The temperature's start: the logarithm of the scale, ln 10 as in the paper."""
+    logit_bias: float = -10.0
+    """The start of the sigmoid loss's bias."""
+    negatives: Literal["global", "local"] = "global"
+    """With several processes, contrast each pair with those of all processes, or of its own alone."""
+    mask_duplicates: bool = True
+    """Equal captions, and several captions of one image, are not each other's negatives."""
+    image_negatives: int = 0
+    """Further images, drawn anew for each step from outside the batch, among which every text must find its own:
+    stored features cost no encoding. More than there are: all. For a locked image tower without a head."""
+
+    # How long, and how
+    duration: str | None = None
+    """How long to tune: 10epochs, 2000steps, 30kpairs; by default 10 epochs, at least 30k and at most 4M pairs."""
     batch_size: int = 256
-    """Pairs in a batch; each is contrasted with all others."""
+    """Pairs in a batch, over all processes; each is contrasted with all others."""
+    micro_batch: int | None = None
+    """Pairs that pass through a tower at once; by default 512 on CPUs, 4096 on GPUs. A larger batch is encoded
+    twice (gradient caching): the same gradient, in a micro-batch's memory."""
+    optimizer: Literal["adamw", "adafactor", "lion"] = "adamw"
+    """adamw; adafactor as in "Scaling Vision Transformers"; lion, with about a tenth of adamw's learning rate."""
     learning_rate: float = 1e-3
     """The peak learning rate."""
     head_rate: float = 1.0
     """The learning rate of the heads, as a multiple of --learning-rate. On a thousand pairs, a lower rate with
     --head-rate 10 overfits less."""
     temperature_rate: float = 30.0
-    """The learning rate of the temperature, as a multiple of --learning-rate; 1 in the paper's long runs, but in
-    some hundred steps the temperature could not leave its start."""
+    """The learning rate of the temperature and bias, as a multiple of --learning-rate; 1 in the paper's long runs,
+    but in some hundred steps the temperature could not leave its start."""
+    rates: tuple[str, ...] = ()
+    """Learning rates by name, as PATTERN=MULTIPLE: text.*=0.1, image.*blocks.11.*=0.01; 0 locks. The first pattern
+    that matches a parameter's name (* ? [0-5]) counts. Names begin with text., text_head., image. or image_head."""
     weight_decay: float = 1e-4
     """Decoupled weight decay of the weight matrices. It follows the schedule but is not multiplied by the
     learning rate (PyTorch's AdamW would need --weight-decay / --learning-rate)."""
-    warmup: float = 0.05
-    """The share of the steps over which the learning rate rises; a cosine to zero follows."""
-    beta2: float = 0.999
-    """Adam's second moment decay."""
+    beta1: float = 0.9
+    """The decay of the momentum."""
+    beta2: float | None = None
+    """The decay of the second moment; by default 0.999, for lion 0.99."""
     clip_norm: float = 1.0
     """Clip the gradient to this global norm."""
-    dropout: float | None = None
-    """Dropout in the text tower; by default what its own configuration says."""
-    logit_scale: float = 2.302585092994046
-    """The temperature's start: the logarithm of the scale, ln 10 as in the paper."""
+    schedule: Literal["cosine", "constant", "rsqrt"] = "cosine"
+    """The learning rate after its warm-up: a cosine to zero, constant, or the reciprocal square root."""
+    warmup: str = "5%"
+    """How long the learning rate rises: 5%, 500steps, 1epochs, 10kpairs."""
+    cooldown: str = "0%"
+    """How long it falls linearly to zero at the end, for constant and rsqrt."""
+    timescale: str = "10ksteps"
+    """The time after which rsqrt has fallen to 1/√2."""
+
+    # The image tower from pixels
+    image_rate: float = 1.0
+    """The learning rate of an unlocked image tower, as a multiple of --learning-rate."""
+    unlock: str = "always"
+    """When an unlocked image tower is tuned: always, after:50% (locked until then), ramp:50% (a sigmoid ramp of its
+    rate), cycles:4 (locked and unlocked by turns)."""
+    augment: Literal["inception", "none"] = "inception"
+    """Of the pictures of an unlocked image tower: random parts of them (the Inception crop), or all of each."""
+    flip: bool = False
+    """Mirror half of the pictures. Captions that speak of left and right become wrong."""
+    gradient_checkpointing: bool = False
+    """Keep few activations of an unlocked image tower for the backward pass and compute the others again."""
+    workers: int = 0
+    """Threads that decode pictures; 0: one per processor core."""
+    max_damaged: float = 0.01
+    """Stop when more than this share of the pictures can't be read."""
+
+    # The run
     precision: Precision = "auto"
-    """Arithmetic of the text tower; auto: bfloat16 on processors with AMX or AVX512-bf16 and on GPUs."""
+    """Arithmetic of the towers; auto: bfloat16 on processors with AMX or AVX512-bf16 and on GPUs. Losses and
+    parameters are float32."""
     evaluations: int = 3
-    """How often the held-out pairs are evaluated during tuning, spread evenly."""
+    """How often the held-out pairs are evaluated during tuning, spread evenly. The best model so far is kept in
+    best/ in the run folder."""
     checkpoint_seconds: float = 60.0
     """Seconds between checkpoints: what an interruption can cost."""
+    tensorboard: bool = False
+    """Also write what is logged for TensorBoard, into the run folder."""
     seed: int = 0
     """The seed of everything random. The same seed gives the same weights, bit for bit, on one machine."""
     overwrite: bool = False
     """Remove a run that is already at --out."""
     device: Device = "auto"
-    """Where the text tower is tuned."""
+    """Where the towers are tuned."""
 
     def __post_init__(self) -> None:
         _choices(self)
@@ -167,33 +245,81 @@ class TuneConfig:
             ("max-tokens", self.max_tokens, 2),
             ("vocab-size", self.vocab_size, 8),
             ("evaluations", self.evaluations, 0),
+            ("image-negatives", self.image_negatives, 0),
+            ("workers", self.workers, 0),
+            ("micro-batch", self.micro_batch or 1, 1),
+            ("dim", self.dim or 1, 1),
         ):
             _at_least(name, value, least)
         for name, number in (("learning-rate", self.learning_rate), ("clip-norm", self.clip_norm)):
             if not number > 0:
                 raise ConfigError(f"--{name} is {number}, it must be positive")
-        for name, number in (
-            ("weight-decay", self.weight_decay),
-            ("shrinkage", self.shrinkage),
-            ("checkpoint-seconds", self.checkpoint_seconds),
+        for name in (
+            "weight_decay",
+            "shrinkage",
+            "checkpoint_seconds",
+            "head_rate",
+            "temperature_rate",
+            "image_rate",
         ):
-            if not number >= 0:
-                raise ConfigError(f"--{name} is {number}, it must not be negative")
-        for name, number in (("head-rate", self.head_rate), ("temperature-rate", self.temperature_rate)):
-            if not number >= 0:
-                raise ConfigError(f"--{name} is {number}, it must not be negative")
-        _share("warmup", self.warmup)
-        for name, number in (("holdout", self.holdout), ("beta2", self.beta2)):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, it must not be negative")
+        for name, share in (("image-to-text", self.image_to_text), ("max-damaged", self.max_damaged)):
+            _share(name, share)
+        for name, number in (("holdout", self.holdout), ("beta1", self.beta1), ("beta2", self.beta2 or 0.0)):
             if not 0 <= number < 1:
                 raise ConfigError(f"--{name} is {number}, it must be at least 0 and less than 1")
         if self.dropout is not None:
             _share("dropout", self.dropout)
-        if self.pairs_seen is not None:
-            _at_least("pairs-seen", self.pairs_seen, self.batch_size)
-        if self.dim is not None:
-            _at_least("dim", self.dim, 1)
-            if self.image_head == "none":
-                raise ConfigError("--dim needs an image head: without one the dimension is the image tower's width")
+        if self.duration is not None:
+            parse_duration(self.duration, "duration", run_length=True)
+        for name in ("warmup", "cooldown", "timescale"):
+            parse_duration(getattr(self, name), name)
+        parse_unlock(self.unlock, "unlock")
+        parse_rates(self.rates)
+        if self.locking is not None and not re.fullmatch("[LUu]{2}", self.locking):
+            raise ConfigError(
+                f"--locking is {self.locking!r}: write two letters, the image tower's first, each L (locked), "
+                "U (unlocked, pre-trained) or u (unlocked, from scratch)"
+            )
+        if self.locked:
+            self._refuse_pixel_settings()
+        elif self.image_negatives:
+            raise ConfigError("--image-negatives needs a locked image tower: of others no features are stored")
+        if self.image_negatives and (self.image_head not in ("auto", "none") or self.loss != "softmax"):
+            raise ConfigError("--image-negatives is for the softmax loss without an image head")
+
+    @property
+    def locked(self) -> bool:
+        """Whether the image tower is locked: tuning reads stored features."""
+        return self.locking is None or self.locking[0] == "L"
+
+    def _refuse_pixel_settings(self) -> None:
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for name in ("image_tower", "image_rate", "unlock", "augment", "flip", "gradient_checkpointing"):
+            if getattr(self, name) != defaults[name]:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} is for an unlocked image tower: the locked one's features are stored; "
+                    "unlock it with --locking UU"
+                )
+
+
+def parse_rates(rates: Sequence[str]) -> list[tuple[str, float]]:
+    """Patterns of parameter names with their learning rate's multiple, out of PATTERN=MULTIPLE.
+
+    Raises `ConfigError` for one that can't be read.
+    """
+    found = []
+    for text in rates:
+        pattern, equals, number = text.rpartition("=")
+        try:
+            rate = float(number)
+        except ValueError:
+            rate = -1.0
+        if not equals or not pattern or not 0 <= rate < float("inf"):
+            raise ConfigError(f"--rates: {text!r} can't be read: write PATTERN=MULTIPLE, as in text.*=0.1")
+        found.append((pattern, rate))
+    return found
 
 
 @dataclass(frozen=True)
@@ -349,7 +475,7 @@ Result = TypeVar("Result")
 class Command(Generic[Settings, Config, Result]):
     """A command as a Python function: called with the settings of its config, or with `run(config)`."""
 
-    def __init__(self, config: type[Config], function: Callable[[Config], Result]) -> None:
+    def __init__(self, config: type[Config], function: Callable[..., Result]) -> None:
         self.config, self.run = config, function
         self.__name__, self.__doc__, self.__module__ = function.__name__, function.__doc__, function.__module__
         self.__signature__ = inspect.signature(config)
@@ -370,10 +496,10 @@ class Command(Generic[Settings, Config, Result]):
 
 def command(
     config: Callable[Settings, Config],
-) -> Callable[[Callable[[Config], Result]], Command[Settings, Config, Result]]:
+) -> Callable[[Callable[..., Result]], Command[Settings, Config, Result]]:
     """Make a function of a config callable with the config's settings."""
 
-    def wrap(function: Callable[[Config], Result]) -> Command[Settings, Config, Result]:
+    def wrap(function: Callable[..., Result]) -> Command[Settings, Config, Result]:
         return Command(cast(type[Config], config), function)
 
     return wrap

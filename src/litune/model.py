@@ -28,7 +28,9 @@ class LiT(nn.Module):
     """A locked image tower that can be read by a text tower.
 
     Everything that needs only text or stored features works without the image tower; it is loaded when a
-    picture is to be encoded. Features that come out are float32 and of length one.
+    picture is to be encoded. An image tower that is given, as for an unlocked setting, is part of the model: its
+    weights are tuned and kept with it. Features that come out are float32 and of length one. The sigmoid loss has a
+    bias as well as a scale.
     """
 
     center: Tensor
@@ -44,18 +46,21 @@ class LiT(nn.Module):
         image_width: int,
         dim: int,
         logit_scale: float,
+        logit_bias: float | None = None,
         image_map: str = "none",
         image_provenance: dict[str, Any] | None = None,
+        image: ImageTower | None = None,
     ) -> None:
         super().__init__()
         self.text, self.text_head, self.image_head = text, text_head, image_head
         self.tokenizer, self.image_width, self.dim = tokenizer, image_width, dim
         self.logit_scale = nn.Parameter(torch.tensor(float(logit_scale)))
+        self.logit_bias = None if logit_bias is None else nn.Parameter(torch.tensor(float(logit_bias)))
         self.image_map = image_map
         self.register_buffer("center", torch.zeros(image_width))
         self.register_buffer("whitening", torch.eye(image_width) if image_map == "whiten" else None)
         self.image_provenance = image_provenance
-        self.image: ImageTower | None = None
+        self.image, self.image_tuned = image, image is not None
         self.find_image_tower: Callable[[], ImageTower] | None = None
 
     @property
@@ -66,14 +71,14 @@ class LiT(nn.Module):
     def text_features(self, tokens: Tokens) -> Float[Tensor, "N D"]:
         """Features of N tokenised texts, with gradients where they are on."""
         packed = pack(tokens, self.logit_scale.device)
-        return normalize(self.text_head(self.text(packed)).float())
+        return normalize(_wide(self.text_head(self.text(packed))))
 
     def image_features(self, raw: Float[Tensor, "B W"]) -> Float[Tensor, "B D"]:
         """Features of raw image tower output: through the fixed map and the head, normalised."""
-        mapped = raw.float() - self.center
+        mapped = _wide(raw) - self.center
         if self.whitening is not None:
             mapped = mapped @ self.whitening
-        return normalize(self.image_head(mapped).float())
+        return normalize(_wide(self.image_head(mapped)))
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str] | str, batch_size: int = 256) -> Float[Tensor, "N D"]:
@@ -130,6 +135,11 @@ class LiT(nn.Module):
     def zero_shot(self, class_names: Sequence[str], templates: Sequence[str] = ()) -> ZeroShot:
         """A classifier for C classes out of their names alone (see `ZeroShot`)."""
         return ZeroShot(self, class_names, read_templates(templates))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class ZeroShot:

@@ -18,7 +18,7 @@ def quickstart_tune(folder: Path, seed: int) -> TuneConfig:
         store=folder / "features",
         text_tower="minilm",
         out=folder / "run",
-        pairs_seen=16_000,
+        duration="16kpairs",
         learning_rate=3e-4,
         head_rate=10,
         image_map="whiten",

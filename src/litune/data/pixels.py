@@ -76,7 +76,7 @@ class PixelLoader:
         batches, coming = itertools.tee(batches)
         stream = self._stream((batch.epoch, batch.images) for batch in coming)
         for batch, (kept, pixels) in zip(batches, stream, strict=True):
-            yield replace(batch, images=batch.images[kept], captions=batch.captions[kept]), pixels
+            yield batch.take(kept), pixels
 
     def in_order(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """All images in batches of `size`, without crop and flip: positions [B] and pixels [B, 3, H, W].

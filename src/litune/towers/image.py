@@ -189,6 +189,15 @@ def _find(spec: str) -> ImageTower:
     return KINDS[kind](spec, name, options)
 
 
+def with_random_weights(spec: str) -> str:
+    """The same tower without its pre-trained weights; a `python:` tower, which has no such option, as it is."""
+    if spec.startswith("python:") or "init=random" in spec.partition("?")[2].split("&"):
+        return spec
+    base, _, query = spec.partition("?")
+    kept = [part for part in query.split("&") if part and not part.startswith("checkpoint=")]
+    return f"{base}?{'&'.join([*kept, 'init=random'])}"
+
+
 def _no_more(spec: str, options: dict[str, str], known: list[str]) -> None:
     for name in options:
         raise TowerError(f"{spec!r} has the unknown option {name!r} ({nearest(name, known)})")

@@ -13,39 +13,13 @@ tuning: no dropout, no drop-path, fixed batch-norm statistics. A module that cal
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-
 from torch import nn
-
-from litune.errors import ConfigError, nearest
 
 
 def lock(module: nn.Module) -> None:
     """Lock all of a module: parameters without gradients, eval mode."""
     module.requires_grad_(False)
     module.eval()
-
-
-def lock_by_name(module: nn.Module, patterns: Sequence[str]) -> list[str]:
-    r"""Lock the parameters whose whole name matches one of the regular expressions; returns their names.
-
-    `text\.model\.embeddings\..*` is all of a BERT tower's embeddings. Modes are left as they are: see
-    `train_unlocked`. Raises `ConfigError` for a pattern that is not a regular expression or matches no parameter.
-    """
-    named = dict(module.named_parameters())
-    locked: dict[str, None] = {}
-    for pattern in patterns:
-        try:
-            found = [name for name in named if re.fullmatch(pattern, name)]
-        except re.error as why:
-            raise ConfigError(f"the pattern {pattern!r} is not a regular expression: {why}") from None
-        if not found:
-            raise ConfigError(f"no parameter's name matches the pattern {pattern!r} ({nearest(pattern, named)})")
-        locked |= dict.fromkeys(found)
-    for name in locked:
-        named[name].requires_grad_(False)
-    return list(locked)
 
 
 def eval_locked(module: nn.Module) -> None:

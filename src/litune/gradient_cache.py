@@ -1,0 +1,70 @@
+"""Exact batches of any size in the memory of a micro-batch (gradient caching, arXiv 2101.06983).
+
+A contrastive loss needs the features of the whole batch, but these are small; what takes memory is what a tower keeps
+for its backward pass. So a batch is encoded twice, micro-batch by micro-batch: once without gradients, for the
+features; then, when the loss has given the gradient of every feature, again with gradients, each micro-batch's
+backward pass following its forward pass at once. The gradient is the whole batch's, to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Part = Callable[[], Tensor]
+"""Encodes one micro-batch: features [b, D]. Called twice, it must give the same (seed what is random in it)."""
+
+
+class Encoded:
+    """The features of a batch, with the way back into the tower that made them.
+
+    `features` [B, D] is a leaf: after the loss's backward pass, `backward` carries its gradient into the parameters.
+    """
+
+    def __init__(self, parts: Sequence[Part], modules: Sequence[nn.Module]) -> None:
+        """Encode the micro-batches `parts` with `modules`; where none of their parameters is tuned, for good."""
+        self._parts, self._modules = parts, modules
+        self._whole: Tensor | None = None
+        tuned = any(p.requires_grad for module in modules for p in module.parameters())
+        if len(parts) == 1 and tuned:
+            self._whole = parts[0]()  # one micro-batch is the batch: its graph is kept, nothing is computed twice
+            self.features: Float[Tensor, "B D"] = self._whole.detach().requires_grad_()
+            return
+        with torch.no_grad():
+            self.features = torch.cat([part() for part in parts])
+        self.features.requires_grad_(tuned)
+
+    def backward(self) -> None:
+        """Add the gradients of the tower's parameters, given `features.grad`."""
+        gradient = self.features.grad
+        if gradient is None:
+            return
+        if self._whole is not None:
+            self._whole.backward(gradient)
+            return
+        with _still_statistics(self._modules):
+            start = 0
+            for part in self._parts:
+                features = part()
+                features.backward(gradient[start : start + len(features)])
+                start += len(features)
+
+
+class _still_statistics:  # noqa: N801
+    """Batch norm's running statistics stand still inside: the first pass has moved them."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        parts = (part for module in modules for part in module.modules())
+        self.norms = [part for part in parts if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+
+    def __enter__(self) -> None:
+        self.momenta = [norm.momentum for norm in self.norms]
+        for norm in self.norms:
+            norm.momentum = 0.0
+
+    def __exit__(self, *_: object) -> None:
+        for norm, momentum in zip(self.norms, self.momenta, strict=True):
+            norm.momentum = momentum
