@@ -2,19 +2,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tests.test_docs import blocks
 
 import litune
 from litune.cli import main
 from litune.commands.compare import agreed, compare, evaluate, markdown, percent, tune
 from litune.config import EvalConfig, TuneConfig, to_json
 from litune.errors import ConfigError, OutputExistsError, RunError, StoreError
-from litune.plan import read_plan
+from litune.plan import Outline, read_plan
 
 ROWS = """
 [[row]]
@@ -370,3 +372,22 @@ def test_agreed() -> None:
     assert agreed(tables) == {"a": 1, "c": 3}
     assert agreed(tables, everywhere=True) == {"a": 1}
     assert agreed([]) == {}
+
+
+def test_designs_are_toml() -> None:
+    designs = Path(__file__).parents[2] / "benchmarks" / "designs"
+    files = sorted(designs.glob("*.toml"))
+    assert [file.name for file in files] == ["heads.toml", "locking.toml", "losses.toml", "towers.toml"]
+    for file in files:
+        found = tomllib.loads(file.read_text(encoding="utf-8"))
+        assert found["seeds"] == [0, 1, 2]
+        assert found.keys() <= {field.name for field in dataclasses.fields(Outline)}
+
+
+def test_the_file_in_the_docs(write: Callable[..., Path], tmp_path: Path) -> None:
+    howto = Path(__file__).parents[2] / "docs" / "howto.md"
+    for folder in ("my-features", "clothing/test"):
+        (tmp_path / folder).mkdir(parents=True)
+    plan = read_plan(write(blocks(howto.read_text(encoding="utf-8"), "toml")[0]), tmp_path / "t")
+    assert [row.name for row in plan.rows] == ["no head", "linear head"]
+    assert len(plan.runs) == 6
