@@ -147,7 +147,7 @@ def tune_config(store: FeatureStore, tiny_bert: Path, tmp_path: Path) -> TuneCon
         text_tower=f"hf:{tiny_bert}",
         out=tmp_path / "run",
         lang=("en",),
-        pairs_seen=240,
+        duration="240pairs",
         batch_size=6,
         learning_rate=3e-3,
         evaluations=2,

@@ -57,7 +57,7 @@ def test_the_way(photos: Path, class_tree: Path, tower_module: str, tiny_bert: P
     assert done.returncode == 0, done.stderr
     assert "24 images, 72 captions" in done.stderr
     done = run(
-        "tune", "s", "--text-tower", f"hf:{tiny_bert}", "--out", "r", "--lang", "en", "--pairs-seen", "120",
+        "tune", "s", "--text-tower", f"hf:{tiny_bert}", "--out", "r", "--lang", "en", "--duration", "120pairs",
         "--batch-size", "6", "--precision", "float32", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -172,7 +172,7 @@ def test_interrupted(store: FeatureStore, tiny_bert: Path, tmp_path: Path) -> No
 
     command = [
         sys.executable, "-m", "litune", "tune", str(store.path), "--text-tower", f"hf:{tiny_bert}", "--out", "r",
-        "--pairs-seen", "900", "--batch-size", "6", "--checkpoint-seconds", "0", "--evaluations", "0",
+        "--duration", "900pairs", "--batch-size", "6", "--checkpoint-seconds", "0", "--evaluations", "0",
         "--precision", "float32",
     ]  # fmt: skip
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)

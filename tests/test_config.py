@@ -3,7 +3,9 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,12 +68,34 @@ def test_recipes(tmp_path: Path) -> None:
 def test_wrong_settings() -> None:
     with pytest.raises(ConfigError, match="--max-damaged is 3, it must be between 0 and 1"):
         EmbedConfig(pairs=Path("p"), image_tower="x", out=Path("o"), max_damaged=3)
-    with pytest.raises(ConfigError, match="--dim needs an image head"):
-        TuneConfig(store=Path("s"), text_tower="minilm", out=Path("o"), dim=4)
     with pytest.raises(ConfigError, match="--precision is 'bf16', it must be one of auto, float32, bfloat16"):
         TuneConfig(store=Path("s"), text_tower="minilm", out=Path("o"), precision="bf16")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="no label"):
         ClassifyConfig(run=Path("r"), images=(Path("x"),), labels=())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"locking": "LX"}, "--locking is 'LX': write two letters"),
+        ({"locking": "UUU"}, "--locking is 'UUU'"),
+        ({"unlock": "after:50%"}, "--unlock is for an unlocked image tower"),
+        ({"image_rate": 0.1}, "--image-rate is for an unlocked image tower"),
+        ({"locking": "UU", "image_negatives": 9}, "--image-negatives needs a locked image tower"),
+        ({"loss": "sigmoid", "image_negatives": 9}, "--image-negatives is for the softmax loss"),
+        ({"image_head": "mlp", "image_negatives": 9}, "--image-negatives is for the softmax loss without"),
+        ({"rates": ("text",)}, "--rates: 'text' can't be read"),
+        ({"rates": ("text.*=-1",)}, "can't be read"),
+        ({"warmup": "0.1"}, "--warmup: '0.1' has no unit"),
+        ({"duration": "5%"}, "--duration: '5%' would be a share of the run's own length"),
+        ({"image_to_text": 1.5}, "--image-to-text is 1.5, it must be between 0 and 1"),
+        ({"beta2": 1.0}, "--beta2 is 1.0"),
+        ({"micro_batch": 0}, "--micro-batch is 0"),
+    ],
+)
+def test_wrong_tuning_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        TuneConfig(store=Path("s"), text_tower="minilm", out=Path("o"), **settings)
 
 
 def test_imports_no_torch() -> None:

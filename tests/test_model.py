@@ -21,7 +21,7 @@ from litune.model import LiT
 
 @pytest.fixture
 def run(tune_config: TuneConfig) -> Path:
-    tune.run(dataclasses.replace(tune_config, pairs_seen=12, evaluations=0))
+    tune.run(dataclasses.replace(tune_config, duration="12pairs", evaluations=0))
     return tune_config.out
 
 

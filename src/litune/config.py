@@ -247,8 +247,8 @@ class TuneConfig:
             ("evaluations", self.evaluations, 0),
             ("image-negatives", self.image_negatives, 0),
             ("workers", self.workers, 0),
-            ("micro-batch", self.micro_batch or 1, 1),
-            ("dim", self.dim or 1, 1),
+            ("micro-batch", 1 if self.micro_batch is None else self.micro_batch, 1),
+            ("dim", 1 if self.dim is None else self.dim, 1),
         ):
             _at_least(name, value, least)
         for name, number in (("learning-rate", self.learning_rate), ("clip-norm", self.clip_norm)):

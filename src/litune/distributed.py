@@ -7,7 +7,7 @@ is one rank, and each is an identity: what is written for many ranks runs in one
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -16,7 +16,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
-from litune.errors import ConfigError
+from litune.errors import ConfigError, LituneError
 
 T = TypeVar("T")
 
@@ -165,6 +165,26 @@ def broadcast_object(item: T) -> T:
     box = [item]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def from_main(function: Callable[[], T]) -> T:
+    """What `function` returns on rank 0, where alone it runs; what it raises there is raised on every rank."""
+    found: T | None = None
+    error: LituneError | None = None
+    if is_main():
+        try:
+            found = function()
+        except LituneError as why:
+            error = why
+    error = broadcast_object(error)
+    if error is not None:
+        raise error
+    return broadcast_object(found)  # type: ignore[return-value]
+
+
+def sum_counts(count: int) -> int:
+    """The sum over ranks of a whole number."""
+    return sum(gather_objects(count))
 
 
 def _grouped() -> bool:

@@ -195,20 +195,50 @@ class Selection:
     """Some of a store's images, with their captions."""
 
     def __init__(self, store: FeatureStore, rows: np.ndarray, table: pa.Table) -> None:
-        self.store, self.rows = store, rows
-        lists = table["captions"].combine_chunks()
-        self._captions = lists.flatten()
+        self.store, self.rows, self._table = store, rows, table.combine_chunks()
+        lists = self._table["captions"].combine_chunks()
+        self.caption_array = lists.flatten()
         self._offsets = np.concatenate([[0], np.cumsum(pc.list_value_length(lists).to_numpy())])
-        self.keys: list[str] = table["key"].to_pylist()
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    @cached_property
+    def keys(self) -> list[str]:
+        """The images' names, as their source has them."""
+        found: list[str] = self._table["key"].to_pylist()
+        return found
+
+    @property
+    def image_files(self) -> list[str]:
+        """The images' files."""
+        found: list[str] = self._table["image_path"].to_pylist()
+        return found
+
+    def column(self, name: str) -> pa.Array | None:
+        """A column of the metadata, one value per image; None where the store has none of that name."""
+        return self._table[name].combine_chunks() if name in self._table.column_names else None
+
     @property
     def captions(self) -> list[str]:
         """All captions, image by image."""
-        found: list[str] = self._captions.to_pylist()
+        found: list[str] = self.caption_array.to_pylist()
         return found
+
+    def fields_of_captions(self, names: Sequence[str]) -> list[str]:
+        """For each of `captions`, the text field that it is of. Raises `StoreError` where there is none of `names`."""
+        found = self._table["fields"] if "fields" in self._table.column_names else None
+        if found is None:
+            raise StoreError(
+                f"{self.store.path} has one text field, {', '.join(names)} asked for: embed with several "
+                "--caption-column"
+            )
+        fields: list[str] = pc.list_flatten(found).to_pylist()
+        known = set(fields)
+        for name in names:
+            if name not in known:
+                raise StoreError(f"{self.store.path} has no text field {name!r} ({nearest(name, known)})")
+        return fields
 
     @property
     def owner(self) -> np.ndarray:
@@ -220,20 +250,9 @@ class Selection:
         """The number of captions of each image."""
         return np.diff(self._offsets)
 
-    def caption_range(self, image: int) -> tuple[int, int]:
-        """Where the image's captions stand in `captions`: from, to."""
-        return int(self._offsets[image]), int(self._offsets[image + 1])
-
     def subset(self, positions: np.ndarray) -> Selection:
         """The images at these positions of the selection."""
-        part = object.__new__(Selection)
-        part.store, part.rows = self.store, self.rows[positions]
-        part.keys = [self.keys[i] for i in positions]
-        spans = [np.arange(*self.caption_range(i)) for i in positions]
-        taken = np.concatenate(spans) if spans else np.empty(0, dtype=np.int64)
-        part._captions = self._captions.take(pa.array(taken))
-        part._offsets = np.concatenate([[0], np.cumsum([len(s) for s in spans])])
-        return part
+        return Selection(self.store, self.rows[positions], self._table.take(pa.array(positions)))
 
     def features(self, positions: np.ndarray | None = None) -> np.ndarray:
         """Raw float32 features of the images at these positions (all by default)."""

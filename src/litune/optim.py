@@ -21,7 +21,10 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 
     Not to biases, norms, the temperature, or tables of tokens and positions (LiT's "embeddings-like vectors").
     """
-    return parameter.ndim >= 2 and "embedding" not in name
+    return parameter.ndim >= 2 and not any(table in name for table in _TABLES)
+
+
+_TABLES = ("embedding", "embed_tokens", "shared.weight", "pos_embed", "cls_token", "reg_token")
 
 
 def rate_of(name: str, rates: Sequence[tuple[str, float]]) -> float:

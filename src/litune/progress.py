@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -21,8 +22,13 @@ def console() -> Console:
 
 
 def say(message: str) -> None:
-    """One message for the person at the terminal."""
-    console().print(message, markup=False)
+    """One message for the person at the terminal; of several processes, only rank 0 speaks."""
+    if not _silent():
+        console().print(message, markup=False)
+
+
+def _silent() -> bool:
+    return os.environ.get("RANK", "0") != "0"
 
 
 def duration(seconds: float) -> str:
@@ -105,7 +111,7 @@ class _RateAndNote(TextColumn):
 def track(what: str, unit: str, total: int, done: int = 0) -> Iterator[Task]:
     """Follow `total` units of work, `done` of them done before, and say at the end what it took."""
     task: Task
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not _silent():
         bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

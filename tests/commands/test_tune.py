@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +18,9 @@ from tests.conftest import random_store, random_timm_tower
 from tests.test_features import clip_retrieval_folder
 
 import litune
+from litune import tuning
 from litune.checkpoint import load
-from litune.commands import tune as tune_module
-from litune.commands.tune import Tuning, choose_pairs, evaluation_steps, make_model, make_tokenizer, tune
+from litune.commands.tune import choose_pairs, make_model, make_tokenizer, tune
 from litune.config import TuneConfig, to_json
 from litune.errors import ConfigError, OutputExistsError, RunError, StoreError
 from litune.features import FeatureStore
@@ -27,11 +28,12 @@ from litune.losses import softmax_loss
 from litune.towers import text as text_towers
 from litune.towers.image import weights_hash
 from litune.towers.text import parse_text_spec
+from litune.tuning import Tuning, evaluation_steps
 
 
 def test_learns(tune_config: TuneConfig) -> None:
     """Held-out colors and shapes are found far above chance, and the manifest says how the run came about."""
-    tune_config = dataclasses.replace(tune_config, pairs_seen=480)
+    tune_config = dataclasses.replace(tune_config, duration="480pairs")
     tune.run(tune_config)
     lines = [json.loads(line) for line in (tune_config.out / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -50,7 +52,7 @@ def test_learns(tune_config: TuneConfig) -> None:
     assert manifest["seed"] == 0
     assert json.loads((tune_config.out / "config.json").read_text()) == to_json(tune_config)
     assert sorted(p.name for p in tune_config.out.iterdir()) == [
-        "config.json", "manifest.json", "metrics.jsonl", "model.safetensors", "tokenizer.json",
+        "best", "config.json", "manifest.json", "metrics.jsonl", "model.safetensors", "tokenizer.json",
     ]  # fmt: skip
 
 
@@ -59,7 +61,7 @@ def bytes_of(run: Path) -> dict[str, bytes]:
 
 
 def test_same_seed_same_bytes(tune_config: TuneConfig, tmp_path: Path) -> None:
-    tune_config = dataclasses.replace(tune_config, precision="auto", pairs_seen=60, evaluations=1)
+    tune_config = dataclasses.replace(tune_config, precision="auto", duration="60pairs", evaluations=1)
     again = dataclasses.replace(tune_config, out=tmp_path / "again")
     other = dataclasses.replace(tune_config, out=tmp_path / "other", seed=1)
     for config in (tune_config, again, other):
@@ -82,10 +84,10 @@ def test_interrupted_anywhere_ends_with_the_same_bytes(
     step = Tuning.step
     for stop_at in (1, 7, 22, 39):
 
-        def stopping(self: Tuning, batch: object, stop_at: int = stop_at) -> dict[str, float]:
+        def stopping(self: Tuning, *batch: Any, stop_at: int = stop_at) -> dict[str, float]:
             if self.progress.step == stop_at:
                 raise _StopError
-            return step(self, batch)  # type: ignore[arg-type]
+            return step(self, *batch)
 
         monkeypatch.setattr(Tuning, "step", stopping)
         with pytest.raises(_StopError):
@@ -108,7 +110,7 @@ def test_killed_and_gone_on(tune_config: TuneConfig, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     command = [
         sys.executable, "-m", "litune", "tune", str(tune_config.store), "--text-tower", tune_config.text_tower,
-        "--out", str(out), "--lang", "en", "--pairs-seen", "600", "--batch-size", "6", "--checkpoint-seconds", "0",
+        "--out", str(out), "--lang", "en", "--duration", "600pairs", "--batch-size", "6", "--checkpoint-seconds", "0",
         "--evaluations", "0", "--precision", "float32",
     ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
@@ -161,7 +163,7 @@ def test_locked_is_locked(store: FeatureStore, tune_config: TuneConfig) -> None:
     for batch in run.batches.from_step(0, 3):
         run.step(batch)
         images = model.image_features(tower.encode(pixels))
-        loss = softmax_loss(images, model.text_features(run.tokens.take(batch.captions)), model.scale)
+        loss = softmax_loss(images, model.text_features(run.tokens.take(batch.captions[0])), model.scale)
         loss.backward()
         run.optimizer.step()
     assert weights_hash(model.text) != text_before
@@ -201,7 +203,7 @@ def test_random_init_and_heads(tune_config: TuneConfig, tiny_bert: Path) -> None
 def test_clip_retrievals_folder_is_tuned_on_as_it_is(tiny_bert: Path, tmp_path: Path) -> None:
     clip_retrieval_folder(tmp_path / "clip")
     model = litune.tune(
-        store=tmp_path / "clip", text_tower=f"hf:{tiny_bert}", out=tmp_path / "run", pairs_seen=12, batch_size=4
+        store=tmp_path / "clip", text_tower=f"hf:{tiny_bert}", out=tmp_path / "run", duration="12pairs", batch_size=4
     )
     assert model.encode_text("picture 1").shape == (1, 6)
     with pytest.raises(litune.LituneError, match="does not know its image tower"):
@@ -210,7 +212,7 @@ def test_clip_retrievals_folder_is_tuned_on_as_it_is(tiny_bert: Path, tmp_path: 
 
 def test_image_maps(tune_config: TuneConfig) -> None:
     """none: the tower's features as they are; center: less the tuned images' mean; whiten: by W (C + s·I) W = I."""
-    short = dataclasses.replace(tune_config, pairs_seen=12, evaluations=0)
+    short = dataclasses.replace(tune_config, duration="12pairs", evaluations=0)
     raw = FeatureStore(short.store).select("train").features().astype(np.float64)
     for kind in ("none", "center", "whiten"):
         config = dataclasses.replace(short, image_map=kind, shrinkage=0.5, out=short.out.parent / kind)
@@ -244,7 +246,7 @@ def test_holdout_without_splits(tmp_path: Path, tune_config: TuneConfig) -> None
 
 
 def test_not_finite_stops_with_the_step(tune_config: TuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune_module, "softmax_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True))
+    monkeypatch.setattr(tuning, "softmax_loss", lambda *_, **__: torch.tensor(float("nan"), requires_grad=True))
     with pytest.raises(RunError, match=r"the loss is nan at step 0 \(images .*\.png.*lower --learning-rate"):
         tune.run(tune_config)
 
@@ -256,7 +258,7 @@ def test_bad_input(tune_config: TuneConfig, tmp_path: Path) -> None:
         tune.run(dataclasses.replace(tune_config, split="trian"))
     with pytest.raises(ConfigError, match="trained with its own"):
         tune.run(dataclasses.replace(tune_config, tokenizer="x.json"))
-    for wrong in ({"batch_size": 1}, {"learning_rate": 0.0}, {"warmup": 2.0}, {"dim": 8}, {"pairs_seen": 1}):
+    for wrong in ({"batch_size": 1}, {"learning_rate": 0.0}, {"warmup": "200%"}, {"duration": "1"}):
         with pytest.raises(ConfigError):
             dataclasses.replace(tune_config, **wrong)
 
@@ -281,7 +283,7 @@ def test_a_folder_of_others_is_never_removed(tune_config: TuneConfig, tiny_bert:
 
 
 def test_a_failing_command_touches_nothing(tune_config: TuneConfig) -> None:
-    tune.run(dataclasses.replace(tune_config, pairs_seen=12, evaluations=0))
+    tune.run(dataclasses.replace(tune_config, duration="12pairs", evaluations=0))
     before = bytes_of(tune_config.out)
     for wrong in ({"text_tower": "hf:/nowhere"}, {"split": "trian"}, {"max_tokens": 4000}):
         with pytest.raises(litune.LituneError):
@@ -296,10 +298,10 @@ def test_a_failing_command_touches_nothing(tune_config: TuneConfig) -> None:
 def stop_after(steps: int, config: TuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     step = Tuning.step
 
-    def stopping(self: Tuning, batch: object) -> dict[str, float]:
+    def stopping(self: Tuning, *batch: Any) -> dict[str, float]:
         if self.progress.step == steps:
             raise _StopError
-        return step(self, batch)  # type: ignore[arg-type]
+        return step(self, *batch)
 
     with monkeypatch.context() as patch:
         patch.setattr(Tuning, "step", stopping)
@@ -346,7 +348,7 @@ def test_full_disk(tune_config: TuneConfig) -> None:
     )
     command = [
         "tune", str(tune_config.store), "--text-tower", tune_config.text_tower, "--out", str(tune_config.out),
-        "--pairs-seen", "60", "--batch-size", "6", "--evaluations", "0",
+        "--duration", "60pairs", "--batch-size", "6", "--evaluations", "0",
     ]  # fmt: skip
     full = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
     assert full.returncode == 2, full.stderr

@@ -85,8 +85,8 @@ def test_columns(folder: Path) -> None:
     with pytest.raises(DataError, match=r"no column of image paths .* photo, words with --image-column"):
         read_pairs(folder)
     with pytest.raises(DataError, match=r"no column 'word' \(perhaps you meant 'words'\)"):
-        read_pairs(folder, image_column="photo", caption_column="word")
-    assert len(read_pairs(folder, image_column="photo", caption_column="words")) == 1
+        read_pairs(folder, image_column="photo", caption_columns=["word"])
+    assert len(read_pairs(folder, image_column="photo", caption_columns=["words"])) == 1
 
 
 def test_class_folders(class_tree: Path) -> None:

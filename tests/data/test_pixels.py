@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from litune.data.batches import Batch, Batches
+from litune.data.batches import Batch, Batches, Field
 from litune.data.images import ImageTransform, open_rgb
 from litune.data.pixels import PixelLoader, inception_box
 from litune.errors import DataError, TowerError
 
 TRANSFORM = ImageTransform((16, 24), (0.5,) * 3, (0.5,) * 3, crop_pct=0.875)
 N = 12
-BATCHES = Batches(np.arange(N + 1), 4, seed=3)
+BATCHES = Batches(N, [Field(np.arange(N + 1), np.arange(N))], 4, seed=3)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_shapes_and_pairs(files: list[Path]) -> None:
     found = list(loader(files).from_batches(BATCHES.from_step(0, 7)))
     asked = list(BATCHES.from_step(0, 7))
     assert [b.images.tolist() for b, _ in found] == [b.images.tolist() for b in asked]
-    assert [b.captions.tolist() for b, _ in found] == [b.captions.tolist() for b in asked]
+    assert [b.captions[0].tolist() for b, _ in found] == [b.captions[0].tolist() for b in asked]
     assert {(p.shape, p.dtype) for _, p in found} == {((4, 3, 16, 24), np.dtype(np.uint8))}
 
 
@@ -57,7 +57,7 @@ def test_epochs_seeds_and_images_differ(files: list[Path]) -> None:
     same = [files[0], files[0]]
 
     def first_of(seed: int, epoch: int) -> np.ndarray:
-        batch = Batch(epoch, np.array([0, 1]), np.array([0, 1]))
+        batch = Batch(epoch, np.array([0, 1]), (np.array([0, 1]),))
         return next(loader(same, seed=seed).from_batches([batch]))[1]
 
     looks = [look.tobytes() for seed, epoch in ((0, 0), (0, 1), (1, 0)) for look in first_of(seed, epoch)]
@@ -103,7 +103,7 @@ def test_a_crop_is_scaled_whole_to_the_input(tmp_path: Path) -> None:
     y, x = np.mgrid[:200, :200]
     place = np.stack([x, y, np.zeros_like(x)], axis=-1).astype(np.uint8)
     Image.fromarray(place).save(tmp_path / "place.png")
-    batch = Batch(2, np.array([0]), np.array([0]))
+    batch = Batch(2, np.array([0]), (np.array([0]),))
     (_, found), *_ = loader([tmp_path / "place.png"], flip=False).from_batches([batch])
     random = np.random.default_rng([3, 2, 1])
     random.random()  # the flip's
@@ -118,7 +118,7 @@ def test_a_crop_is_scaled_whole_to_the_input(tmp_path: Path) -> None:
 def test_flips_both_ways(tmp_path: Path, augment: str) -> None:
     ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None], (64, 64, 3))
     Image.fromarray(np.ascontiguousarray(ramp)).save(tmp_path / "ramp.png")
-    batches = [Batch(epoch, np.array([0]), np.array([0])) for epoch in range(200)]
+    batches = [Batch(epoch, np.array([0]), (np.array([0]),)) for epoch in range(200)]
 
     def mirrored(flip: bool) -> np.ndarray:
         pictures = loader([tmp_path / "ramp.png"], augment=augment, flip=flip).from_batches(batches)
@@ -188,7 +188,7 @@ def test_damaged_images_are_left_out_and_counted_once(files: list[Path]) -> None
     ):
         kept = all_of_it.images != lost
         assert batch.images.tolist() == all_of_it.images[kept].tolist()
-        assert batch.captions.tolist() == all_of_it.captions[kept].tolist()
+        assert batch.captions[0].tolist() == all_of_it.captions[0][kept].tolist()
         assert np.array_equal(found, all_found[kept])
     assert list(pictures.damaged) == [lost]
     assert pictures.damaged[lost].key == str(files[lost])

@@ -11,9 +11,9 @@ from tests.conftest import draw, random_timm_tower
 from torch import nn
 
 from litune.data.images import ImageTransform
-from litune.errors import ConfigError, TowerError
+from litune.errors import TowerError
 from litune.towers.image import ImageTower, differences, load_image_tower, weights_hash
-from litune.towers.locking import eval_locked, lock_by_name, train_unlocked
+from litune.towers.locking import eval_locked, lock, train_unlocked
 
 
 def picture(size: tuple[int, int] = (90, 70)) -> Image.Image:
@@ -320,8 +320,8 @@ def in_train_mode(module: nn.Module) -> set[str]:
 
 def test_locked_parts_stay_in_eval_mode() -> None:
     model = Small()
-    named = [f"first.{n}" for n in ("0.weight", "0.bias", "1.weight", "1.bias")]
-    assert lock_by_name(model, [r"first\..*", r".*\.1\.weight"]) == [*named, "second.1.weight"]
+    lock(model.first)
+    model.second[1].weight.requires_grad_(False)
     train_unlocked(model)
     # A dropout goes with the part it is in; batch norm with one tuned parameter is tuned.
     assert in_train_mode(model) == {"", "between", "second", "second.0", "second.1", "second.2"}
@@ -329,7 +329,7 @@ def test_locked_parts_stay_in_eval_mode() -> None:
     assert "first.1" in in_train_mode(model)
     eval_locked(model)
     assert "first.1" not in in_train_mode(model)
-    lock_by_name(model, [".*"])
+    lock(model)
     train_unlocked(model)
     assert in_train_mode(model) == set()
 
@@ -338,7 +338,7 @@ def test_a_partly_locked_tower_keeps_its_locked_parts_as_they_are() -> None:
     transform = ImageTransform((64, 64), (0.5,) * 3, (0.5,) * 3)
     tower = ImageTower("test", Small(), transform, description={}, weights="0", pooling="avg")
     tower.unlock()
-    lock_by_name(tower, [r"network\.first\..*"])
+    lock(tower.network.first)
     nn.ModuleList([tower]).train()  # asked from above
     assert in_train_mode(tower.network.first) == set()
     assert tower.network.between.training
@@ -347,15 +347,6 @@ def test_a_partly_locked_tower_keeps_its_locked_parts_as_they_are() -> None:
     assert {name.split(".")[1] for name in found} == {"second"}
     moved = {k.split(".")[1] for k, v in tower.state_dict().items() if not torch.equal(v, before[k])}
     assert moved == {"second"}, "batch-norm statistics of the locked part moved"
-
-
-@pytest.mark.parametrize(
-    ("pattern", "message"),
-    [("frist.*", r"no parameter's name matches the pattern 'frist.*'"), ("(", "is not a regular expression")],
-)
-def test_bad_patterns(pattern: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        lock_by_name(Small(), [pattern])
 
 
 @pytest.mark.parametrize("kind", ["timm", "hf"])

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from litune.checkpoint import find_image_tower
 from litune.config import EmbedConfig, command
 from litune.data.images import Decoded, decode_file, map_ahead
 from litune.data.pairs import Damage, Pairs, read_pairs
@@ -19,7 +20,7 @@ from litune.errors import DataError, LituneError, OutputExistsError, StoreError
 from litune.features import MANIFEST, FeatureStore, StoreWriter, library_versions
 from litune.files import clear_output, read_json
 from litune.progress import Task, say, track
-from litune.towers.image import ImageTower, differences, load_image_tower
+from litune.towers.image import ImageTower, differences
 
 # A shard is closed when this much time has passed, or this share of the whole time so far if that is more: an
 # interruption costs seconds, and a long run still has few files.
@@ -38,7 +39,7 @@ def embed(config: EmbedConfig) -> FeatureStore:
         config.pairs,
         images=config.images,
         image_column=config.image_column,
-        caption_column=config.caption_column,
+        caption_columns=config.caption_column,
         split_column=config.split_column,
         lang_column=config.lang_column,
         split=config.split,
@@ -50,7 +51,7 @@ def embed(config: EmbedConfig) -> FeatureStore:
         first = pairs.damaged[0]
         say(f"skipped {len(pairs.damaged):,} captions that can't be used, first {first.key}: {first.reason}")
     device = pick_device(config.device)
-    tower = load_image_tower(config.image_tower).to(device)
+    tower = find_image_tower(config.image_tower).to(device)
     bfloat16 = pick_bfloat16(config.precision, device)
     manifest = {
         "tower": tower.provenance | {"precision": "bfloat16" if bfloat16 else "float32"},

@@ -3,72 +3,70 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from litune.checkpoint import (
-    CONFIG,
-    MANIFEST,
-    METRICS,
-    STATE,
-    load,
-    load_tensors,
-    model_state,
-    save_model,
-    save_tensors,
-)
+from litune import distributed
+from litune.checkpoint import CONFIG, MANIFEST, load
 from litune.config import TuneConfig, command, to_json
-from litune.data.batches import Batch, Batches
 from litune.data.tokenizers import Tokenizer, find_tokenizer, train_tokenizer
-from litune.devices import pick_bfloat16, pick_device
+from litune.devices import pick_device
 from litune.errors import ConfigError, OutputExistsError, RunError
-from litune.evaluation.retrieval import retrieval
-from litune.features import FeatureStore, Selection, library_versions
-from litune.files import clear_output, read_json, sweep_temporaries, write_json, write_text
-from litune.losses import softmax_loss
+from litune.features import FeatureStore, Selection
+from litune.files import clear_output, read_json, write_json
 from litune.model import LiT
-from litune.optim import make_adamw, parameter_groups, set_rate, warmup_cosine
-from litune.progress import say, track
 from litune.towers.heads import make_head
+from litune.towers.image import ImageTower, load_image_tower, with_random_weights
 from litune.towers.text import TextSpec, make_text_tower, parse_text_spec, text_layout
+from litune.tuning import OnLog, Tuning
 
-HOLDOUT_MOST, EVALUATE_MOST = 1000, 1000
-LOG_LINES = 1000
+HOLDOUT_MOST = 1000
 
 
 @command(TuneConfig)
-def tune(config: TuneConfig) -> LiT:
+def tune(config: TuneConfig, on_log: OnLog | None = None) -> LiT:
     """Tune a text tower on a feature store's pairs, write a run folder, and return the model.
 
-    Goes on with an unfinished run of the same config. Raises `StoreError`, `TowerError` or `ConfigError` for
-    what can't be used, `OutputExistsError` where the run at `config.out` is finished, `RunError` where it has
-    another config or the loss stops being finite.
+    Goes on with an unfinished run of the same config. From Python, `tune.run(config, on_log)` also calls `on_log`
+    with every line of metrics.jsonl, as a dict. Under torchrun every process calls it alike. Raises `StoreError`,
+    `TowerError` or `ConfigError` for what can't be used, `OutputExistsError` where the run at `config.out` is
+    finished, `RunError` where it has another config or the loss stops being finite.
     """
+    distributed.start(config.device)
     store = FeatureStore(config.store)
-    spec = parse_text_spec(config.text_tower)
+    spec = text_spec(config)
     train, val = choose_pairs(store, config)
-    goes_on = can_go_on(config)
+    goes_on = distributed.from_main(lambda: can_go_on(config))
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
     tokenizer = make_tokenizer(spec, config, train.captions)
     model = make_model(store, spec, tokenizer, train, config).to(device)
-    run = Tuning(config, store, train, val, model, device)
+    run = Tuning(config, store, train, val, model, device, on_log)
     if not goes_on:
-        prepare_run(config)
+        distributed.from_main(lambda: prepare_run(config))
     run.announce()
     if goes_on:
         run.go_on()
     run.fit()
     return load(config.out, device=config.device)
+
+
+def text_spec(config: TuneConfig) -> TextSpec:
+    """The text tower that is asked for, pre-trained or from scratch as --locking says."""
+    spec = parse_text_spec(config.text_tower)
+    letter = config.locking[1] if config.locking else None
+    if letter == "u":
+        return dataclasses.replace(spec, pretrained=False)
+    if letter is not None and not spec.pretrained:
+        raise ConfigError(
+            f"--locking {config.locking} wants a pre-trained text tower, {spec.spec} is from scratch: "
+            f"write {config.locking[:1] if config.locking else ''}u"
+        )
+    return spec
 
 
 def choose_pairs(store: FeatureStore, config: TuneConfig) -> tuple[Selection, Selection | None]:
@@ -134,7 +132,7 @@ def _config_at(out: Path) -> dict[str, Any] | None:
     if not (out / CONFIG).is_file():
         return None
     found = read_json(out / CONFIG, RunError)
-    return found if {"store", "text_tower", "pairs_seen"} <= found.keys() else None
+    return found if {"store", "text_tower", "batch_size"} <= found.keys() else None
 
 
 def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
@@ -153,7 +151,7 @@ def make_tokenizer(spec: TextSpec, config: TuneConfig, captions: Sequence[str]) 
 
 
 def make_model(store: FeatureStore, spec: TextSpec, tokenizer: Tokenizer, train: Selection, config: TuneConfig) -> LiT:
-    """The model to tune: the text tower, a linear head with bias, and the image side's fixed or tuned map."""
+    """The model to tune: both towers' parts, their heads, and the fixed map of a locked tower's features."""
     text = make_text_tower(
         spec,
         vocab_size=tokenizer.vocab_size,
@@ -161,24 +159,70 @@ def make_model(store: FeatureStore, spec: TextSpec, tokenizer: Tokenizer, train:
         pooling=config.pooling,
         dropout=config.dropout,
     )
-    dim = config.dim or store.width
+    image = None if config.locked else unlocked_tower(store, config)
+    image_width = store.width if image is None else output_width(image)
+    image_head = ("none" if config.locked else "linear") if config.image_head == "auto" else config.image_head
+    dim = shared_dim(config, image_head, image_width, text.width)
+    image_map = config.image_map if config.locked else "none"
     model = LiT(
         text,
-        make_head("linear", text.width, dim),
-        make_head(config.image_head, store.width, dim),
+        make_head(config.text_head, text.width, dim),
+        make_head(image_head, image_width, dim),
         tokenizer,
-        image_width=store.width,
+        image_width=image_width,
         dim=dim,
         logit_scale=config.logit_scale,
-        image_map=config.image_map,
-        image_provenance=store.tower,
+        logit_bias=config.logit_bias if config.loss == "sigmoid" else None,
+        image_map=image_map,
+        image_provenance=store.tower if image is None else image.provenance,
+        image=image,
     )
-    if config.image_map != "none":
+    if image_map != "none":
         mean, covariance = moments(train)
         model.center.copy_(torch.from_numpy(mean))
         if model.whitening is not None:
             model.whitening.copy_(torch.from_numpy(whitening(covariance, config.shrinkage)))
     return model
+
+
+def shared_dim(config: TuneConfig, image_head: str, image_width: int, text_width: int) -> int:
+    """The shared dimension: that of the side without a head, which is not to be changed, or what is asked for."""
+    fixed = {"image": image_width} if image_head == "none" else {}
+    if config.text_head == "none":
+        fixed["text"] = text_width
+    for side, width in fixed.items():
+        if config.dim not in (None, width):
+            raise ConfigError(f"--dim {config.dim} needs a head on the {side} side: without one it is {width}")
+    if len(set(fixed.values())) > 1:
+        raise ConfigError(
+            f"without heads the towers' widths must be equal, they are {image_width} (image) and {text_width} (text): "
+            "give one side a head"
+        )
+    return config.dim or next(iter(fixed.values()), image_width)
+
+
+def unlocked_tower(store: FeatureStore, config: TuneConfig) -> ImageTower:
+    """The image tower to train from pixels: pre-trained (U), or with the weights of the seed (u)."""
+    assert config.locking is not None
+    spec = config.image_tower or (store.tower or {}).get("spec")
+    if spec is None:
+        raise ConfigError(f"{store.path} does not know its image tower: name the one to train with --image-tower")
+    if config.locking[0] == "u":
+        spec = with_random_weights(spec)
+    elif "init=random" in spec:
+        raise ConfigError(f"--locking {config.locking} wants a pre-trained image tower, {spec} is from scratch")
+    tower = load_image_tower(spec, locked=False)
+    if config.gradient_checkpointing:
+        tower.set_gradient_checkpointing(True)
+    return tower
+
+
+def output_width(tower: ImageTower) -> int:
+    """The width of a tower's features, seen on an empty picture."""
+    from PIL import Image
+
+    pixels = torch.from_numpy(np.asarray(tower.preprocess(Image.new("RGB", (64, 64))))[None])
+    return int(tower.encode(pixels).shape[1])
 
 
 def moments(pairs: Selection) -> tuple[np.ndarray, np.ndarray]:
@@ -204,245 +248,3 @@ def whitening(covariance: np.ndarray, shrinkage: float) -> np.ndarray:
     inverse_roots = 1 / np.sqrt(np.maximum(variances, 0) + floor)
     found: np.ndarray = (directions * inverse_roots) @ directions.T
     return found
-
-
-@dataclass
-class Progress:
-    """How far a run is; kept in every checkpoint."""
-
-    step: int = 0
-    seconds: float = 0.0
-
-
-class Tuning:
-    """One run: its pairs, its model and optimizer, and the loop over steps.
-
-    Nothing random has state: a step's batch and its dropout follow from the seed and the step's number, so a run
-    that was interrupted ends with the same bytes as one that was not.
-    """
-
-    def __init__(
-        self,
-        config: TuneConfig,
-        store: FeatureStore,
-        train: Selection,
-        val: Selection | None,
-        model: LiT,
-        device: torch.device,
-    ) -> None:
-        self.config, self.store, self.train, self.val, self.model = config, store, train, val, model
-        self.device, self.bfloat16 = device, pick_bfloat16(config.precision, device)
-        self.tokens = model.tokenizer(train.captions)
-        first = np.concatenate([[0], np.cumsum(train.counts)])
-        self.size = min(config.batch_size, len(train))
-        self.batches = Batches(first, self.size, config.seed)
-        self.pairs_seen = config.pairs_seen or default_pairs_seen(len(train))
-        self.steps = max(1, round(self.pairs_seen / self.size))
-        self.warmup = round(config.warmup * self.steps)
-        self.optimizer = make_adamw(
-            parameter_groups(
-                model.named_parameters(),
-                learning_rate=config.learning_rate,
-                weight_decay=config.weight_decay,
-                rates={
-                    "text_head.": config.head_rate,
-                    "image_head.": config.head_rate,
-                    "logit_scale": config.temperature_rate,
-                },
-            ),
-            config.beta2,
-        )
-        self.evaluate_at = evaluation_steps(self.steps, config.evaluations) if val else set()
-        self.progress = Progress()
-        self.last_evaluation: dict[str, Any] | None = None
-
-    def announce(self) -> None:
-        """Say what is about to happen."""
-        tuned = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        held = f", {len(self.val):,} images held out" if self.val else ", nothing held out"
-        say(
-            f"tuning {self.config.text_tower} ({tuned / 1e6:.1f}M parameters, "
-            f"{'bfloat16' if self.bfloat16 else 'float32'} on {self.device.type}) on {len(self.train):,} images with "
-            f"{self.train.counts.sum():,} captions{held}; {self.steps:,} steps of {self.size:,} pairs"
-        )
-        cut = float((self.tokens.lengths >= self.model.tokenizer.max_tokens).mean())
-        if self.model.tokenizer.layout != "sticky_eos" and cut > 0.2:
-            say(f"{cut:.0%} of the captions fill --max-tokens {self.config.max_tokens} and may be cut short")
-
-    def fit(self) -> None:
-        """Take every step that is left, then write the finished run."""
-        self.model.train()
-        began, before = time.monotonic(), self.progress.seconds
-        saved = time.monotonic()
-        log_every = max(1, self.steps // LOG_LINES)
-        done = self.progress.step
-        with (
-            open(self.config.out / METRICS, "a" if done else "w", encoding="utf-8") as metrics,
-            track("tuning", "pairs", self.steps * self.size, done * self.size) as task,
-        ):
-            for batch in self.batches.from_step(done, self.steps):
-                facts = self.step(batch)
-                self.progress.step += 1
-                self.progress.seconds = before + time.monotonic() - began
-                task.advance(self.size)
-                step = self.progress.step
-                task.note = f"loss {facts['loss']:.3f}" + self._recall_note()
-                if step % log_every == 0 or step == self.steps:
-                    facts |= {"epoch": batch.epoch, "pairs_per_second": round(task.rate, 1)}
-                    self._log(metrics, facts)
-                if step in self.evaluate_at:
-                    self._log(metrics, {"val": self.evaluate()})
-                if time.monotonic() - saved >= self.config.checkpoint_seconds and step < self.steps:
-                    self.save_state()
-                    saved = time.monotonic()
-        self.finish()
-
-    def step(self, batch: Batch) -> dict[str, float]:
-        """One step of the optimizer; returns what is logged."""
-        torch.manual_seed(self.config.seed * 1_000_003 + self.progress.step)  # this step's dropout
-        share = warmup_cosine(self.progress.step, self.steps, self.warmup)
-        set_rate(self.optimizer, share)
-        raw = torch.from_numpy(self.train.features(batch.images)).to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            texts = self.model.text_features(self.tokens.take(batch.captions))
-        loss = softmax_loss(self.model.image_features(raw), texts, self.model.scale)
-        if not math.isfinite(loss.item()):
-            keys = ", ".join(self.train.keys[i] for i in batch.images[:3])
-            raise RunError(
-                f"the loss is {loss.item()} at step {self.progress.step} (images {keys}, …): lower --learning-rate, or "
-                f"try --precision float32, in another --out; the last checkpoint stays in {self.config.out}"
-            )
-        loss.backward()
-        tuned = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(tuned, self.config.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return {
-            "loss": loss.item(),
-            "scale": self.model.scale.item(),
-            "gradient_norm": norm.item(),
-            "learning_rate": self.config.learning_rate * share,
-        }
-
-    def evaluate(self) -> dict[str, Any]:
-        """Retrieval on the held-out pairs (at most 1,000 images), in tuning's own precision."""
-        assert self.val is not None
-        val = self.val
-        if len(val) > EVALUATE_MOST:
-            val = val.subset(np.linspace(0, len(val) - 1, EVALUATE_MOST).round().astype(int))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            texts = self.model.encode_text(val.captions)
-        images = self.model.encode_features(val.features())
-        found = retrieval(images, texts, torch.from_numpy(val.owner))
-        self.last_evaluation = found
-        return found
-
-    def _recall_note(self) -> str:
-        if self.last_evaluation is None:
-            return ""
-        return f" · held-out T→I R@10 {self.last_evaluation['text_to_image']['recall@10']:.1%}"
-
-    def _log(self, metrics: Any, facts: dict[str, Any]) -> None:
-        done = {"step": self.progress.step, "pairs": self.progress.step * self.size}
-        metrics.write(json.dumps(done | {"seconds": round(self.progress.seconds, 2)} | facts) + "\n")
-        metrics.flush()
-
-    def save_state(self) -> None:
-        """Write what is needed to go on from this step."""
-        tensors = {f"model.{k}": v for k, v in model_state(self.model).items()}
-        for name, parameter in self._named_tuned():
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value).detach().cpu()
-        facts = dataclasses.asdict(self.progress) | {"last_evaluation": self.last_evaluation, "about": self.about()}
-        save_tensors(self.config.out / STATE, tensors, facts)
-
-    def about(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to be gone on from."""
-        facts = {
-            "steps": self.steps,
-            "images": len(self.train),
-            "captions": int(self.train.counts.sum()),
-            "tower": self.store.tower,
-            "pairs": self.store.manifest.get("pairs"),
-        }
-        return dict(json.loads(json.dumps(facts)))
-
-    def go_on(self) -> None:
-        """Take up the last checkpoint, if there is one; lines logged after it are dropped."""
-        sweep_temporaries(self.config.out)
-        if not (self.config.out / STATE).exists():
-            return
-        tensors, facts = load_tensors(self.config.out / STATE)
-        if facts["about"] != self.about():
-            differing = [k for k, v in self.about().items() if facts["about"].get(k) != v]
-            raise RunError(
-                f"{self.config.out} was begun on another store ({', '.join(differing)} differ from {self.config.store} "
-                "as it is now): give --overwrite, or another --out"
-            )
-        self.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-        for name, parameter in self._named_tuned():
-            prefix = f"optimizer.{name}."
-            state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            self.optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in state.items()}
-        self.progress = Progress(facts["step"], facts["seconds"])
-        self.last_evaluation = facts["last_evaluation"]
-        file = self.config.out / METRICS
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        kept = [line for line in lines if _logged_step(line) <= self.progress.step]
-        write_text(file, "".join(line + "\n" for line in kept))
-        say(f"going on with {self.config.out} from step {self.progress.step:,} of {self.steps:,}")
-
-    def _named_tuned(self) -> list[tuple[str, Tensor]]:
-        return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-
-    def finish(self) -> None:
-        """Write the finished run and drop the checkpoint."""
-        self.model.eval()
-        out = self.config.out
-        save_model(out, self.model, self.manifest())
-        (out / STATE).unlink(missing_ok=True)
-        say(f"wrote {out}" + self._recall_note())
-
-    def manifest(self) -> dict[str, Any]:
-        """Where everything in the run came from."""
-        return {
-            "complete": True,
-            "text_tower": self.config.text_tower,
-            "store": {
-                "path": str(self.config.store),
-                "images": len(self.store),
-                "tower": self.store.tower,
-                "pairs": self.store.manifest.get("pairs"),
-            },
-            "tuned_on": {
-                "split": self.config.split if "split" in self.store.metadata.column_names else None,
-                "images": len(self.train),
-                "captions": int(self.train.counts.sum()),
-                "held_out_images": len(self.val) if self.val else 0,
-            },
-            "steps": self.steps,
-            "batch_size": self.size,
-            "pairs_seen": self.steps * self.size,
-            "seconds": round(self.progress.seconds, 1),
-            "precision": "bfloat16" if self.bfloat16 else "float32",
-            "seed": self.config.seed,
-            "libraries": library_versions(),
-            "held_out": self.last_evaluation,
-        }
-
-
-def default_pairs_seen(images: int) -> int:
-    """How long to tune where nothing is asked: 10 epochs, at least 30,000 pairs and at most 4 million."""
-    return min(4_000_000, max(30_000, 10 * images))
-
-
-def evaluation_steps(steps: int, evaluations: int) -> set[int]:
-    """The steps after which the held-out pairs are evaluated: spread evenly, the last step among them."""
-    return {math.ceil(steps * (i + 1) / evaluations) for i in range(evaluations)}
-
-
-def _logged_step(line: str) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError):
-        return 1 << 62  # a line that a kill cut short

@@ -57,8 +57,8 @@ class Pairs:
     """Images with their captions, in a fixed order.
 
     `table` has one row per image: `key` (the image's path as the source names it), `path` (the file),
-    `captions` (a list, possibly empty), and, where the source has them, `langs` (one per caption), `split`
-    and `label` (the class).
+    `captions` (a list, possibly empty), and, where the source has them, `langs` and `fields` (one per caption: its
+    language, and the column that it is from), `split` and `label` (the class).
     """
 
     table: pa.Table
@@ -94,7 +94,7 @@ def read_pairs(
     *,
     images: Path | None = None,
     image_column: str | None = None,
-    caption_column: str | None = None,
+    caption_columns: Sequence[str] = (),
     split_column: str = "split",
     lang_column: str = "lang",
     split: Sequence[str] = (),
@@ -110,7 +110,7 @@ def read_pairs(
         raise DataError(f"{source} does not exist: give a folder of images or a table of captions")
     table_file = source if source.is_file() else _find_table(source)
     if table_file is not None:
-        pairs = _from_table(table_file, images, image_column, caption_column, split_column, lang_column, max_damaged)
+        pairs = _from_table(table_file, images, image_column, caption_columns, split_column, lang_column, max_damaged)
     elif any(_image_files(source)):
         pairs = _from_files(source)
     else:
@@ -186,7 +186,7 @@ def _from_table(
     file: Path,
     images: Path | None,
     image_column: str | None,
-    caption_column: str | None,
+    caption_columns: Sequence[str],
     split_column: str,
     lang_column: str,
     max_damaged: float,
@@ -194,14 +194,17 @@ def _from_table(
     columns = _read_table(file)
     names = list(columns)
     image_name = _column(file, names, image_column, IMAGE_COLUMNS, "image paths", "--image-column")
-    caption_name = _column(file, names, caption_column, CAPTION_COLUMNS, "captions", "--caption-column")
+    caption_names = [
+        _column(file, names, wanted, CAPTION_COLUMNS, "captions", "--caption-column")
+        for wanted in dict.fromkeys(caption_columns) or [None]
+    ]
     split_name = _optional(file, names, split_column, "split", "--split-column")
     lang_name = _optional(file, names, lang_column, "lang", "--lang-column")
     rows = len(columns[image_name])
     if rows == 0:
         raise DataError(f"{file} has no rows: expected one per caption, with columns {', '.join(names)}")
 
-    flat = _flatten(file, columns, image_name, caption_name, split_name, lang_name)
+    flat = _flatten(file, columns, image_name, caption_names, split_name, lang_name)
     limit = max_damaged * max(rows, len(flat.image))
     if len(flat.damaged) > limit:
         worst = flat.damaged[0]
@@ -209,7 +212,7 @@ def _from_table(
             f"{len(flat.damaged):,} of {max(rows, len(flat.image)):,} captions in {file} can't be used "
             f"(at most {max_damaged:.1%} may): {worst.key}: {worst.reason}; mend them or raise --max-damaged"
         )
-    grouped = _group(file, flat, split_name, lang_name)
+    grouped = _group(file, flat, split_name, lang_name, several=len(caption_names) > 1)
     base = _image_base(file, images, grouped["key"])
     paths = [str(base / key) for key in grouped["key"].to_pylist()]
     table = pa.table({"key": grouped.pop("key"), "path": pa.array(paths, pa.string()), **grouped})
@@ -303,6 +306,7 @@ class _Flat:
     caption: list[str]
     split: list[str]
     lang: list[str]
+    field: list[str]
     damaged: list[Damage]
 
 
@@ -310,42 +314,52 @@ def _flatten(
     file: Path,
     columns: dict[str, Sequence[Any]],
     image_name: str,
-    caption_name: str,
+    caption_names: Sequence[str],
     split_name: str | None,
     lang_name: str | None,
 ) -> _Flat:
-    flat = _Flat([], [], [], [], [])
+    flat = _Flat([], [], [], [], [], [])
     splits = columns[split_name] if split_name else None
     langs = columns[lang_name] if lang_name else None
-    for row, (image, cell) in enumerate(zip(columns[image_name], columns[caption_name], strict=True)):
+    for row, image in enumerate(columns[image_name]):
         where = f"row {row + 1} of {file.name}"
         if not isinstance(image, str) or not image.strip():
             flat.damaged.append(Damage(where, f"the image path is {image!r}, expected a path"))
             continue
-        captions = cell if isinstance(cell, list) else [cell]
-        lang = langs[row] if langs else ""
-        if isinstance(lang, list) and len(lang) != len(captions):
-            flat.damaged.append(Damage(f"{where} ({image})", f"{len(captions)} captions but {len(lang)} languages"))
-            continue
-        if not captions:
-            flat.damaged.append(Damage(f"{where} ({image})", "the list of captions is empty"))
-        for i, caption in enumerate(captions):
-            if not isinstance(caption, str):
-                reason = f"the caption is {caption!r}, expected a string"
-                flat.damaged.append(Damage(f"{where} ({image})", reason))
-            elif not caption.strip():
-                flat.damaged.append(Damage(f"{where} ({image})", "the caption is empty"))
-            else:
-                flat.image.append(image)
-                flat.caption.append(caption.strip())
-                flat.split.append(str(splits[row] or "") if splits else "")
-                flat.lang.append(str((lang[i] if isinstance(lang, list) else lang) or ""))
+        where += f" ({image})"
+        cells = {name: columns[name][row] for name in caption_names}
+        if len(cells) > 1:
+            # Of several text fields an image may lack some, not all.
+            cells = {name: cell for name, cell in cells.items() if cell not in (None, "", [])}
+            if not cells:
+                flat.damaged.append(Damage(where, f"{', '.join(caption_names)} are all empty"))
+        for name, cell in cells.items():
+            captions = cell if isinstance(cell, list) else [cell]
+            lang = langs[row] if langs else ""
+            if isinstance(lang, list) and len(lang) != len(captions):
+                flat.damaged.append(Damage(where, f"{len(captions)} captions but {len(lang)} languages"))
+                continue
+            if not captions:
+                flat.damaged.append(Damage(where, "the list of captions is empty"))
+            for i, caption in enumerate(captions):
+                if not isinstance(caption, str):
+                    flat.damaged.append(Damage(where, f"the caption is {caption!r}, expected a string"))
+                elif not caption.strip():
+                    flat.damaged.append(Damage(where, "the caption is empty"))
+                else:
+                    flat.image.append(image)
+                    flat.caption.append(caption.strip())
+                    flat.split.append(str(splits[row] or "") if splits else "")
+                    flat.lang.append(str((lang[i] if isinstance(lang, list) else lang) or ""))
+                    flat.field.append(name)
     if not flat.image:
         raise DataError(f"{file} has no usable caption: {flat.damaged[0].key}: {flat.damaged[0].reason}")
     return flat
 
 
-def _group(file: Path, flat: _Flat, split_name: str | None, lang_name: str | None) -> dict[str, pa.Array]:
+def _group(
+    file: Path, flat: _Flat, split_name: str | None, lang_name: str | None, *, several: bool
+) -> dict[str, pa.Array]:
     """One row per image, in order of first appearance; its captions in the table's order."""
     encoded = pa.array(flat.image, pa.string()).dictionary_encode()
     codes = encoded.indices.to_numpy()
@@ -360,6 +374,8 @@ def _group(file: Path, flat: _Flat, split_name: str | None, lang_name: str | Non
     grouped: dict[str, pa.Array] = {"key": encoded.dictionary, "captions": lists(flat.caption)}
     if lang_name:
         grouped["langs"] = lists(flat.lang)
+    if several:
+        grouped["fields"] = lists(flat.field)
     if split_name:
         splits = np.array(flat.split, dtype=object)
         mixed = np.flatnonzero(splits != splits[first][codes])
@@ -430,7 +446,9 @@ def select_langs(table: pa.Table, lang: Sequence[str]) -> pa.Table:
     counts = np.bincount(parents[keep], minlength=table.num_rows)
     offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
     rows = pa.array(np.flatnonzero(keep))
-    for name in ("captions", "langs"):
+    for name in ("captions", "langs", "fields"):
+        if name not in table.column_names:
+            continue
         values = pc.list_flatten(table[name]).combine_chunks().take(rows)
         column = table.column_names.index(name)
         table = table.set_column(column, name, pa.ListArray.from_arrays(offsets, values))

@@ -36,7 +36,8 @@ class _Gate(nn.Module):
         self.gate, self.up = _dense(width, hidden), _dense(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.silu(self.gate(x)) * self.up(x)
+        gated: Tensor = F.silu(self.gate(x)) * self.up(x)
+        return gated
 
 
 def _dense(width: int, dim: int) -> nn.Linear:

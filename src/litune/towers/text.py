@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,6 +25,7 @@ from litune.towers.bert import BERT_LIKE, ROBERTA_LIKE, bert_encode
 from litune.towers.dropout import dropout
 from litune.towers.packing import Packed, attention, pool
 from litune.towers.quiet import quiet_transformers
+from litune.towers.vocabulary import TunedRows
 
 # Sizes of the ViT-style text transformer (METHOD, "Scaling Vision Transformers"): width, depth, mlp, heads.
 VIT_SIZES = {
@@ -52,6 +54,20 @@ class TextTower(nn.Module):
     def forward(self, packed: Packed) -> Float[Tensor, "N W"]:
         """Pooled float32 vectors [N, width]."""
         raise NotImplementedError
+
+    def token_table(self) -> nn.Embedding:
+        """The embedding of tokens."""
+        raise NotImplementedError
+
+    def set_token_table(self, table: nn.Module) -> None:
+        """Put another embedding of tokens in its place."""
+        raise NotImplementedError
+
+    def tune_only(self, used: Int[np.ndarray, " U"]) -> None:
+        """Make parameters only of the `used` rows of the token table, if that spares much (see `TunedRows`)."""
+        table = self.token_table()
+        if table.weight.requires_grad and len(used) < 0.8 * len(table.weight):
+            self.set_token_table(TunedRows(table, used))
 
 
 class HfTextTower(TextTower):
@@ -85,6 +101,15 @@ class HfTextTower(TextTower):
             )
         return torch.cat(vectors)[torch.cat(order).argsort()]
 
+    def token_table(self) -> nn.Embedding:
+        """The embedding of tokens."""
+        found: nn.Embedding = self.model.get_input_embeddings()
+        return found
+
+    def set_token_table(self, table: nn.Module) -> None:
+        """Put another embedding of tokens in its place."""
+        self.model.set_input_embeddings(table)
+
 
 class VitTextTower(TextTower):
     """The ViT-style text transformer of the LiT paper: pre-LayerNorm, bidirectional, learned positions.
@@ -99,7 +124,7 @@ class VitTextTower(TextTower):
         super().__init__()
         width, depth, mlp, heads = VIT_SIZES[size]
         self.width, self.pooling, self.layout, self.max_positions = width, pooling, "sticky_eos", max_tokens
-        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.token_embedding: nn.Module = nn.Embedding(vocab_size, width)
         self.position_embedding = nn.Parameter(torch.empty(max_tokens, width))
         self.blocks = nn.ModuleList(_Block(width, mlp, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -114,7 +139,7 @@ class VitTextTower(TextTower):
 
     def reset(self) -> None:
         """Initialise as the official code: embeddings N(0, 0.02), dense layers Xavier uniform, biases N(0, 1e-6)."""
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.token_table().weight, std=0.02)
         nn.init.normal_(self.position_embedding, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -130,6 +155,15 @@ class VitTextTower(TextTower):
         for block in self.blocks:
             x = block(x, packed)
         return pool(self.norm(x), packed, self.pooling)
+
+    def token_table(self) -> nn.Embedding:
+        """The embedding of tokens."""
+        assert isinstance(self.token_embedding, nn.Embedding)
+        return self.token_embedding
+
+    def set_token_table(self, table: nn.Module) -> None:
+        """Put another embedding of tokens in its place."""
+        self.token_embedding = table
 
 
 class _Block(nn.Module):

@@ -36,7 +36,7 @@ class TunedRows(nn.Module):
         self.weight = nn.Parameter(whole[: len(used)].clone(), requires_grad=table.weight.requires_grad)
         self.register_buffer("rest", whole[len(used) :].clone(), persistent=False)
 
-    def forward(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... W"]:
+    def forward(self, ids: Int[Tensor, ...]) -> Float[Tensor, "... W"]:
         """The rows of these tokens."""
         place = self.place[ids]
         in_use = bool((place < len(self.weight)).all())

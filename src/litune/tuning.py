@@ -1,0 +1,614 @@
+"""The tuning loop: batches → features → loss → one step of the optimizer, and what makes it safe to interrupt."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from litune import distributed
+from litune.checkpoint import METRICS, STATE, load_tensors, model_state, save_model, save_tensors
+from litune.config import TuneConfig, parse_rates
+from litune.data.batches import Batch, Batches, Field
+from litune.data.pixels import PixelLoader
+from litune.devices import pick_bfloat16, processor_cores
+from litune.errors import ConfigError, MissingExtraError, RunError
+from litune.evaluation.retrieval import retrieval
+from litune.features import FeatureStore, Selection, library_versions
+from litune.files import sweep_temporaries, write_text
+from litune.gradient_cache import Encoded, Part
+from litune.losses import Ids, MoreImages, sigmoid_loss, softmax_loss
+from litune.model import LiT
+from litune.optim import make_optimizer, parameter_groups, rate_of, set_rate, stepping
+from litune.progress import say, track
+from litune.schedules import parse_duration, parse_unlock, rate_share
+from litune.towers.image import weights_hash
+from litune.towers.locking import lock, train_unlocked
+
+EVALUATE_MOST = 1000
+LOG_LINES = 1000
+BEST = "best"
+SCORES = 2**26
+"""The most scores that a loss holds at once: 256 MB of float32."""
+
+OnLog = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Progress:
+    """How far a run is; kept in every checkpoint."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best: float = -1.0
+    """The best held-out text→image recall@10 so far."""
+
+
+class Tuning:
+    """One run: its pairs, its model and optimizer, and the loop over steps.
+
+    Nothing random has state: a step's batch, its dropout and its pictures' crops follow from the seed and the step's
+    number, so a run that was interrupted ends with the same bytes as one that was not.
+    """
+
+    def __init__(
+        self,
+        config: TuneConfig,
+        store: FeatureStore,
+        train: Selection,
+        val: Selection | None,
+        model: LiT,
+        device: torch.device,
+        on_log: OnLog | None = None,
+    ) -> None:
+        self.config, self.store, self.train, self.val, self.model = config, store, train, val, model
+        self.device, self.bfloat16, self.on_log = device, pick_bfloat16(config.precision, device), on_log
+        self.tokens = model.tokenizer(train.captions)
+        self.size = min(config.batch_size, len(train))
+        if self.size < distributed.world_size():
+            raise ConfigError(f"a batch of {self.size} pairs can't be shared by {distributed.world_size()} processes")
+        self.batches = Batches(len(train), text_fields(train, config.fields), self.size, config.seed)
+        count = partial(_steps, size=self.size, images=len(train))
+        self.steps = max(1, count(config.duration or default_duration(len(train)), "duration"))
+        self.rate_share = partial(
+            rate_share,
+            steps=self.steps,
+            warmup=count(config.warmup, "warmup", self.steps),
+            decay=config.schedule,
+            timescale=max(1, count(config.timescale, "timescale", self.steps)),
+            cooldown=count(config.cooldown, "cooldown", self.steps),
+        )
+        self.unlock = parse_unlock(config.unlock, "unlock")
+        self.text_micro = config.micro_batch or (512 if device.type == "cpu" else 4096)
+        self.image_micro = config.micro_batch or (64 if device.type == "cpu" else 256)
+        self.ids = pair_ids(train) if config.mask_duplicates else None
+        self.optimizer = self._make_optimizer()
+        self.evaluate_at = evaluation_steps(self.steps, config.evaluations) if val else set()
+        self.progress = Progress()
+        self.last_evaluation: dict[str, Any] | None = None
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        """Lock what is to be locked, leave tokens that no caption has out, and group the rest."""
+        config, model = self.config, self.model
+        if config.locking is not None and config.locking[1] == "L":
+            lock(model.text)
+        rates = parse_rates(config.rates)
+        named = dict(model.named_parameters())
+        for pattern, _ in rates:
+            if not any(rate_of(name, [(pattern, 0.0)]) == 0 for name in named):
+                raise ConfigError(f"--rates: no parameter's name matches {pattern!r}; names are as {_example(named)}")
+        rates += [
+            ("image.*", config.image_rate),
+            ("text_head.*", config.head_rate),
+            ("image_head.*", config.head_rate),
+            ("logit_*", config.temperature_rate),
+        ]
+        for name, parameter in named.items():
+            if rate_of(name, rates) == 0:
+                parameter.requires_grad_(False)
+        model.text.tune_only(np.unique(self.tokens.ids))
+        groups = parameter_groups(
+            model.named_parameters(),
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            rates=rates,
+        )
+        if not any(not name.startswith("logit_") for group in groups for name in group["names"]):
+            raise ConfigError("everything is locked: leave a tower or a head to tune")
+        return make_optimizer(config.optimizer, groups, beta1=config.beta1, beta2=config.beta2)
+
+    def announce(self) -> None:
+        """Say what is about to happen."""
+        held = f", {len(self.val):,} images held out" if self.val else ", nothing held out"
+        ranks = distributed.world_size()
+        say(
+            f"tuning {self.config.text_tower} ({self.tuned_parameters() / 1e6:.1f}M parameters, "
+            f"{'bfloat16' if self.bfloat16 else 'float32'} on {f'{ranks} × ' if ranks > 1 else ''}{self.device.type}) "
+            f"on {len(self.train):,} images with {self.train.counts.sum():,} captions{held}; "
+            f"{self.steps:,} steps of {self.size:,} pairs"
+        )
+        if self.model.image_tuned:
+            assert self.model.image is not None
+            say(f"training the image tower {self.model.image.spec} from pictures")
+        cut = float((self.tokens.lengths >= self.model.tokenizer.max_tokens).mean())
+        if self.model.tokenizer.layout != "sticky_eos" and cut > 0.2:
+            say(f"{cut:.0%} of the captions fill --max-tokens {self.config.max_tokens} and may be cut short")
+
+    def tuned_parameters(self) -> int:
+        """How many numbers the optimizer moves."""
+        return sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
+
+    def fit(self) -> None:
+        """Take every step that is left, then write the finished run."""
+        train_unlocked(self.model)
+        began, before = time.monotonic(), self.progress.seconds
+        saved = time.monotonic()
+        log_every = max(1, self.steps // LOG_LINES)
+        done = self.progress.step
+        with (
+            _Log(self.config, done, self.on_log) as log,
+            track("tuning", "pairs", self.steps * self.size, done * self.size) as task,
+        ):
+            for batch, pixels in self._coming(done):
+                facts = self.step(batch, pixels)
+                self.progress.step += 1
+                self.progress.seconds = before + time.monotonic() - began
+                task.advance(self.size)
+                step = self.progress.step
+                task.note = f"loss {facts['loss']:.3f}" + self._recall_note()
+                if step % log_every == 0 or step == self.steps:
+                    log.write(self._done() | facts | {"epoch": batch.epoch, "pairs_per_second": round(task.rate, 1)})
+                if step in self.evaluate_at and distributed.is_main():
+                    log.write(self._done() | {"val": self.evaluate()})
+                    self._keep_best()
+                if time.monotonic() - saved >= self.config.checkpoint_seconds and step < self.steps:
+                    self.save_state()
+                    saved = time.monotonic()
+        self.finish()
+
+    def _coming(self, done: int) -> Iterator[tuple[Batch, np.ndarray | None]]:
+        """The rank's part of the batches from step `done` on, with pictures where the image tower is tuned."""
+        ranks, rank = distributed.world_size(), distributed.rank()
+        own = np.array_split(np.arange(self.size), ranks)[rank]
+        batches = (batch.take(own) for batch in self.batches.from_step(done, self.steps))
+        if not self.model.image_tuned:
+            return ((batch, None) for batch in batches)
+        loader = self._pixels(self.train, augment=True)
+        return loader.from_batches(batches)
+
+    def _pixels(self, pairs: Selection, *, augment: bool) -> PixelLoader:
+        assert self.model.image is not None
+        workers = self.config.workers or processor_cores()
+        return PixelLoader(
+            pairs.image_files,
+            self.model.image.preprocess,
+            augment=self.config.augment if augment else "none",
+            flip=self.config.flip and augment,
+            seed=self.config.seed,
+            workers=workers,
+            ahead=max(2 * self.size // distributed.world_size(), 4 * workers),
+            max_damaged=self.config.max_damaged,
+        )
+
+    def step(self, batch: Batch, pixels: np.ndarray | None = None) -> dict[str, float]:
+        """One step of the optimizer; returns what is logged."""
+        share = self.rate_share(self.progress.step)
+        image_share = self.unlock.share(self.progress.step, self.steps, batch_size=self.size, images=len(self.train))
+        set_rate(self.optimizer, share, image_share)
+        images = self._encode_images(batch, pixels, tuned=image_share > 0)
+        texts = self._encode_texts(np.concatenate([c[c >= 0] for c in batch.captions]))
+        loss = self._loss(batch, images.features, texts.features)
+        value = loss.item()
+        if not math.isfinite(value):
+            keys = ", ".join(self.train.keys[i] for i in batch.images[:3])
+            raise RunError(
+                f"the loss is {value} at step {self.progress.step} (images {keys}, …): lower --learning-rate, or "
+                f"try --precision float32, in another --out; the last checkpoint stays in {self.config.out}"
+            )
+        loss.backward()
+        texts.backward()
+        images.backward()
+        tuned = stepping(self.optimizer)
+        self._sum_gradients(tuned)
+        norm = nn.utils.clip_grad_norm_(tuned, self.config.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        facts = {
+            "loss": value,
+            "scale": self.model.scale.item(),
+            "gradient_norm": norm.item(),
+            "learning_rate": self.config.learning_rate * share,
+        }
+        if self.model.logit_bias is not None:
+            facts["bias"] = self.model.logit_bias.item()
+        return facts
+
+    def _encode_texts(self, captions: np.ndarray) -> Encoded:
+        """Features [n, D] of these captions."""
+
+        def part(rows: np.ndarray, seed: int) -> Tensor:
+            torch.manual_seed(seed)  # dropout, the same in both passes
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+                return self.model.text_features(self.tokens.take(rows))
+
+        parts = self._parts(captions, self.text_micro, part, stream=0)
+        return Encoded(parts, [self.model.text, self.model.text_head])
+
+    def _encode_images(self, batch: Batch, pixels: np.ndarray | None, *, tuned: bool) -> Encoded:
+        """Features [b, D] of the batch's images, from the store or, with an unlocked tower, from their pixels."""
+        model = self.model
+        if pixels is None:
+
+            def stored(rows: np.ndarray, seed: int) -> Tensor:
+                torch.manual_seed(seed)
+                return model.image_features(torch.from_numpy(self.train.features(rows)).to(self.device))
+
+            return Encoded(self._parts(batch.images, 8 * self.text_micro, stored, stream=1), [model.image_head])
+        tower = model.image
+        assert tower is not None
+        if tower.training != tuned:
+            tower.train(tuned)  # locked for now: no dropout, batch norm's statistics stand still
+
+        def from_pixels(rows: np.ndarray, seed: int) -> Tensor:
+            torch.manual_seed(seed)
+            with torch.set_grad_enabled(tuned and torch.is_grad_enabled()):
+                raw = tower(torch.from_numpy(pixels[rows]), bfloat16=self.bfloat16)
+            return model.image_features(raw)
+
+        parts = self._parts(np.arange(len(pixels)), self.image_micro, from_pixels, stream=1)
+        return Encoded(parts, [model.image_head, tower] if tuned else [model.image_head])
+
+    def _parts(
+        self, rows: np.ndarray, micro: int, encode: Callable[[np.ndarray, int], Tensor], *, stream: int
+    ) -> list[Part]:
+        """Micro-batches of `rows`, each with a seed of its own that follows from the run's seed and the step."""
+        parts = np.split(rows, range(micro, len(rows), micro)) if len(rows) else [rows]
+        seeds = np.random.SeedSequence(
+            [self.config.seed, self.progress.step, stream, distributed.rank()]
+        ).generate_state(len(parts), np.uint64)
+        return [partial(encode, part, int(seed >> 1)) for part, seed in zip(parts, seeds, strict=True)]
+
+    def _loss(self, batch: Batch, images: Tensor, texts: Tensor) -> Tensor:
+        """The losses of the text fields, summed."""
+        config, model = self.config, self.model
+        total = torch.zeros((), device=self.device)
+        begin = 0
+        for captions in batch.captions:
+            there = np.flatnonzero(captions >= 0)
+            own = texts[begin : begin + len(there)]
+            begin += len(there)
+            others = images if len(there) == len(captions) else images[torch.from_numpy(there).to(self.device)]
+            rows = distributed.sum_counts(len(there))
+            if rows == 0:
+                continue  # no image of the batch has this field
+            ids = self._ids(batch.images[there], captions[there])
+            chunk = max(64, SCORES // (rows + config.image_negatives))
+            if model.logit_bias is not None:
+                total = total + sigmoid_loss(
+                    others, own, model.scale, model.logit_bias, ids=ids, chunk=chunk, negatives=config.negatives
+                )
+                continue
+            total = total + softmax_loss(
+                others,
+                own,
+                model.scale,
+                image_to_text=config.image_to_text,
+                ids=ids,
+                more_images=self._more_images(batch),
+                chunk=chunk,
+                negatives=config.negatives,
+            )
+        return total
+
+    def _ids(self, images: np.ndarray, captions: np.ndarray) -> Ids | None:
+        if self.ids is None:
+            return None
+        of_images, of_captions = self.ids
+        return Ids(torch.from_numpy(of_images[images]), torch.from_numpy(of_captions[captions]))
+
+    def _more_images(self, batch: Batch) -> MoreImages | None:
+        """Images from outside the batch, drawn for this step alone; each rank brings its share."""
+        wanted = min(self.config.image_negatives, len(self.train) - self.size)
+        if wanted <= 0:
+            return None
+        whole = next(self.batches.from_step(self.progress.step, self.progress.step + 1)).images
+        random = np.random.default_rng([self.config.seed, self.progress.step, 2])
+        outside = np.setdiff1d(np.arange(len(self.train)), whole, assume_unique=True)
+        drawn = random.choice(outside, wanted, replace=False, shuffle=False)
+        drawn = np.array_split(drawn, distributed.world_size())[distributed.rank()]
+        with torch.no_grad():
+            features = self.model.image_features(torch.from_numpy(self.train.features(drawn)).to(self.device))
+        first = np.concatenate([[0], np.cumsum(self.train.counts)])
+        of_images, of_captions = self.ids if self.ids is not None else (np.arange(len(self.train)), None)
+        texts = np.full((len(drawn), int(self.train.counts.max())), -1)
+        if of_captions is not None:
+            for i, image in enumerate(drawn):
+                own = of_captions[first[image] : first[image + 1]]
+                texts[i, : len(own)] = own
+        return MoreImages(features, torch.from_numpy(of_images[drawn]), torch.from_numpy(texts))
+
+    def _sum_gradients(self, tuned: list[nn.Parameter]) -> None:
+        """Add up every rank's share of the gradients."""
+        if distributed.world_size() == 1:
+            return
+        for parameter in tuned:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        distributed.sum_([p.grad for p in tuned if p.grad is not None])
+
+    def evaluate(self) -> dict[str, Any]:
+        """Retrieval on the held-out pairs (at most 1,000 images), in tuning's own precision."""
+        assert self.val is not None
+        val = self.val
+        if len(val) > EVALUATE_MOST:
+            val = val.subset(np.linspace(0, len(val) - 1, EVALUATE_MOST).round().astype(int))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            texts = self.model.encode_text(val.captions)
+        images, kept = self._held_out_images(val)
+        owner = np.full(len(val), -1)
+        owner[kept] = np.arange(len(kept))
+        there = owner[val.owner] >= 0
+        found = retrieval(images, texts[torch.from_numpy(there)], torch.from_numpy(owner[val.owner][there]))
+        self.last_evaluation = found
+        return found
+
+    def _held_out_images(self, val: Selection) -> tuple[Tensor, np.ndarray]:
+        """Features of the held-out images, and the positions of those that could be read."""
+        if not self.model.image_tuned:
+            return self.model.encode_features(val.features()), np.arange(len(val))
+        tower = self.model.image
+        assert tower is not None
+        was = tower.training
+        tower.eval()
+        parts, kept = [], []
+        for positions, pixels in self._pixels(val, augment=False).in_order(self.image_micro):
+            raw = tower.encode(torch.from_numpy(pixels), bfloat16=self.bfloat16)
+            parts.append(self.model.encode_features(raw))
+            kept.append(positions)
+        tower.train(was)
+        return torch.cat(parts), np.concatenate(kept)
+
+    def _keep_best(self) -> None:
+        """Keep the model as a run folder of its own where it is better on the held-out pairs than ever before."""
+        assert self.last_evaluation is not None
+        recall = self.last_evaluation["text_to_image"]["recall@10"]
+        if recall <= self.progress.best:
+            return
+        self.progress.best = recall
+        best, new = self.config.out / BEST, self.config.out / f"{BEST}.tmp"
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        save_model(new, self.model, self.manifest() | {"best_at_step": self.progress.step})
+        shutil.rmtree(best, ignore_errors=True)
+        new.rename(best)
+
+    def _recall_note(self) -> str:
+        if self.last_evaluation is None:
+            return ""
+        return f" · held-out T→I R@10 {self.last_evaluation['text_to_image']['recall@10']:.1%}"
+
+    def _done(self) -> dict[str, Any]:
+        step = self.progress.step
+        return {"step": step, "pairs": step * self.size, "seconds": round(self.progress.seconds, 2)}
+
+    def save_state(self) -> None:
+        """Write what is needed to go on from this step."""
+        if not distributed.is_main():
+            return
+        tensors = {f"model.{k}": v for k, v in model_state(self.model).items()}
+        for name, parameter in self._named_tuned():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value).detach().cpu()
+        facts = dataclasses.asdict(self.progress) | {
+            "last_evaluation": self.last_evaluation,
+            "about": self.about(),
+            "ranks": distributed.world_size(),
+        }
+        save_tensors(self.config.out / STATE, tensors, facts)
+
+    def about(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to be gone on from."""
+        facts = {
+            "steps": self.steps,
+            "images": len(self.train),
+            "captions": int(self.train.counts.sum()),
+            "tower": self.store.tower,
+            "pairs": self.store.manifest.get("pairs"),
+        }
+        return dict(json.loads(json.dumps(facts)))
+
+    def go_on(self) -> None:
+        """Take up the last checkpoint, if there is one; lines logged after it are dropped."""
+        if distributed.is_main():
+            sweep_temporaries(self.config.out)
+        distributed.barrier()
+        if not (self.config.out / STATE).exists():
+            return
+        tensors, facts = load_tensors(self.config.out / STATE)
+        if facts["about"] != self.about():
+            differing = [k for k, v in self.about().items() if facts["about"].get(k) != v]
+            raise RunError(
+                f"{self.config.out} was begun on another store ({', '.join(differing)} differ from {self.config.store} "
+                "as it is now): give --overwrite, or another --out"
+            )
+        self.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        for name, parameter in self._named_tuned():
+            prefix = f"optimizer.{name}."
+            state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            if state:
+                self.optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in state.items()}
+        self.progress = Progress(facts["step"], facts["seconds"], facts["best"])
+        self.last_evaluation = facts["last_evaluation"]
+        if distributed.is_main():
+            file = self.config.out / METRICS
+            lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            kept = [line for line in lines if _logged_step(line) <= self.progress.step]
+            write_text(file, "".join(line + "\n" for line in kept))
+        say(f"going on with {self.config.out} from step {self.progress.step:,} of {self.steps:,}")
+        if facts["ranks"] != distributed.world_size():
+            say(
+                f"begun on {facts['ranks']} processes, now on {distributed.world_size()}: the batches and the loss are "
+                "the same, dropout draws other random numbers, sums are rounded in another order"
+            )
+
+    def _named_tuned(self) -> list[tuple[str, Tensor]]:
+        return [
+            (name, parameter)
+            for group in self.optimizer.param_groups
+            for name, parameter in zip(group["names"], group["params"], strict=True)
+        ]
+
+    def finish(self) -> None:
+        """Write the finished run and drop the checkpoint."""
+        self.model.eval()
+        if distributed.is_main():
+            save_model(self.config.out, self.model, self.manifest())
+            (self.config.out / STATE).unlink(missing_ok=True)
+        distributed.barrier()
+        say(f"wrote {self.config.out}" + self._recall_note())
+
+    def manifest(self) -> dict[str, Any]:
+        """Where everything in the run came from."""
+        if self.model.image_tuned:
+            assert self.model.image is not None
+            weights = weights_hash(self.model.image)
+            self.model.image_provenance = self.model.image.provenance | {"weights": weights}
+        done = self.progress.step
+        return {
+            "complete": True,
+            "text_tower": self.config.text_tower,
+            "locking": self.config.locking,
+            "store": {
+                "path": str(self.config.store),
+                "images": len(self.store),
+                "tower": self.store.tower,
+                "pairs": self.store.manifest.get("pairs"),
+            },
+            "tuned_on": {
+                "split": self.config.split if "split" in self.store.metadata.column_names else None,
+                "images": len(self.train),
+                "captions": int(self.train.counts.sum()),
+                "held_out_images": len(self.val) if self.val else 0,
+            },
+            "tuned_parameters": self.tuned_parameters(),
+            "steps": done,
+            "batch_size": self.size,
+            "pairs_seen": done * self.size,
+            "seconds": round(self.progress.seconds, 1),
+            "precision": "bfloat16" if self.bfloat16 else "float32",
+            "ranks": distributed.world_size(),
+            "seed": self.config.seed,
+            "libraries": library_versions(),
+            "held_out": self.last_evaluation,
+        }
+
+
+class _Log:
+    """metrics.jsonl, TensorBoard and the caller's function: each gets every line. Rank 0 writes alone."""
+
+    def __init__(self, config: TuneConfig, done: int, on_log: OnLog | None) -> None:
+        self.config, self.done, self.on_log = config, done, on_log
+        self.board: Any = None
+
+    def __enter__(self) -> _Log:
+        if distributed.is_main():
+            self.file = open(self.config.out / METRICS, "a" if self.done else "w", encoding="utf-8")
+            if self.config.tensorboard:
+                self.board = open_tensorboard(self.config.out / "tensorboard", self.done)
+        return self
+
+    def write(self, facts: dict[str, Any]) -> None:
+        if not distributed.is_main():
+            return
+        self.file.write(json.dumps(facts) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for name, value in _numbers(facts):
+                self.board.add_scalar(name, value, facts["step"])
+        if self.on_log is not None:
+            self.on_log(facts)
+
+    def __exit__(self, *_: object) -> None:
+        if distributed.is_main():
+            self.file.close()
+            if self.board is not None:
+                self.board.close()
+
+
+def open_tensorboard(folder: Path, done: int) -> Any:
+    """TensorBoard's writer; what was written after step `done` no longer counts."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise MissingExtraError("--tensorboard", "tensorboard", "tensorboard") from None
+    return SummaryWriter(str(folder), purge_step=done + 1 if done else None)
+
+
+def _numbers(facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """All numbers in nested facts, named by their path."""
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            yield prefix + name, value
+
+
+def text_fields(train: Selection, names: tuple[str, ...]) -> list[Field]:
+    """The captions of each of the named text fields; all captions as one field where none is named."""
+    first = np.concatenate([[0], np.cumsum(train.counts)])
+    if not names:
+        return [Field(first, np.arange(first[-1]))]
+    found = []
+    of_caption = np.array(train.fields_of_captions(names))
+    for name in names:
+        captions = np.flatnonzero(of_caption == name)
+        counts = np.bincount(train.owner[captions], minlength=len(train))
+        found.append(Field(np.concatenate([[0], np.cumsum(counts)]), captions))
+    return found
+
+
+def pair_ids(train: Selection) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers that are equal for equal images [N] (by the hash of their files) and for equal captions [C]."""
+    captions = train.caption_array.dictionary_encode()
+    hashes = train.column("sha256")
+    images = np.arange(len(train))
+    if hashes is not None and hashes.null_count == 0:
+        images = hashes.dictionary_encode().indices.to_numpy().astype(np.int64)
+    return images, captions.indices.to_numpy().astype(np.int64)
+
+
+def default_duration(images: int) -> str:
+    """How long to tune where nothing is asked: 10 epochs, at least 30,000 pairs and at most 4 million."""
+    return f"{min(4_000_000, max(30_000, 10 * images))}pairs"
+
+
+def evaluation_steps(steps: int, evaluations: int) -> set[int]:
+    """The steps after which the held-out pairs are evaluated: spread evenly, the last step among them."""
+    return {math.ceil(steps * (i + 1) / evaluations) for i in range(evaluations)}
+
+
+def _steps(text: str, name: str, total: int | None = None, *, size: int, images: int) -> int:
+    return parse_duration(text, name).steps(batch_size=size, images=images, total=total)
+
+
+def _example(named: dict[str, Any]) -> str:
+    names = list(named)
+    return ", ".join(names[:: max(1, len(names) // 3)][:3])
+
+
+def _logged_step(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError):
+        return 1 << 62  # a line that a kill cut short
