@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from litune.data.images import ImageTransform as ImageTransform
     from litune.errors import LituneError as LituneError
     from litune.features import FeatureStore as FeatureStore
+    from litune.losses import sigmoid_loss as sigmoid_loss
     from litune.losses import softmax_loss as softmax_loss
     from litune.model import LiT as LiT
     from litune.towers.image import ImageTower as ImageTower
@@ -40,6 +41,7 @@ _HOME = {
     "load": "litune.checkpoint",
     "quickstart": "litune.commands.quickstart",
     "search": "litune.commands.search",
+    "sigmoid_loss": "litune.losses",
     "softmax_loss": "litune.losses",
     "tune": "litune.commands.tune",
 }

@@ -479,9 +479,14 @@ class Command(Generic[Settings, Config, Result]):
         self.config, self.run = config, function
         self.__name__, self.__doc__, self.__module__ = function.__name__, function.__doc__, function.__module__
         self.__signature__ = inspect.signature(config)
+        self._more = list(inspect.signature(function).parameters)[1:]
 
     def __call__(self, *args: Settings.args, **kwargs: Settings.kwargs) -> Result:
-        """Run the command with these settings; strings are taken where a path is expected."""
+        """Run the command with these settings; strings are taken where a path is expected.
+
+        What the function takes beside its config (a callback, say) is given by name.
+        """
+        more = {name: kwargs.pop(name) for name in self._more if name in kwargs}
         bound = self.__signature__.bind(*args, **kwargs)
         hints = {field.name: str(field.type) for field in dataclasses.fields(cast(Any, self.config))}
         for name, value in bound.arguments.items():
@@ -491,7 +496,7 @@ class Command(Generic[Settings, Config, Result]):
                 bound.arguments[name] = (value,)
             elif "tuple" in hints[name]:
                 bound.arguments[name] = tuple(Path(v) if "Path" in hints[name] else v for v in value)
-        return self.run(self.config(*bound.args, **bound.kwargs))
+        return self.run(self.config(*bound.args, **bound.kwargs), **more)
 
 
 def command(

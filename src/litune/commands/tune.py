@@ -31,8 +31,8 @@ HOLDOUT_MOST = 1000
 def tune(config: TuneConfig, on_log: OnLog | None = None) -> LiT:
     """Tune a text tower on a feature store's pairs, write a run folder, and return the model.
 
-    Goes on with an unfinished run of the same config. From Python, `tune.run(config, on_log)` also calls `on_log`
-    with every line of metrics.jsonl, as a dict. Under torchrun every process calls it alike. Raises `StoreError`,
+    Goes on with an unfinished run of the same config. `on_log`, from Python, is called with every line of
+    metrics.jsonl, as a dict. Under torchrun every process calls it alike. Raises `StoreError`,
     `TowerError` or `ConfigError` for what can't be used, `OutputExistsError` where the run at `config.out` is
     finished, `RunError` where it has another config or the loss stops being finite.
     """
