@@ -48,35 +48,34 @@ def test_attention_and_its_gradient_are_those_of_each_text_alone() -> None:
     lengths = [5, 16, 1, 9, 9, 30]
     packed = pack(ragged(lengths), torch.device("cpu"))
     rows, width = packed.ids.shape
-    q, k, v = (torch.randn(rows, width, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    qkv = torch.randn(rows, width, 36, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(rows * width, 12, dtype=torch.float64) * (packed.texts.flatten() >= 0)[:, None]
-    out = attention(q, k, v, packed)
-    found = torch.autograd.grad((out.flatten(0, 1) * weights).sum(), (q, k, v))
+    out = attention(qkv, 3, packed)
+    (found,) = torch.autograd.grad((out.flatten(0, 1) * weights).sum(), qkv)
     total = torch.zeros((), dtype=torch.float64)
     for i, length in enumerate(lengths):
         place = slice(int(packed.first[i]), int(packed.first[i]) + length)
-        a, b, c = (x.flatten(0, 1)[place].transpose(0, 1) for x in (q, k, v))
-        alone = (torch.softmax(a @ b.transpose(1, 2) / 2, -1) @ c).transpose(0, 1).flatten(1)
+        q, k, v = (x.unflatten(-1, (3, 4)).transpose(0, 1) for x in qkv.flatten(0, 1)[place].chunk(3, dim=-1))
+        alone = (torch.softmax(q @ k.transpose(1, 2) / 2, -1) @ v).transpose(0, 1).flatten(1)
         assert torch.allclose(out.flatten(0, 1)[place], alone, rtol=1e-12)
         total = total + (alone * weights[place]).sum()
-    for one, other in zip(found, torch.autograd.grad(total, (q, k, v)), strict=True):
-        assert torch.allclose(one, other, rtol=1e-10, atol=1e-14)
+    (expected,) = torch.autograd.grad(total, qkv)
+    assert torch.allclose(found, expected, rtol=1e-10, atol=1e-14)
 
 
 def test_dropout_in_attention_is_the_same_mask_both_ways() -> None:
-    """Attention is linear in v: its gradient must use the very weights of the forward pass."""
+    """Attention is linear in its values: the gradient must use the very weights of the forward pass."""
     packed = pack(ragged([16, 9, 4]), torch.device("cpu"))
-    q, k = (torch.randn(*packed.ids.shape, 2, 4, dtype=torch.float64) for _ in range(2))
-    v = torch.randn(*packed.ids.shape, 2, 4, dtype=torch.float64, requires_grad=True)
+    qkv = torch.randn(*packed.ids.shape, 24, dtype=torch.float64, requires_grad=True)
     torch.manual_seed(3)
-    out = attention(q, k, v, packed, dropout=0.4)
+    out = attention(qkv, 2, packed, dropout=0.4)
     torch.manual_seed(3)
-    again = attention(q, k, v, packed, dropout=0.4)
-    assert torch.equal(out, again)
-    assert not torch.allclose(out, attention(q, k, v, packed, dropout=0.0))
+    assert torch.equal(out, attention(qkv, 2, packed, dropout=0.4))
+    assert not torch.allclose(out, attention(qkv, 2, packed, dropout=0.0))
     weight = torch.randn_like(out)
-    (gradient,) = torch.autograd.grad((out * weight).sum(), v)
-    assert torch.allclose((gradient * v).sum(), (out * weight).sum())
+    (gradient,) = torch.autograd.grad((out * weight).sum(), qkv)
+    values = slice(16, 24)
+    assert torch.allclose((gradient * qkv)[..., values].sum(), (out * weight).sum())
 
 
 @pytest.mark.parametrize("how", ["first", "mean", "last"])

@@ -40,19 +40,21 @@ def bert_encode(model: Any, packed: Packed) -> Float[Tensor, "R T W"]:
         x = dropout(_norm(embeddings.LayerNorm, x), p, embeddings.training).to(dtype)
         for layer in model.encoder.layer:
             attend, out = layer.attention.self, layer.attention.output
-            q, k, v = (
-                _linear(part, x).unflatten(-1, (config.num_attention_heads, -1))
-                for part in (attend.query, attend.key, attend.value)
-            )
-            mixed = _linear(out.dense, attention(q, k, v, packed, p_attention if layer.training else 0.0))
+            qkv = _linear(x, attend.query, attend.key, attend.value)
+            mixed = attention(qkv, config.num_attention_heads, packed, p_attention if layer.training else 0.0)
+            mixed = _linear(mixed, out.dense)
             x = _norm(out.LayerNorm, x + dropout(mixed, p, layer.training))
-            wide = layer.intermediate.intermediate_act_fn(_linear(layer.intermediate.dense, x))
-            x = _norm(layer.output.LayerNorm, x + dropout(_linear(layer.output.dense, wide), p, layer.training))
+            wide = layer.intermediate.intermediate_act_fn(_linear(x, layer.intermediate.dense))
+            x = _norm(layer.output.LayerNorm, x + dropout(_linear(wide, layer.output.dense), p, layer.training))
     return x
 
 
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+def _linear(x: Tensor, *layers: nn.Linear) -> Tensor:
+    """The layers' outputs, side by side: one matrix product."""
+    weights, biases = ([getattr(layer, name).to(x.dtype) for layer in layers] for name in ("weight", "bias"))
+    if len(layers) == 1:
+        return F.linear(x, weights[0], biases[0])
+    return F.linear(x, torch.cat(weights), torch.cat(biases))
 
 
 def _norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Dropout whose random numbers cost little on CPUs.
 
 torch draws a Bernoulli variable at a time there, which for a small tower takes longer than its matrix products.
-Here a mask comes out of 15 random bits per value, and is applied by a bitwise and.
+Here a mask comes out of one random byte per value, and is applied by a bitwise and.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
-    """Zero each value with probability `p` (to within 2⁻¹⁶) and divide the others by 1 − p.
+    """Zero each value with a probability of p, rounded to 256ths on CPUs, and divide the others by what is left.
 
     Draws from torch's generator, so that `torch.manual_seed` decides.
     """
@@ -44,17 +44,21 @@ class _Dropout(torch.autograd.Function):
 
 
 def keep_mask(shape: Sequence[int], p: float, dtype: torch.dtype) -> Tensor:
-    """A random integer mask for values of `dtype`: no bit set with probability `p`, else all of them."""
+    """A random integer mask for values of `dtype`: no bit set with probability `p` in 256ths, else all of them."""
     count = math.prod(shape)
     seed = int(torch.empty((), dtype=torch.int64).random_())
-    words = np.random.SFC64(seed).random_raw(-(-count // 4))
-    bits = torch.from_numpy(words.view(np.int16)[:count]).view(*shape).bitwise_and_(0x7FFF)
-    # Negative, and after the shift all ones, where the 15 bits are at least p · 2¹⁵.
-    mask = bits.neg_().add_(round(p * 0x8000) - 1).bitwise_right_shift_(15)
+    words = np.random.SFC64(seed).random_raw(-(-count // 8))
+    numbers = torch.from_numpy(words.view(np.uint8)[:count]).view(*shape).to(torch.int16)
+    # Negative, and after the shift all ones, where the byte is at least 256 p.
+    mask = torch.rsub(numbers, _in_256ths(p) - 1).bitwise_right_shift_(15)
     return mask.to(_INTEGERS[dtype.itemsize])
 
 
 def drop(x: Tensor, keep: Tensor, p: float) -> Tensor:
-    """The values of `x` that `keep` keeps, divided by 1 − p."""
+    """The values of `x` that `keep` keeps, divided by the probability that one is kept."""
     kept = x.contiguous().view(keep.dtype).bitwise_and(keep).view(x.dtype)
-    return kept.mul_(1 / (1 - p))
+    return kept.mul_(256 / (256 - _in_256ths(p)))
+
+
+def _in_256ths(p: float) -> int:
+    return min(255, max(1, round(256 * p)))

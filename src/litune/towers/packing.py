@@ -42,6 +42,18 @@ class Packed:
         """Which tokens of a row attend to each other, [R, 1, T, T]: those of one text."""
         return (self.texts[:, :, None] == self.texts[:, None, :])[:, None]
 
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """What is added to attention's scores, [R, 1, T, T]: 0 within a text, else so little that nothing is left."""
+        if self._masks.get(dtype) is None:
+            self._masks[dtype] = torch.zeros(self.together.shape, dtype=dtype, device=self.ids.device).masked_fill_(
+                ~self.together, -1e4
+            )
+        return self._masks[dtype]
+
+    @cached_property
+    def _masks(self) -> dict[torch.dtype, Tensor]:
+        return {}
+
     def by_length(self) -> list[tuple[Tensor, Tensor]]:
         """The texts of each length L: their numbers [n] and the places [n, L] of their tokens."""
         found = []
@@ -91,21 +103,17 @@ def first_fit(lengths: np.ndarray, width: int) -> tuple[np.ndarray, int]:
     return first, rows
 
 
-def attention(
-    q: Float[Tensor, "R T H d"],
-    k: Float[Tensor, "R T H d"],
-    v: Float[Tensor, "R T H d"],
-    packed: Packed,
-    dropout: float = 0.0,
-) -> Float[Tensor, "R T W"]:
-    """Softmax attention, scaled by 1/√d, of packed texts, each to itself only; heads joined."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if q.device.type == "cpu":
+def attention(qkv: Float[Tensor, "R T W3"], heads: int, packed: Packed, dropout: float = 0.0) -> Float[Tensor, "R T W"]:
+    """Softmax attention, scaled by 1/√d, of packed texts, each to itself only.
+
+    `qkv` holds queries, keys and values side by side, W wide each, of `heads` heads of width d = W / heads.
+    """
+    if qkv.device.type == "cpu":
         # The library's fused attention is made for long rows: on short ones its backward takes most of a step.
-        mixed = _Attention.apply(q, k, v, packed.together, dropout)
-    else:
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=packed.together, dropout_p=dropout)
-    return mixed.transpose(1, 2).flatten(2)  # type: ignore[no-any-return]
+        return _Attention.apply(qkv, heads, packed.mask(qkv.dtype), dropout)  # type: ignore[no-any-return]
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    mixed: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=packed.together, dropout_p=dropout)
+    return mixed.transpose(1, 2).flatten(2)
 
 
 class _Attention(torch.autograd.Function):
@@ -113,26 +121,29 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx, q: Tensor, k: Tensor, v: Tensor, together: Tensor, dropout: float
+        ctx: torch.autograd.function.FunctionCtx, qkv: Tensor, heads: int, mask: Tensor, dropout: float
     ) -> Tensor:
-        hidden = torch.zeros(together.shape, dtype=q.dtype).masked_fill_(~together, -1e4)
-        weights = torch.softmax(torch.add(hidden, q @ k.transpose(2, 3), alpha=q.shape[-1] ** -0.5), dim=-1)
+        parts = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).contiguous()
+        q, k, v = parts
+        scores = torch.add(mask, q @ k.transpose(2, 3), alpha=q.shape[-1] ** -0.5)
+        weights = torch.softmax(scores, dim=-1)
         keep = keep_mask(weights.shape, dropout, weights.dtype) if dropout else weights.new_empty(0)
         kept = drop(weights, keep, dropout) if dropout else weights
-        ctx.save_for_backward(q, k, v, weights, kept, keep)
+        ctx.save_for_backward(parts, weights, kept, keep)
         ctx.dropout = dropout  # type: ignore[attr-defined]
-        return kept @ v
+        return (kept @ v).transpose(1, 2).flatten(2)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, weights, kept, keep = ctx.saved_tensors  # type: ignore[attr-defined]
-        (mixed,) = gradients
-        to_v = kept.transpose(2, 3) @ mixed
+        parts, weights, kept, keep = ctx.saved_tensors  # type: ignore[attr-defined]
+        q, k, v = parts
+        mixed = gradients[0].unflatten(-1, (q.shape[1], -1)).transpose(1, 2).contiguous()
         to_weights = mixed @ v.transpose(2, 3)
         if ctx.dropout:  # type: ignore[attr-defined]
             to_weights = drop(to_weights, keep, ctx.dropout)  # type: ignore[attr-defined]
         scores = torch._softmax_backward_data(to_weights, weights, -1, weights.dtype).mul_(q.shape[-1] ** -0.5)
-        return scores @ k, scores.transpose(2, 3) @ q, to_v, None, None
+        found = torch.stack([scores @ k, scores.transpose(2, 3) @ q, kept.transpose(2, 3) @ mixed])
+        return found.permute(1, 3, 0, 2, 4).flatten(2), None, None, None
 
 
 def pool(hidden: Float[Tensor, "R T W"], packed: Packed, how: str) -> Float[Tensor, "N W"]:

@@ -178,8 +178,8 @@ class _Block(nn.Module):
     def forward(self, x: Tensor, packed: Packed) -> Tensor:
         drop = self.dropout if self.training else 0.0
         y = self.norm1(x)
-        q, k, v = (layer(y).unflatten(-1, (self.heads, -1)) for layer in (self.query, self.key, self.value))
-        x = x + dropout(self.out(attention(q, k, v, packed)), drop)
+        qkv = torch.cat([self.query(y), self.key(y), self.value(y)], dim=-1)
+        x = x + dropout(self.out(attention(qkv, self.heads, packed)), drop)
         y = self.down(dropout(F.gelu(self.up(self.norm2(x)), approximate="tanh"), drop))
         return x + dropout(y, drop)
 
