@@ -131,7 +131,8 @@ class _Attention(torch.autograd.Function):
         kept = drop(weights, keep, dropout) if dropout else weights
         ctx.save_for_backward(parts, weights, kept, keep)
         ctx.dropout = dropout  # type: ignore[attr-defined]
-        return (kept @ v).transpose(1, 2).flatten(2)
+        mixed: Tensor = (kept @ v).transpose(1, 2).flatten(2)
+        return mixed
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
