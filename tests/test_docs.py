@@ -40,7 +40,7 @@ def test_commands_parse(page: Path) -> None:
     for block in blocks(page.read_text(encoding="utf-8"), "bash"):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
-            if "litune" in words and (words[0] == "litune" or words[:2] == ["python", "-m"]):
+            if "litune" in words and (words[0] in ("litune", "torchrun") or words[:2] == ["python", "-m"]):
                 parse(words[words.index("litune") + 1 :])
 
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +11,7 @@ import pyarrow.parquet
 import pytest
 from tests.conftest import random_store
 
+from litune.data.pairs import Damage
 from litune.errors import DataError, StoreError
 from litune.features import FeatureStore, StoreWriter
 
@@ -140,3 +143,37 @@ def test_pickles_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "img_emb" / "img_emb_0000.npy", np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(StoreError, match="is damaged"):
         FeatureStore(tmp_path)
+
+
+def test_parts_are_joined_after_any_interruption(tmp_path: Path) -> None:
+    """A join that stopped between any two of its renames is finished by doing it again."""
+    begun = {"images": 6, "dtype": "float32", "tower": None, "pairs": None}
+    parts = [tmp_path / "a", tmp_path / "b", tmp_path / "empty"]
+    for first, part in ((0, parts[0]), (3, parts[1])):
+        writer = StoreWriter(part, begun)
+        for row in range(first, first + 3):
+            damaged = [Damage(f"{row}.png", "torn")] if row == 1 else []
+            table = pa.table({"key": [f"{row}"], "captions": [["x"]]})
+            writer.write_shard(np.full((1, 2), row, np.float32), table, damaged, row - first + 1)
+    StoreWriter(parts[2], begun)
+    for stop_at in range(12):
+        copy = tmp_path / f"{stop_at}"
+        for part in parts:
+            shutil.copytree(part, copy / part.name)
+        rename, left = Path.replace, iter(range(stop_at))
+
+        def stopping(self: Path, target: Path, rename: Any = rename, left: Any = left) -> Path:
+            if "img_emb_" in target.name or "metadata_" in target.name:
+                next(left)
+            return rename(self, target)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(StopIteration):
+            patch.setattr(Path, "replace", stopping)
+            StoreWriter(copy / "s", begun).join([copy / part.name for part in parts])
+        writer = StoreWriter(copy / "s", begun)
+        writer.join([copy / part.name for part in parts])
+        store = writer.finish()
+        assert store.features(slice(None))[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
+        assert store.metadata["key"].to_pylist() == list("012345")
+        assert (store.manifest["seen"], store.manifest["shards"], store.manifest["damaged"]) == (6, 6, 1)
+        assert (store.path / "damaged.jsonl").read_text().count("torn") == 1

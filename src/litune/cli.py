@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
+import io
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
@@ -21,7 +24,7 @@ from litune.config import (
     SearchConfig,
     TuneConfig,
 )
-from litune.errors import LituneError
+from litune.errors import ConfigError, LituneError
 
 DESCRIPTION = """Give any image model a language.
 
@@ -38,6 +41,11 @@ COMMANDS: dict[str, tuple[type[Any], str]] = {
     "classify": (ClassifyConfig, "litune.commands.classify:classify"),
     "search": (SearchConfig, "litune.commands.search:search"),
 }
+
+# Those that several processes do together, under torchrun.
+ON_RANKS = (EmbedConfig, TuneConfig, EvalConfig)
+# Seconds that a failed process waits for torchrun to end it, because the one that speaks for all has failed as well.
+PATIENCE = 10.0
 
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -74,16 +82,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"litune {__version__}")
         return
     try:
-        config = parse(argv or ["--help"])
+        config = parse_on_ranks(argv or ["--help"])
         quiet_libraries()
         result = find_command(config).run(config)
         show = SHOW.get(type(config))
-        if show is not None:
+        if show is not None and own_rank() == 0:
             show(config, result)
+        if several_ranks():
+            importlib.import_module("litune.distributed").stop()
     except LituneError as why:
         fail(str(why))
     except KeyboardInterrupt:
-        print("litune: interrupted; the same command goes on where it was", file=sys.stderr)
+        if own_rank() == 0:
+            print("litune: interrupted; the same command goes on where it was", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -97,10 +108,44 @@ def main(argv: Sequence[str] | None = None) -> None:
         if why.errno is None:
             raise
         fail(f"{why.filename or 'a file'}: {why.strerror}: choose another path, or change what is there")
+    except Exception:
+        if several_ranks():
+            time.sleep(PATIENCE)  # a connection that broke because another process failed, which says why
+        raise
+
+
+def parse_on_ranks(argv: Sequence[str]) -> Any:
+    """The config, as `parse`; of several processes, one complains of what can't be read."""
+    if own_rank() == 0:
+        config = parse(argv)
+    else:
+        try:
+            with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+                config = parse(argv)
+        except SystemExit:
+            time.sleep(PATIENCE)
+            raise
+    if several_ranks() and not isinstance(config, ON_RANKS):
+        raise ConfigError("embed, tune and eval alone run on several processes: start this one without torchrun")
+    return config
+
+
+def several_ranks() -> bool:
+    """Whether this is one of several processes that torchrun started."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def own_rank() -> int:
+    """The number of this process among those that torchrun started; 0 is the one that speaks."""
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdecimal() else 0
 
 
 def fail(message: str) -> None:
-    """Print one line and exit with 2."""
+    """Print one line and exit with 2. Where all processes fail alike, rank 0 alone has the time to say so."""
+    if own_rank() > 0:
+        time.sleep(PATIENCE)
+        message = f"rank {own_rank()}: {message}"
     print("litune: error: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -22,6 +23,9 @@ T = TypeVar("T")
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 BUCKET = 2**24  # elements that `sum_` sends at once
+# How long a rank waits for another: while rank 0 evaluates, or has hours left to embed. That a process has ended is
+# noticed at once all the same, by torchrun.
+PATIENCE = timedelta(days=7)
 
 
 def start(device: str = "auto") -> None:
@@ -52,7 +56,7 @@ def start(device: str = "auto") -> None:
     try:
         if cuda:
             torch.cuda.set_device(local)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as why:
         raise ConfigError(f"the process group can't be joined ({told}): {why}") from why
 
@@ -80,8 +84,7 @@ def is_main() -> bool:
 
 def barrier() -> None:
     """Return when all ranks have come here."""
-    if _grouped():
-        dist.barrier()
+    gather_objects(None)  # through gloo, where dist.barrier would take NCCL and ask for a device
 
 
 def row_counts(rows: Shaped[Tensor, "n D"]) -> list[int]:
@@ -185,6 +188,21 @@ def from_main(function: Callable[[], T]) -> T:
 def sum_counts(count: int) -> int:
     """The sum over ranks of a whole number."""
     return sum(gather_objects(count))
+
+
+def bounds(count: int, unit: int = 1) -> list[int]:
+    """Where each rank's part of `count` things begins, and the end: contiguous, nearly equal, cut at whole units.
+
+    Rank 0 has one unit at least, if there is one; others may have none.
+    """
+    units, ranks = -(-count // unit), world_size()
+    return [min(count, -(-units * r // ranks) * unit) for r in range(ranks + 1)]
+
+
+def own_part(count: int, unit: int = 1) -> range:
+    """The part of `count` things that is this rank's (see `bounds`)."""
+    cuts = bounds(count, unit)
+    return range(cuts[rank()], cuts[rank() + 1])
 
 
 def _grouped() -> bool:

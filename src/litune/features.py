@@ -30,10 +30,10 @@ import pyarrow.parquet
 
 from litune.data.pairs import Damage, select_langs
 from litune.errors import DataError, StoreError, nearest
-from litune.files import atomic, read_json, sweep_temporaries, write_json
+from litune.files import atomic, read_json, sweep_temporaries, write_json, write_text
 
 FORMAT = 1
-MANIFEST = "store.json"
+MANIFEST, DAMAGE = "store.json", "damaged.jsonl"
 
 
 def library_versions() -> dict[str, str]:
@@ -309,7 +309,7 @@ class StoreWriter:
             with atomic(self.path / "metadata" / f"metadata_{number:04d}.parquet") as file:
                 pa.parquet.write_table(rows, file)
         if damaged:
-            with open(self.path / "damaged.jsonl", "a", encoding="utf-8") as log:
+            with open(self.path / DAMAGE, "a", encoding="utf-8") as log:
                 for one in damaged:
                     log.write(json.dumps({"key": one.key, "reason": one.reason}, ensure_ascii=False) + "\n")
         self.manifest |= {
@@ -322,6 +322,34 @@ class StoreWriter:
         }
         write_json(self.path / MANIFEST, self.manifest)
 
+    def join(self, parts: Sequence[Path]) -> None:
+        """Take over the shards of finished stores, in order; what an interruption left is done by calling again.
+
+        Shards are renamed, so the parts are no stores any more. All counts are those of the parts together.
+        """
+        manifests = [read_json(part / MANIFEST, StoreError) for part in parts]
+        number, damage = 0, ""
+        for part, facts in zip(parts, manifests, strict=True):
+            for shard in range(facts["shards"]):
+                for name in ("img_emb/img_emb_{:04d}.npy", "metadata/metadata_{:04d}.parquet"):
+                    source, target = part / name.format(shard), self.path / name.format(number)
+                    target.parent.mkdir(exist_ok=True)
+                    if source.exists():
+                        source.replace(target)
+                    elif not target.exists():
+                        raise StoreError(f"{source} is gone: embed again, with --overwrite")
+                number += 1
+            if (part / DAMAGE).exists():
+                damage += (part / DAMAGE).read_text(encoding="utf-8")
+        if damage:
+            write_text(self.path / DAMAGE, damage)
+        self.manifest |= {name: sum(facts[name] for facts in manifests) for name in ("rows", "seen", "damaged")}
+        self.manifest |= {
+            "shards": number,
+            "width": next((facts["width"] for facts in manifests if facts.get("width")), None),
+            "seconds": max(facts.get("seconds", 0.0) for facts in manifests),
+        }
+
     def finish(self, **facts: Any) -> FeatureStore:
         """Mark the store complete and open it."""
         self.manifest |= {**facts, "complete": True}
@@ -330,7 +358,7 @@ class StoreWriter:
 
     def _truncate_damage(self) -> None:
         """Drop the lines of damage that were written after the last shard that counts."""
-        file = self.path / "damaged.jsonl"
+        file = self.path / DAMAGE
         if file.exists():
             lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
             with atomic(file) as temporary:

@@ -339,11 +339,13 @@ class Tuning:
         return MoreImages(features, torch.from_numpy(of_images[drawn]), torch.from_numpy(texts))
 
     def _sum_gradients(self, tuned: list[nn.Parameter]) -> None:
-        """Add up every rank's share of the gradients."""
+        """Add up every rank's share of the gradients; what no rank has a gradient for stays without."""
         if distributed.world_size() == 1:
             return
-        for parameter in tuned:
-            if parameter.grad is None:
+        having = torch.tensor([p.grad is not None for p in tuned], dtype=torch.int64)
+        distributed.sum_([having])
+        for parameter, ranks in zip(tuned, having.tolist(), strict=True):
+            if ranks and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         distributed.sum_([p.grad for p in tuned if p.grad is not None])
 

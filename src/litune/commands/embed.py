@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from litune import distributed
 from litune.checkpoint import find_image_tower
 from litune.config import EmbedConfig, command
 from litune.data.images import Decoded, decode_file, map_ahead
@@ -31,10 +33,12 @@ SHARD_SECONDS, SHARD_SHARE = 5.0, 0.01
 def embed(config: EmbedConfig) -> FeatureStore:
     """Encode the images of `config.pairs` with a locked tower and write a feature store; returns it, open.
 
-    Goes on with an unfinished store of the same tower and pairs. Raises `DataError` for unusable pairs,
+    Goes on with an unfinished store of the same tower and pairs. Under torchrun every process calls it alike and
+    encodes its part of the images; the store is that of one process. Raises `DataError` for unusable pairs,
     `TowerError` for the tower, `StoreError` where the store at `config.out` is of another tower or of other
     pairs, `OutputExistsError` where it is finished already.
     """
+    distributed.start(config.device)
     pairs = read_pairs(
         config.pairs,
         images=config.images,
@@ -60,16 +64,53 @@ def embed(config: EmbedConfig) -> FeatureStore:
         "dtype": config.store_dtype,
         "libraries": library_versions(),
     }
-    _check_output(config.out, manifest, config.overwrite)
-    writer = StoreWriter(config.out, manifest)
-    if writer.seen:
-        say(f"going on with {config.out}: {writer.seen:,} of {len(pairs):,} images are done")
-    _encode(config, pairs, tower, writer, bfloat16)
-    store = writer.finish()
+    if distributed.world_size() > 1:
+        store = _embed_on_ranks(config, pairs, tower, manifest, bfloat16)
+    else:
+        _check_output(config.out, manifest, config.overwrite)
+        writer = StoreWriter(config.out, manifest)
+        if writer.seen:
+            say(f"going on with {config.out}: {writer.seen:,} of {len(pairs):,} images are done")
+        _encode(config, pairs, range(len(pairs)), tower, writer, bfloat16)
+        store = writer.finish()
     if store.manifest["damaged"]:
         say(f"skipped {store.manifest['damaged']:,} images and captions that can't be used: {config.out}/damaged.jsonl")
     say(f"wrote {config.out}: {len(store):,} images, D={store.width}, {store.manifest['dtype']}")
     return store
+
+
+def _embed_on_ranks(
+    config: EmbedConfig, pairs: Pairs, tower: ImageTower, manifest: dict[str, Any], bfloat16: bool
+) -> FeatureStore:
+    """Each rank writes a store of its part of the images, into a folder inside the output; rank 0 joins them.
+
+    Parts are whole batches, so that every image is encoded in the same company as by one process.
+    """
+    rank, ranks = distributed.rank(), distributed.world_size()
+    manifest = manifest | {"parts": distributed.bounds(len(pairs), config.batch_size)}
+    distributed.from_main(lambda: _check_output(config.out, manifest, config.overwrite))
+    whole = distributed.from_main(lambda: StoreWriter(config.out, manifest))
+    cuts = whole.manifest["parts"]  # those that it was begun with, maybe with another --batch-size
+    folders = [config.out / f".rank-{r}-of-{ranks}" for r in range(ranks)]
+    part = StoreWriter(folders[rank], manifest)
+    done = distributed.sum_counts(part.seen)
+    if done:
+        say(f"going on with {config.out}: {done:,} of {len(pairs):,} images are done")
+    _encode(config, pairs, range(cuts[rank], cuts[rank + 1]), tower, part, bfloat16)
+    rates = distributed.gather_objects(part.manifest["images_per_second"])
+
+    def join() -> None:
+        whole.join(folders)
+        damaged = whole.manifest["damaged"] - len(pairs.damaged)
+        if damaged > config.max_damaged * len(pairs):
+            raise _too_many(damaged, pairs, config, whole, [])
+        del whole.manifest["parts"]
+        whole.finish(images_per_second=round(sum(rates), 2))
+        for folder in folders:
+            shutil.rmtree(folder)
+
+    distributed.from_main(join)
+    return FeatureStore(config.out)
 
 
 def _check_output(out: Path, manifest: dict[str, Any], overwrite: bool) -> None:
@@ -110,6 +151,11 @@ def _check_same(out: Path, there: dict[str, Any], manifest: dict[str, Any]) -> N
         )
     if there["dtype"] != manifest["dtype"]:
         raise StoreError(f"{out} was begun with --store-dtype {there['dtype']}, not {manifest['dtype']}: keep to it")
+    begun, now = (len(facts["parts"]) - 1 if "parts" in facts else 1 for facts in (there, manifest))
+    if begun != now:
+        raise StoreError(
+            f"{out} was begun by {begun} processes, now there are {now}: go on with {begun}, or give --overwrite"
+        )
 
 
 def _tower_name(manifest: dict[str, Any]) -> str:
@@ -117,32 +163,29 @@ def _tower_name(manifest: dict[str, Any]) -> str:
     return str((manifest.get("tower") or {}).get("spec", "unknown tower"))
 
 
-def _encode(config: EmbedConfig, pairs: Pairs, tower: ImageTower, writer: StoreWriter, bfloat16: bool) -> None:
-    """Decode ahead in threads, run the tower batch by batch, write shard by shard."""
+def _encode(
+    config: EmbedConfig, pairs: Pairs, part: range, tower: ImageTower, writer: StoreWriter, bfloat16: bool
+) -> None:
+    """Decode a part of the images ahead in threads, run the tower batch by batch, write shard by shard."""
     workers = config.workers or processor_cores()
-    caption_damage = list(pairs.damaged) if writer.seen == 0 else []
+    caption_damage = list(pairs.damaged) if part.start == 0 else []
     limit = config.max_damaged * len(pairs)
-    damaged_images = _damaged_images(writer, len(pairs.damaged))
-    shard = _Shard(pairs, caption_damage)
+    damaged_images = _damaged_images(writer, len(caption_damage))
+    shard = _Shard(pairs, [] if writer.seen else caption_damage)
     began = closed = time.monotonic()
-    with track("embedding", "images", len(pairs), writer.seen) as task:
+    with track("embedding", "images", len(part), writer.seen) as task:
         decoded = map_ahead(
             lambda row: _decode(pairs, row, tower),
-            range(writer.seen, len(pairs)),
+            part[writer.seen :],
             workers,
             ahead=2 * config.batch_size + workers,
         )
-        for batch, seen in _batches(decoded, config.batch_size):
+        for batch, end in _batches(decoded, config.batch_size):
             good = [d for d in batch if d.damage is None]
             bad = [d.damage for d in batch if d.damage is not None]
             damaged_images += len(bad)
             if damaged_images > limit:
-                raise DataError(
-                    f"{damaged_images:,} of {len(pairs):,} images can't be used (at most "
-                    f"{config.max_damaged:.1%} may), as "
-                    f"{_last_damage(writer, shard.damaged + bad)}; mend them or raise "
-                    f"--max-damaged; what is done stays in {writer.path}"
-                )
+                raise _too_many(damaged_images, pairs, config, writer, shard.damaged + bad)
             if good:
                 pixels = torch.from_numpy(np.stack([d.pixels for d in good if d.pixels is not None]))
                 shard.add(tower.encode(pixels, bfloat16=bfloat16).cpu().numpy(), good)
@@ -151,8 +194,8 @@ def _encode(config: EmbedConfig, pairs: Pairs, tower: ImageTower, writer: StoreW
             task.note = f"{damaged_images} damaged" if damaged_images else ""
             now = time.monotonic()
             due = now - closed >= max(SHARD_SECONDS, SHARD_SHARE * (now - began))
-            if due or shard.rows >= config.shard_size or seen == len(pairs):
-                shard.write(writer, seen, now - closed)
+            if due or shard.rows >= config.shard_size or end == part.stop:
+                shard.write(writer, end - part.start, now - closed)
                 _announce_damage(shard.damaged)
                 shard, closed = _Shard(pairs, []), now
     _finish_rate(writer, task)
@@ -209,6 +252,13 @@ class _Shard:
             "sha256": pa.array([d.sha256 for d in self.images], pa.string()),
         }
         writer.write_shard(features, pa.table(columns), self.damaged, seen, seconds)
+
+
+def _too_many(damaged: int, pairs: Pairs, config: EmbedConfig, writer: StoreWriter, latest: list[Damage]) -> DataError:
+    return DataError(
+        f"{damaged:,} of {len(pairs):,} images can't be used (at most {config.max_damaged:.1%} may), as "
+        f"{_last_damage(writer, latest)}; mend them or raise --max-damaged; what is done stays in {config.out}"
+    )
 
 
 def _last_damage(writer: StoreWriter, damaged: list[Damage]) -> str:

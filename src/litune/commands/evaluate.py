@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from litune import distributed
 from litune.checkpoint import check_store, load
 from litune.config import EvalConfig, command
 from litune.data.images import decode_file, map_ahead
@@ -22,13 +23,17 @@ from litune.files import write_json
 from litune.model import LiT
 from litune.progress import say, track
 
+CHUNK = 2048  # captions that one rank encodes at a time
+
 
 @command(EvalConfig)
 def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Measure a run; returns (and writes to `config.json`) every figure, each metric's definition, and chance.
 
-    Raises `RunError`, `StoreError` or `DataError` for what can't be read.
+    Under torchrun every process calls it alike and encodes its part; rank 0 measures and writes. Raises
+    `RunError`, `StoreError` or `DataError` for what can't be read.
     """
+    distributed.start(config.device)
     model = load(config.run, image_tower=config.image_tower, device=config.device)
     results: dict[str, Any] = {"run": str(config.run)}
     if config.store is not None:
@@ -36,7 +41,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     if config.classes is not None:
         results["zero_shot"] = evaluate_classes(model, config, config.classes)
     results["libraries"] = library_versions()
-    if config.json is not None:
+    if config.json is not None and distributed.is_main():
         write_json(config.json, results)
     return results
 
@@ -46,15 +51,24 @@ def evaluate_retrieval(model: LiT, config: EvalConfig, store: FeatureStore) -> d
     check_store(config.run, model, store.path, store.width, store.tower)
     pairs = store.select(config.split, config.lang)
     captions = pairs.captions
-    parts = []
-    with track("encoding", "captions", len(captions)) as task:
-        for start in range(0, len(captions), 2048):
-            parts.append(model.encode_text(captions[start : start + 2048]))
+    own = distributed.own_part(len(captions), CHUNK)
+    parts = [torch.empty(0, model.dim)]
+    with track("encoding", "captions", len(own)) as task:
+        for start in own[::CHUNK]:
+            parts.append(model.encode_text(captions[start : min(start + CHUNK, own.stop)]))
             task.advance(len(parts[-1]))
-    images = torch.cat([model.encode_features(block) for block in store.blocks(pairs.rows)])
-    found = retrieval_metrics.retrieval(images, torch.cat(parts), torch.from_numpy(pairs.owner))
+    texts = distributed.gather_rows(torch.cat(parts))
+    images = encode_stored(model, store, pairs.rows)
+    found = distributed.from_main(lambda: retrieval_metrics.retrieval(images, texts, torch.from_numpy(pairs.owner)))
     about = {"store": str(store.path), "split": config.split, "lang": list(config.lang)}
     return found | about | {"definition": retrieval_metrics.DEFINITION}
+
+
+def encode_stored(model: LiT, store: FeatureStore, rows: np.ndarray) -> torch.Tensor:
+    """Features [N, D] of these rows of a store, of which every rank encodes its part."""
+    own = distributed.own_part(len(rows), 8192)
+    blocks = store.blocks(rows[own.start : own.stop])
+    return distributed.gather_rows(torch.cat([torch.empty(0, model.dim), *map(model.encode_features, blocks)]))
 
 
 def evaluate_classes(model: LiT, config: EvalConfig, where: Path) -> dict[str, Any]:
@@ -67,38 +81,44 @@ def evaluate_classes(model: LiT, config: EvalConfig, where: Path) -> dict[str, A
             raise DataError(f"{where} has no classes: embed a tree with one folder of images per class")
         owners = store.metadata["label"].to_pylist()
         names = sorted(set(owners))
-        features = torch.cat([model.encode_features(block) for block in store.blocks(np.arange(len(store)))])
+        features = encode_stored(model, store, np.arange(len(store)))
     else:
         tree = class_folders(where)
         names = list(tree)
         owners, features, damaged = encode_tree(model, tree, config.max_damaged)
-    classifier = model.zero_shot(names, config.templates)
     number = {name: i for i, name in enumerate(names)}
     labels = torch.tensor([number[owner] for owner in owners])
-    scores = classifier.scores(features)
-    found = zero_shot_metrics.accuracy(scores, labels)
-    return found | {
+
+    def measure() -> dict[str, Any]:
+        classifier = model.zero_shot(names, config.templates)
+        found = zero_shot_metrics.accuracy(classifier.scores(features), labels)
+        return found | {"templates": classifier.templates}
+
+    return distributed.from_main(measure) | {
         "classes_at": str(where),
         "class_names": [canonicalize(name) for name in names],
-        "templates": classifier.templates,
         "damaged": damaged,
         "definition": zero_shot_metrics.DEFINITION,
     }
 
 
 def encode_tree(model: LiT, tree: dict[str, list[Path]], max_damaged: float) -> tuple[list[str], torch.Tensor, int]:
-    """The class of every readable image, the images' features [B, D], and how many could not be read."""
+    """The class of every readable image, the images' features [B, D], and how many could not be read.
+
+    Every rank encodes its part.
+    """
     files = [(name, file) for name, images in tree.items() for file in images]
     tower = model.load_image_tower()
     owners: list[str] = []
-    parts, waiting, damaged = [], [], 0
+    own = distributed.own_part(len(files), 32)
+    parts, waiting, damaged = [torch.empty(0, model.dim)], [], 0
     decoded = map_ahead(
         lambda i: decode_file(i, str(files[i][1]), files[i][1], tower.preprocess),
-        range(len(files)),
+        own,
         processor_cores(),
         ahead=72,
     )
-    with track("embedding", "images", len(files)) as task:
+    with track("embedding", "images", len(own)) as task:
         for one in decoded:
             task.advance(1)
             if one.damage is not None:
@@ -112,9 +132,13 @@ def encode_tree(model: LiT, tree: dict[str, list[Path]], max_damaged: float) -> 
             elif one.pixels is not None:
                 owners.append(files[one.row][0])
                 waiting.append(one.pixels)
-            if len(waiting) == 32 or (waiting and task.done == len(files)):
+            if len(waiting) == 32 or (waiting and task.done == len(own)):
                 parts.append(model.encode_features(tower.encode(torch.from_numpy(np.stack(waiting)))))
                 waiting = []
-    if not parts:
+    owners = [owner for part in distributed.gather_objects(owners) for owner in part]
+    damaged = distributed.sum_counts(damaged)
+    if damaged > max_damaged * len(files):
+        raise DataError(f"{damaged:,} of {len(files):,} images can't be read (at most {max_damaged:.1%} may)")
+    if not owners:
         raise DataError("none of the images in the class folders can be read")
-    return owners, torch.cat(parts), damaged
+    return owners, distributed.gather_rows(torch.cat(parts)), damaged

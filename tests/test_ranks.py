@@ -1,0 +1,236 @@
+"""Two processes under torchrun do what one does: tune, embed, eval, and their errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from tests.conftest import COLORS, SHAPES, draw
+
+from litune import distributed
+from litune.cli import main
+from litune.commands import evaluate as evaluation
+from litune.commands.embed import embed
+from litune.commands.evaluate import evaluate
+from litune.commands.tune import prepare_run, tune
+from litune.config import TuneConfig
+from litune.errors import LituneError, StoreError
+from litune.features import FeatureStore
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+# Batches of 7 of 18 pairs, some with equal captions, so that masks count and ranks have 4 and 3 pairs.
+COMMON = {
+    "lang": ["en"], "duration": "28pairs", "batch_size": 7, "evaluations": 2, "learning_rate": 1e-3,
+    "precision": "float32", "dropout": 0.0, "device": "cpu",
+}  # fmt: skip
+VARIANTS: dict[str, dict[str, Any]] = {
+    "softmax": {},
+    "sigmoid": {"loss": "sigmoid", "logit_bias": -2.0},
+    "cached": {"micro_batch": 2, "optimizer": "adafactor"},
+    "negatives": {"image_negatives": 5, "image_to_text": 0.3},
+    "fields": {"fields": ["title", "tags"], "store": "fields", "lang": []},
+    "pixels": {
+        "locking": "uU",
+        "image_tower": "timm:test_vit?init=random&size=64",
+        "micro_batch": 3,
+        "max_damaged": 0.2,
+    },
+}
+EMBED = {"pairs": "photos", "image_tower": "python:colortower:make", "batch_size": 5, "max_damaged": 0.2}
+WRONG: list[dict[str, Any]] = [
+    {"store": "nowhere", "out": "new"},
+    {"out": "two/softmax"},
+    {"out": "unfinished", "seed": 1},
+    {"batch_size": 2, "out": "new", "lang": ["fr"]},
+]
+
+
+def torchrun(*args: str | Path, cwd: Path) -> subprocess.Popen[str]:
+    """A launch of two ranks."""
+    path = os.pathsep.join([str(cwd), *sys.path])
+    return subprocess.Popen(
+        [*TORCHRUN, *map(str, args)], cwd=cwd, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def kill_when(process: subprocess.Popen[str], ready: Any) -> None:
+    """Kill -9 the whole launch as soon as `ready()`."""
+    deadline = time.monotonic() + 120
+    while not ready() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for killed in (process.pid, *map(int, ranks)):  # torchrun first: it would start or end the others
+        os.kill(killed, signal.SIGKILL)
+    process.communicate()
+
+
+def work(out: str) -> dict[str, Any]:
+    """What is done alike by one process and by each of two."""
+    torch.set_num_threads(1)  # of a few cores, two processes spin for none
+    evaluation.CHUNK = 4
+    found: dict[str, Any] = {"errors": []}
+    for name, settings in VARIANTS.items():
+        tune(**{"store": "store", "text_tower": "hf:bert", **COMMON, **settings, "out": f"{out}/{name}"})
+    store = embed(**EMBED, out=f"{out}/store")
+    found["rows"] = len(store)
+    found["eval"] = evaluate(f"{out}/softmax", store="store", classes="classes", json=f"{out}/eval.json", device="cpu")
+    if distributed.world_size() > 1:
+        for settings in WRONG:
+            try:
+                tune(**{"store": "store", "text_tower": "hf:bert", **COMMON, **settings})
+            except LituneError as why:
+                found["errors"].append(f"{type(why).__name__}: {why}")
+    return found
+
+
+@pytest.fixture
+def place(photos: Path, tower_module: str, tiny_bert: Path, tmp_path: Path) -> Path:
+    """A folder with stores, pictures and a text tower, all under short names."""
+    shutil.copytree(tiny_bert, tmp_path / "bert")
+    embed(pairs="photos", image_tower=tower_module, out="store")
+    with open("fields.jsonl", "w", encoding="utf-8") as file:
+        for i, (color, shape) in enumerate((c, s) for c in COLORS for s in SHAPES):
+            words = {"tags": f"{color} {shape}"} | ({"title": f"the {shape}"} if i % 3 == 0 else {})
+            file.write(json.dumps({"image": f"{color}-{shape}-0.png", "title": None, **words}) + "\n")
+    embed(
+        pairs="fields.jsonl", images="photos/images", image_tower=tower_module, out="fields",
+        caption_column=("title", "tags"),
+    )  # fmt: skip
+    for color in COLORS:
+        (tmp_path / "classes" / color).mkdir(parents=True)
+        for size in range(40, 50):
+            draw(color, "box", size).save(tmp_path / "classes" / color / f"{size}.png")
+    return tmp_path
+
+
+def test_two_ranks_are_as_one(place: Path) -> None:
+    """Losses to 1e-5 of their size, each tensor of weights to 1e-5 of its norm and a 50th of a step; the rest equal."""
+    prepare_run(TuneConfig(Path("store"), "hf:bert", Path("unfinished"), **COMMON))  # type: ignore[arg-type]
+    for name in ("red-bar-1.png", "yellow-bar-0.png"):
+        (place / "photos" / "images" / name).write_bytes(b"<html>")
+    process = torchrun(__file__, cwd=place)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert "Warning" not in said
+    one, (two, other) = work("one"), (json.loads((place / f"rank-{rank}.json").read_text()) for rank in range(2))
+    assert two == other
+    for name in VARIANTS:
+        assert said.count(f"wrote two/{name}") == 1
+        check_runs(place / "one" / name, place / "two" / name)
+    check_stores(FeatureStore("one/store"), FeatureStore("two/store"))
+    assert two["rows"] == 22
+    assert two["eval"] | {"run": "one/softmax"} == json.loads((place / "one" / "eval.json").read_text())
+    assert one["eval"]["retrieval"]["captions"] == 72
+    assert json.loads((place / "two" / "eval.json").read_text()) == two["eval"]
+    no_store, finished, differing, no_lang = two["errors"]
+    assert no_store.startswith("StoreError: there is no feature store at nowhere")
+    assert finished.startswith("OutputExistsError: two/softmax holds a finished run")
+    assert "another config (seed was 0, is 1)" in differing
+    assert "no captions in 'fr'" in no_lang
+    assert not Path("new").exists()
+
+
+def check_runs(one: Path, two: Path) -> None:
+    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
+    logs = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two)]
+    assert len(logs[0]) == len(logs[1]) >= 4
+    for a, b in zip(*logs, strict=True):
+        assert a["step"] == b["step"]
+        assert a.get("val") == b.get("val")
+        for figure in {"loss", "scale", "bias"} & a.keys():
+            assert b[figure] == pytest.approx(a[figure], rel=1e-5)
+    weights = [load_file(run / "model.safetensors") for run in (one, two)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, a in weights[0].items():
+        # A softmax over keys does not see their common bias: its gradient is rounding, which Adam blows up to a step.
+        if not name.endswith(("key.bias", "qkv.bias")):
+            assert np.linalg.norm(a - weights[1][name]) <= 1e-5 * np.linalg.norm(a) + 2e-5, name
+
+
+def check_stores(one: FeatureStore, two: FeatureStore) -> None:
+    assert np.array_equal(one.features(slice(None)), two.features(slice(None)))
+    assert one.metadata.equals(two.metadata)
+    damaged = [(s.path / "damaged.jsonl").read_text() if s.manifest["damaged"] else None for s in (one, two)]
+    assert damaged[0] == damaged[1]
+    timed = ("seconds", "shards", "images_per_second")
+    assert one.manifest.keys() == two.manifest.keys()
+    assert all(two.manifest[k] == v for k, v in one.manifest.items() if k not in timed)
+    assert sorted(p.name for p in one.path.iterdir()) == sorted(p.name for p in two.path.iterdir())
+
+
+def test_tune_killed_on_two_and_gone_on_with_one(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A launch as typed is killed, one process finishes it; then every rank finds it finished, and one says so."""
+    command = ["-m", "litune", "tune", "store", "--text-tower", "hf:bert", "--out", "run", "--lang", "en"]
+    command += ["--batch-size", "6", "--evaluations", "1", "--precision", "float32", "--device", "cpu"]
+    command += ["--duration", "240pairs", "--checkpoint-seconds", "0"]
+    kill_when(torchrun(*command, cwd=place), (place / "run" / "state.safetensors").exists)
+    assert not (place / "run" / "manifest.json").exists()
+    capsys.readouterr()
+    torch.set_num_threads(1)
+    main(command[2:])
+    assert "begun on 2 processes, now on 1: the batches and the loss are the same" in capsys.readouterr().err
+    lines = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 41))
+
+    process = torchrun(*command, cwd=place)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1  # torchrun's own
+    assert "exitcode  : 2 " in said
+    assert said.count("holds a finished run") == said.count("litune: error: run holds a finished run") == 1
+
+
+SLOW_TOWER = """
+import os, time, colortower
+def encode(pixels):
+    with open("encoded.log", "a") as log:
+        log.write(f"{len(pixels)}\\n")
+    time.sleep(0.2 if os.environ.get("SLOW") else 0)
+    return colortower.encode(pixels)
+def make():
+    return encode, colortower.preprocess
+"""
+
+
+def test_embed_killed_and_gone_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "slowtower.py").write_text(SLOW_TOWER)
+    command = ["-m", "litune", "embed", "photos", "--image-tower", "python:slowtower:make", "--out", "s"]
+    command += ["--batch-size", "2", "--shard-size", "2"]
+    part = place / "s" / ".rank-1-of-2" / "store.json"
+    monkeypatch.setenv("SLOW", "1")
+    kill_when(torchrun(*command, cwd=place), lambda: part.exists() and json.loads(part.read_text())["seen"] >= 4)
+    done = sum(json.loads(file.read_text())["seen"] for file in (place / "s").glob(".rank-*/store.json"))
+    assert 4 <= done < 24
+    monkeypatch.delenv("SLOW")
+    with pytest.raises(StoreError, match="s is incomplete"):
+        FeatureStore("s")
+    with pytest.raises(StoreError, match="begun by 2 processes, now there are 1: go on with 2, or give --overwrite"):
+        embed(pairs="photos", image_tower="python:slowtower:make", out="s")
+    (place / "encoded.log").unlink()
+
+    process = torchrun(*command[:-4], cwd=place)  # with another batch size: the parts stay those that they were
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert f"going on with s: {done} of 24 images are done" in said
+    assert "Warning" not in said
+    assert sum(int(line) for line in (place / "encoded.log").read_text().split()) == 24 - done
+    check_stores(embed(pairs="photos", image_tower="python:slowtower:make", out="whole"), FeatureStore("s"))
+
+
+if __name__ == "__main__":
+    distributed.start("cpu")
+    found = work("two")
+    Path(f"rank-{distributed.rank()}.json").write_text(json.dumps(found))
+    distributed.stop()
