@@ -1,0 +1,45 @@
+"""A tuning run at its first step, and the machine that it runs on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+
+from litune.commands.tune import choose_pairs, make_model, make_tokenizer, text_spec
+from litune.config import TuneConfig
+from litune.features import FeatureStore
+from litune.towers.locking import train_unlocked
+from litune.tuning import Tuning
+
+
+def start_run(store: Path, **settings: Any) -> Tuning:
+    """What `litune tune` has made when its first step begins: the defaults but for `settings`, nothing held out."""
+    config = TuneConfig(store=store, out=store / "run", holdout=0.0, device="cpu", **settings)
+    opened = FeatureStore(store)
+    spec = text_spec(config)
+    train, _ = choose_pairs(opened, config)
+    torch.manual_seed(config.seed)
+    tokenizer = make_tokenizer(spec, config, train.captions)
+    model = make_model(opened, spec, tokenizer, train, config)
+    run = Tuning(config, opened, train, None, model, torch.device("cpu"))
+    train_unlocked(run.model)
+    return run
+
+
+def machine() -> dict[str, Any]:
+    """The processor, and what is used of it."""
+    return {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def _cpu_name() -> str:
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

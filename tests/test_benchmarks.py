@@ -1,0 +1,65 @@
+"""The benchmarks run, from the command line and at their smallest, and print what they promise."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def captions(tmp_path: Path) -> Path:
+    file = tmp_path / "captions.csv"
+    rows = [f"{i}.png,train,en,a red box number {'x' * (i % 5)}" for i in range(20)]
+    file.write_text("\n".join(["image,split,lang,caption", *rows, "20.png,val,de,leer"]), encoding="utf-8")
+    return file
+
+
+def run(script: str, *options: str) -> dict[str, Any]:
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *options]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert len(done.stdout.splitlines()) > 3  # a table for people comes first
+    return found
+
+
+def test_tune_speed(tiny_bert: Path, captions: Path) -> None:
+    small = ["--text-tower", f"hf:{tiny_bert}", "--dim", "16", "--batch-size", "16", "--rounds", "2", "--threads", "1"]
+    only = ["--captions", str(captions), "--split", "train", "--lang", "en"]
+    found = run("tune_speed.py", *small, *only, "--peer-batch", "0")
+    assert found["times_open_clip"] is None
+    assert found["pairs_per_second"] > 0
+    assert found["limit_pairs_per_second"] > found["pairs_per_second"]
+    assert 0 < found["share_of_limit"] < found["share_of_limit_with_attention"] < 3
+    assert sum(found["phases"].values()) == pytest.approx(1)
+    assert list(found["phases"]) == ["loader", "encode images", "texts forward", "loss", "backward", "optimizer"]
+    assert found["tokens_per_caption"] > 5
+    assert found["seconds"]["litune_step"] > 0
+    assert found["settings"]["batch_size"] == 16
+    assert {"cpu", "torch", "precision", "rounds"} <= found.keys()
+    assert found["threads"] == 1
+
+
+def test_tune_memory(tiny_bert: Path, captions: Path) -> None:
+    small = ["--text-tower", f"hf:{tiny_bert}", "--dim", "16", "--batch-sizes", "32", "--threads", "1"]
+    found = run("tune_memory.py", *small, "--captions", str(captions))
+    assert 0 < found["imported_gb"] <= found["loaded_gb"] <= found["peak_gb"]["32"] < 4  # more pairs than captions
+    assert found["seconds_per_step"]["32"] > 0
+    assert found["fit"] is None
+    assert {"cpu", "threads", "torch", "precision", "micro_batch"} <= found.keys()
+
+
+def test_fit_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from tune_memory import fit_line
+
+    assert fit_line({1000: 1.5, 2000: 2.0, 4000: 3.0}) == pytest.approx(
+        {"gb_per_1000_pairs": 0.5, "gb_at_0": 1.0, "worst_relative_residual": 0.0}
+    )
+    assert fit_line({0: 1.0, 1000: 1.0, 2000: 4.0})["worst_relative_residual"] == pytest.approx(1.0)
