@@ -322,7 +322,9 @@ class Tuning:
         wanted = min(self.config.image_negatives, len(self.train) - self.size)
         if wanted <= 0:
             return None
-        whole = next(self.batches.from_step(self.progress.step, self.progress.step + 1)).images
+        whole = batch.images
+        if distributed.world_size() > 1:
+            whole = next(self.batches.from_step(self.progress.step, self.progress.step + 1)).images
         random = np.random.default_rng([self.config.seed, self.progress.step, 2])
         outside = np.setdiff1d(np.arange(len(self.train)), whole, assume_unique=True)
         drawn = random.choice(outside, wanted, replace=False, shuffle=False)
