@@ -202,7 +202,7 @@ class _Shard:
             "caption": pa.array([c[0] if c else "" for c in source["captions"].to_pylist()], pa.string()),
             "captions": source["captions"],
         }
-        columns |= {name: source[name] for name in ("langs", "split", "label") if name in source.column_names}
+        columns |= {name: source[name] for name in ("langs", "fields", "split", "label") if name in source.column_names}
         columns |= {
             "width": pa.array([d.width for d in self.images], pa.int32()),
             "height": pa.array([d.height for d in self.images], pa.int32()),
