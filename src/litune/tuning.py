@@ -273,7 +273,7 @@ class Tuning:
     def _parts(
         self, rows: np.ndarray, micro: int, encode: Callable[[np.ndarray, int], Tensor], *, stream: int
     ) -> list[Part]:
-        """Micro-batches of at most `micro` of the `rows`, each with a seed of its own that follows from the run's seed and the step."""
+        """Micro-batches of at most `micro` rows, each with a seed of its own, from the run's seed and the step."""
         parts = np.array_split(rows, max(1, -(-len(rows) // micro)))  # of like size: no part is a lone picture
         seeds = np.random.SeedSequence(
             [self.config.seed, self.progress.step, stream, distributed.rank()]
