@@ -47,6 +47,7 @@ def test_clear_output(tmp_path: Path) -> None:
 def test_sweep(tmp_path: Path) -> None:
     (tmp_path / "img_emb").mkdir()
     (tmp_path / "img_emb" / ".img_emb_0001.npy.123.tmp").write_text("half")
+    (tmp_path / ".tmpE6Rsec").write_text("half of a safetensors file")
     (tmp_path / "keep").write_text("")
     sweep_temporaries(tmp_path)
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["keep"]

@@ -150,6 +150,7 @@ def load(run: Path | str, *, image_tower: str | None = None, device: str = "auto
 def _tuned_tower(provenance: dict[str, Any]) -> ImageTower:
     """The architecture of an image tower whose weights a run has trained and keeps."""
     tower = load_image_tower(with_random_weights(provenance["spec"]))
+    check_tower("the run", provenance, tower.provenance | {"weights": provenance["weights"]})
     tower.provenance = provenance
     return tower
 

@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from litune.data.pairs import Damage, select_langs
+from litune.data.pairs import Damage, select_captions
 from litune.errors import DataError, StoreError, nearest
 from litune.files import atomic, read_json, sweep_temporaries, write_json, write_text
 
@@ -158,10 +158,10 @@ class FeatureStore:
         for start in range(0, len(rows), size):
             yield self.features(rows[start : start + size])
 
-    def select(self, split: str | None = None, lang: Sequence[str] = ()) -> Selection:
-        """The images of a split that have captions, with their captions in these languages.
+    def select(self, split: str | None = None, lang: Sequence[str] = (), fields: Sequence[str] = ()) -> Selection:
+        """The images of a split that have captions, with their captions in these languages and of these text fields.
 
-        Raises `StoreError` where the store has no such split, language or captions.
+        Raises `StoreError` where the store has no such split, language, field or captions.
         """
         table = self.metadata
         rows = np.arange(len(self))
@@ -180,11 +180,24 @@ class FeatureStore:
             for name in lang:
                 if name not in known:
                     raise StoreError(f"{self.path} has no captions in {name!r} ({nearest(name, map(str, known))})")
-            table = select_langs(table, lang)
+            table = select_captions(table, "langs", lang)
+        if fields:
+            self._check_fields(fields)
+            table = select_captions(table, "fields", fields)
         keep = np.flatnonzero(pc.list_value_length(table["captions"]).to_numpy() > 0)
         if not keep.size:
             raise StoreError(f"{self.path} has no captions: embed its images with a table of captions")
         return Selection(self, rows[keep], table.take(pa.array(keep)))
+
+    def _check_fields(self, names: Sequence[str]) -> None:
+        if "fields" not in self.metadata.column_names:
+            raise StoreError(
+                f"{self.path} has one text field, {', '.join(names)} asked for: embed with several --caption-column"
+            )
+        known = set(pc.unique(pc.list_flatten(self.metadata["fields"])).to_pylist())
+        for name in names:
+            if name not in known:
+                raise StoreError(f"{self.path} has no text field {name!r} ({nearest(name, known)})")
 
     def __repr__(self) -> str:
         spec = self.tower["spec"] if self.tower else "unknown"
@@ -225,20 +238,11 @@ class Selection:
         found: list[str] = self.caption_array.to_pylist()
         return found
 
-    def fields_of_captions(self, names: Sequence[str]) -> list[str]:
-        """For each of `captions`, the text field that it is of. Raises `StoreError` where there is none of `names`."""
-        found = self._table["fields"] if "fields" in self._table.column_names else None
-        if found is None:
-            raise StoreError(
-                f"{self.store.path} has one text field, {', '.join(names)} asked for: embed with several "
-                "--caption-column"
-            )
-        fields: list[str] = pc.list_flatten(found).to_pylist()
-        known = set(fields)
-        for name in names:
-            if name not in known:
-                raise StoreError(f"{self.store.path} has no text field {name!r} ({nearest(name, known)})")
-        return fields
+    @property
+    def fields(self) -> list[str]:
+        """For each of `captions`, the text field that it is of."""
+        found: list[str] = pc.list_flatten(self._table["fields"]).to_pylist()
+        return found
 
     @property
     def owner(self) -> np.ndarray:

@@ -62,9 +62,10 @@ def read_json(path: Path, error: type[LituneError]) -> dict[str, Any]:
 
 def sweep_temporaries(folder: Path) -> None:
     """Remove the temporary files that a killed writer left under `folder`."""
-    for path in folder.rglob(".*.tmp"):
-        with suppress(FileNotFoundError):
-            path.unlink()
+    for pattern in (".*.tmp", ".tmp??????"):  # ours, and those of safetensors
+        for path in folder.rglob(pattern):
+            with suppress(FileNotFoundError):
+                path.unlink()
 
 
 def clear_output(folder: Path, ours: bool, what: str, overwrite: bool) -> None:

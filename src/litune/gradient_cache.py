@@ -42,10 +42,10 @@ class Encoded:
         gradient = self.features.grad
         if gradient is None:
             return
-        if self._whole is not None:
-            self._whole.backward(gradient)
-            return
         with _still_statistics(self._modules):
+            if self._whole is not None:
+                self._whole.backward(gradient)  # computes again where the tower has gradient checkpointing
+                return
             start = 0
             for part in self._parts:
                 features = part()
@@ -54,17 +54,16 @@ class Encoded:
 
 
 class _still_statistics:  # noqa: N801
-    """Batch norm's running statistics stand still inside: the first pass has moved them."""
+    """Batch norm's running statistics are afterwards as before: the first pass has moved them."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         parts = (part for module in modules for part in module.modules())
-        self.norms = [part for part in parts if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        norms = (part for part in parts if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training)
+        self.statistics = [statistic for norm in norms for statistic in norm.buffers()]
 
     def __enter__(self) -> None:
-        self.momenta = [norm.momentum for norm in self.norms]
-        for norm in self.norms:
-            norm.momentum = 0.0
+        self.before = [statistic.clone() for statistic in self.statistics]
 
     def __exit__(self, *_: object) -> None:
-        for norm, momentum in zip(self.norms, self.momenta, strict=True):
-            norm.momentum = momentum
+        for statistic, before in zip(self.statistics, self.before, strict=True):
+            statistic.copy_(before)

@@ -172,16 +172,17 @@ class ZeroShot:
 
 
 class _evaluating:  # noqa: N801
-    """Evaluation mode inside a `with`, the earlier mode after it."""
+    """Evaluation mode inside a `with`; after it every part is in its earlier mode, so that locked ones stay in eval."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.was = model, model.training
+        self.model, self.training = model, [part for part in model.modules() if part.training]
 
     def __enter__(self) -> None:
         self.model.eval()
 
     def __exit__(self, *_: object) -> None:
-        self.model.train(self.was)
+        for part in self.training:
+            part.training = True
 
 
 def _open(image: Picture) -> Image.Image:

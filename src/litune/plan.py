@@ -65,10 +65,13 @@ class Row:
     def slug(self) -> str:
         """The name as a part of a folder's name: lower case, with a hyphen for all that is not a letter or digit.
 
-        >>> Row("Linear head, λ = 0.5", {}, {}).slug
-        'linear-head-λ-0.5'
+        Where it has a locking's letters, u is u0, to be told from U.
+
+        >>> Row("Linear head, λ = 0.5", {}, {}).slug, Row("UU", {}, {}).slug, Row("Uu", {}, {}).slug
+        ('linear-head-λ-0.5', 'uu', 'uu0')
         """
-        return re.sub(r"[^\w.]+", "-", self.name.lower()).strip("-.")
+        name = re.sub(r"\b[LUu]{2}\b", lambda letters: letters[0].replace("u", "u0"), self.name)
+        return re.sub(r"[^\w.]+", "-", name.lower()).strip("-.")
 
 
 @dataclass(frozen=True)

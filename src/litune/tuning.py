@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from litune.config import TuneConfig, parse_rates
 from litune.data.batches import Batch, Batches, Field
 from litune.data.pixels import PixelLoader
 from litune.devices import pick_bfloat16, processor_cores
-from litune.errors import ConfigError, MissingExtraError, RunError
+from litune.errors import ConfigError, MissingExtraError, RunError, StoreError
 from litune.evaluation.retrieval import retrieval
 from litune.features import FeatureStore, Selection, library_versions
 from litune.files import sweep_temporaries, write_text
@@ -93,6 +92,8 @@ class Tuning:
         self.text_micro = config.micro_batch or (512 if device.type == "cpu" else 4096)
         self.image_micro = config.micro_batch or (64 if device.type == "cpu" else 256)
         self.ids = pair_ids(train) if config.mask_duplicates else None
+        if config.tensorboard:
+            board_writer()  # what is missing is better said before anything is written
         self.optimizer = self._make_optimizer()
         self.evaluate_at = evaluation_steps(self.steps, config.evaluations) if val else set()
         self.progress = Progress()
@@ -272,8 +273,8 @@ class Tuning:
     def _parts(
         self, rows: np.ndarray, micro: int, encode: Callable[[np.ndarray, int], Tensor], *, stream: int
     ) -> list[Part]:
-        """Micro-batches of `rows`, each with a seed of its own that follows from the run's seed and the step."""
-        parts = np.split(rows, range(micro, len(rows), micro)) if len(rows) else [rows]
+        """Micro-batches of at most `micro` rows, each with a seed of its own, from the run's seed and the step."""
+        parts = np.array_split(rows, max(1, -(-len(rows) // micro)))  # of like size: no part is a lone picture
         seeds = np.random.SeedSequence(
             [self.config.seed, self.progress.step, stream, distributed.rank()]
         ).generate_state(len(parts), np.uint64)
@@ -283,6 +284,7 @@ class Tuning:
         """The losses of the text fields, summed."""
         config, model = self.config, self.model
         total = torch.zeros((), device=self.device)
+        more_images = self._more_images(batch)
         begin = 0
         for captions in batch.captions:
             there = np.flatnonzero(captions >= 0)
@@ -305,7 +307,7 @@ class Tuning:
                 model.scale,
                 image_to_text=config.image_to_text,
                 ids=ids,
-                more_images=self._more_images(batch),
+                more_images=more_images,
                 chunk=chunk,
                 negatives=config.negatives,
             )
@@ -322,22 +324,20 @@ class Tuning:
         wanted = min(self.config.image_negatives, len(self.train) - self.size)
         if wanted <= 0:
             return None
-        whole = batch.images
-        if distributed.world_size() > 1:
-            whole = next(self.batches.from_step(self.progress.step, self.progress.step + 1)).images
+        whole = distributed.gather_rows(torch.from_numpy(batch.images)[:, None].to(self.device)).cpu().numpy()
         random = np.random.default_rng([self.config.seed, self.progress.step, 2])
-        outside = np.setdiff1d(np.arange(len(self.train)), whole, assume_unique=True)
-        drawn = random.choice(outside, wanted, replace=False, shuffle=False)
+        # As many more as the batch has, so that enough are left without its own; a step costs what it draws.
+        drawn = random.choice(len(self.train), wanted + len(whole), replace=False)
+        drawn = drawn[~np.isin(drawn, whole)][:wanted]
         drawn = np.array_split(drawn, distributed.world_size())[distributed.rank()]
         with torch.no_grad():
             features = self.model.image_features(torch.from_numpy(self.train.features(drawn)).to(self.device))
-        first = np.concatenate([[0], np.cumsum(self.train.counts)])
-        of_images, of_captions = self.ids if self.ids is not None else (np.arange(len(self.train)), None)
-        texts = np.full((len(drawn), int(self.train.counts.max())), -1)
-        if of_captions is not None:
-            for i, image in enumerate(drawn):
-                own = of_captions[first[image] : first[image + 1]]
-                texts[i, : len(own)] = own
+        of_images, of_captions = self.ids or (np.arange(len(self.train)), np.full(self.train.counts.sum(), -1))
+        counts = self.train.counts
+        first = np.cumsum(counts) - counts
+        place = np.arange(counts.max())
+        captions = np.minimum(first[drawn, None] + place, len(of_captions) - 1)
+        texts = np.where(place < counts[drawn, None], of_captions[captions], -1)
         return MoreImages(features, torch.from_numpy(of_images[drawn]), torch.from_numpy(texts))
 
     def _sum_gradients(self, tuned: list[nn.Parameter]) -> None:
@@ -529,7 +529,8 @@ class _Log:
         if distributed.is_main():
             self.file = open(self.config.out / METRICS, "a" if self.done else "w", encoding="utf-8")
             if self.config.tensorboard:
-                self.board = open_tensorboard(self.config.out / "tensorboard", self.done)
+                # What was written after step `done` no longer counts.
+                self.board = board_writer()(str(self.config.out / "tensorboard"), purge_step=self.done + 1)
         return self
 
     def write(self, facts: dict[str, Any]) -> None:
@@ -550,13 +551,13 @@ class _Log:
                 self.board.close()
 
 
-def open_tensorboard(folder: Path, done: int) -> Any:
-    """TensorBoard's writer; what was written after step `done` no longer counts."""
+def board_writer() -> Any:
+    """TensorBoard's SummaryWriter. Raises `MissingExtraError` where it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise MissingExtraError("--tensorboard", "tensorboard", "tensorboard") from None
-    return SummaryWriter(str(folder), purge_step=done + 1 if done else None)
+    return SummaryWriter
 
 
 def _numbers(facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -574,9 +575,11 @@ def text_fields(train: Selection, names: tuple[str, ...]) -> list[Field]:
     if not names:
         return [Field(first, np.arange(first[-1]))]
     found = []
-    of_caption = np.array(train.fields_of_captions(names))
+    of_caption = np.array(train.fields)
     for name in names:
         captions = np.flatnonzero(of_caption == name)
+        if not len(captions):
+            raise StoreError(f"no image of {train.store.path} that is tuned on has the text field {name!r}")
         counts = np.bincount(train.owner[captions], minlength=len(train))
         found.append(Field(np.concatenate([[0], np.cumsum(counts)]), captions))
     return found

@@ -2,11 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,6 @@ from tests.conftest import random_store, random_timm_tower
 from tests.test_features import clip_retrieval_folder
 
 import litune
-from litune import tuning
 from litune.checkpoint import load
 from litune.commands.tune import choose_pairs, make_model, make_tokenizer, tune
 from litune.config import TuneConfig, to_json
@@ -28,7 +24,7 @@ from litune.losses import softmax_loss
 from litune.towers import text as text_towers
 from litune.towers.image import weights_hash
 from litune.towers.text import parse_text_spec
-from litune.tuning import Tuning, evaluation_steps
+from litune.tuning import Tuning
 
 
 def test_learns(tune_config: TuneConfig) -> None:
@@ -103,31 +99,6 @@ def test_interrupted_anywhere_ends_with_the_same_bytes(
     assert [{k: v for k, v in x.items() if k not in timed} for x in lines] == [
         {k: v for k, v in x.items() if k not in timed} for x in whole
     ]
-
-
-def test_killed_and_gone_on(tune_config: TuneConfig, tmp_path: Path) -> None:
-    """kill -9 in the middle of a run, through the command line."""
-    out = tmp_path / "killed"
-    command = [
-        sys.executable, "-m", "litune", "tune", str(tune_config.store), "--text-tower", tune_config.text_tower,
-        "--out", str(out), "--lang", "en", "--duration", "600pairs", "--batch-size", "6", "--checkpoint-seconds", "0",
-        "--evaluations", "0", "--precision", "float32",
-    ]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
-    while not (out / "state.safetensors").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (out / "manifest.json").exists()
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
-    assert "going on with" in finished.stderr
-    assert not (out / "state.safetensors").exists()
-    assert not list(out.glob(".*"))
-    undisturbed = tmp_path / "undisturbed"
-    subprocess.run([*command[:8], str(undisturbed), *command[9:]], check=True, capture_output=True)
-    assert bytes_of(out) == bytes_of(undisturbed)
 
 
 def test_what_is_already_there(tune_config: TuneConfig) -> None:
@@ -245,12 +216,6 @@ def test_holdout_without_splits(tmp_path: Path, tune_config: TuneConfig) -> None
     assert choose_pairs(store, dataclasses.replace(config, holdout=0.0))[1] is None
 
 
-def test_not_finite_stops_with_the_step(tune_config: TuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "softmax_loss", lambda *_, **__: torch.tensor(float("nan"), requires_grad=True))
-    with pytest.raises(RunError, match=r"the loss is nan at step 0 \(images .*\.png.*lower --learning-rate"):
-        tune.run(tune_config)
-
-
 def test_bad_input(tune_config: TuneConfig, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="there is no feature store"):
         tune.run(dataclasses.replace(tune_config, store=tmp_path / "nothing"))
@@ -261,12 +226,6 @@ def test_bad_input(tune_config: TuneConfig, tmp_path: Path) -> None:
     for wrong in ({"batch_size": 1}, {"learning_rate": 0.0}, {"warmup": "200%"}, {"duration": "1"}):
         with pytest.raises(ConfigError):
             dataclasses.replace(tune_config, **wrong)
-
-
-def test_evaluation_steps() -> None:
-    assert evaluation_steps(10, 3) == {4, 7, 10}
-    assert evaluation_steps(10, 0) == set()
-    assert evaluation_steps(2, 5) == {1, 2}
 
 
 def test_a_folder_of_others_is_never_removed(tune_config: TuneConfig, tiny_bert: Path, tmp_path: Path) -> None:

@@ -179,3 +179,17 @@ def test_lists_of_languages_and_empty_lists(folder: Path) -> None:
 def test_here(class_tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(class_tree)
     assert len(read_pairs(Path())) == 12
+
+
+def test_text_fields(folder: Path) -> None:
+    """Several caption columns are fields of their own; a row may lack some, not all."""
+    lines = ["image\ttitle\ttags", "a.png\tred box\tred, box", "b.png\t\tred", "a.png\tanother\t", "b.png\t\t"]
+    (folder / "captions.tsv").write_text("\n".join(lines), encoding="utf-8")
+    pairs = read_pairs(folder, caption_columns=("title", "tags"), max_damaged=0.5)
+    assert pairs.table["captions"].to_pylist() == [["red box", "red, box", "another"], ["red"]]
+    assert pairs.table["fields"].to_pylist() == [["title", "tags", "title"], ["tags"]]
+    assert [d.reason for d in pairs.damaged] == ["title, tags are all empty"]
+    one = read_pairs(folder, caption_columns=("tags",), max_damaged=0.5)
+    assert "fields" not in one.table.column_names
+    assert len(one.damaged) == 2
+    assert one.fingerprint() != pairs.fingerprint()

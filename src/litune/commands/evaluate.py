@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from litune.features import MANIFEST, FeatureStore, library_versions
 from litune.files import write_json
 from litune.model import LiT
 from litune.progress import say, track
+from litune.towers.image import differences
 
 CHUNK = 2048  # captions that one rank encodes at a time
 
@@ -48,8 +50,16 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
 def evaluate_retrieval(model: LiT, config: EvalConfig, store: FeatureStore) -> dict[str, Any]:
     """Recall@k both ways on the pairs of a store."""
-    check_store(config.run, model, store.path, store.width, store.tower)
     pairs = store.select(config.split, config.lang)
+    damaged = 0
+    if model.image_tuned and (store.tower is None or differences(model.image_provenance or {}, store.tower)):
+        say(f"{store.path} has the features of another tower: encoding its pictures with that of {config.run}")
+        images, kept = encode_files(model, pairs.image_files, config.max_damaged)
+        damaged = len(pairs) - len(kept)
+        pairs = pairs.subset(kept)
+    else:
+        check_store(config.run, model, store.path, store.width, store.tower)
+        images = encode_stored(model, store, pairs.rows)
     captions = pairs.captions
     own = distributed.own_part(len(captions), CHUNK)
     parts = [torch.empty(0, model.dim)]
@@ -58,9 +68,8 @@ def evaluate_retrieval(model: LiT, config: EvalConfig, store: FeatureStore) -> d
             parts.append(model.encode_text(captions[start : min(start + CHUNK, own.stop)]))
             task.advance(len(parts[-1]))
     texts = distributed.gather_rows(torch.cat(parts))
-    images = encode_stored(model, store, pairs.rows)
     found = distributed.from_main(lambda: retrieval_metrics.retrieval(images, texts, torch.from_numpy(pairs.owner)))
-    about = {"store": str(store.path), "split": config.split, "lang": list(config.lang)}
+    about = {"store": str(store.path), "split": config.split, "lang": list(config.lang), "damaged": damaged}
     return found | about | {"definition": retrieval_metrics.DEFINITION}
 
 
@@ -103,17 +112,23 @@ def evaluate_classes(model: LiT, config: EvalConfig, where: Path) -> dict[str, A
 
 
 def encode_tree(model: LiT, tree: dict[str, list[Path]], max_damaged: float) -> tuple[list[str], torch.Tensor, int]:
-    """The class of every readable image, the images' features [B, D], and how many could not be read.
+    """The class of every readable image, the images' features [B, D], and how many could not be read."""
+    owners = [name for name, images in tree.items() for _ in images]
+    features, kept = encode_files(model, [file for images in tree.values() for file in images], max_damaged)
+    return [owners[i] for i in kept], features, len(owners) - len(kept)
 
-    Every rank encodes its part.
+
+def encode_files(model: LiT, files: Sequence[Path | str], max_damaged: float) -> tuple[torch.Tensor, np.ndarray]:
+    """Features [B, D] of the image files that can be read, and their positions [B] among `files`.
+
+    Every rank encodes its part. Raises `DataError` where more than the share `max_damaged` can't be read, or none can.
     """
-    files = [(name, file) for name, images in tree.items() for file in images]
     tower = model.load_image_tower()
-    owners: list[str] = []
+    kept: list[int] = []
     own = distributed.own_part(len(files), 32)
     parts, waiting, damaged = [torch.empty(0, model.dim)], [], 0
     decoded = map_ahead(
-        lambda i: decode_file(i, str(files[i][1]), files[i][1], tower.preprocess),
+        lambda i: decode_file(i, str(files[i]), Path(files[i]), tower.preprocess),
         own,
         processor_cores(),
         ahead=72,
@@ -130,15 +145,15 @@ def encode_tree(model: LiT, tree: dict[str, list[Path]], max_damaged: float) -> 
                         f"{one.key}: {one.damage.reason}; mend or remove them, or raise --max-damaged"
                     )
             elif one.pixels is not None:
-                owners.append(files[one.row][0])
+                kept.append(one.row)
                 waiting.append(one.pixels)
             if len(waiting) == 32 or (waiting and task.done == len(own)):
                 parts.append(model.encode_features(tower.encode(torch.from_numpy(np.stack(waiting)))))
                 waiting = []
-    owners = [owner for part in distributed.gather_objects(owners) for owner in part]
+    kept = [row for part in distributed.gather_objects(kept) for row in part]
     damaged = distributed.sum_counts(damaged)
     if damaged > max_damaged * len(files):
         raise DataError(f"{damaged:,} of {len(files):,} images can't be read (at most {max_damaged:.1%} may)")
-    if not owners:
-        raise DataError("none of the images in the class folders can be read")
-    return owners, distributed.gather_rows(torch.cat(parts)), damaged
+    if not kept:
+        raise DataError(f"none of the {len(files):,} images can be read")
+    return distributed.gather_rows(torch.cat(parts)), np.array(kept)

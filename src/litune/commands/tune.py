@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,16 +72,17 @@ def text_spec(config: TuneConfig) -> TextSpec:
 
 def choose_pairs(store: FeatureStore, config: TuneConfig) -> tuple[Selection, Selection | None]:
     """The pairs to tune on and, where there are any, the held-out ones."""
+    select = partial(store.select, lang=config.lang, fields=config.fields)
     if "split" in store.metadata.column_names:
         splits = set(store.metadata["split"].to_pylist())
-        pairs = store.select(config.split, config.lang)
+        pairs = select(config.split)
         if config.val_split in splits and config.val_split != config.split:
-            return _enough(pairs), store.select(config.val_split, config.lang)
+            return _enough(pairs), select(config.val_split)
         if config.val_split != TuneConfig.val_split:
-            store.select(config.val_split, config.lang)  # says which splits there are
+            select(config.val_split)  # says which splits there are
             raise ConfigError(f"--split and --val-split are both {config.split!r}: evaluate on pairs not tuned on")
     else:
-        pairs = store.select(lang=config.lang)
+        pairs = select()
     held_out = min(HOLDOUT_MOST, round(config.holdout * len(pairs)))
     if held_out < 2:
         return _enough(pairs), None
@@ -207,6 +209,8 @@ def unlocked_tower(store: FeatureStore, config: TuneConfig) -> ImageTower:
     spec = config.image_tower or (store.tower or {}).get("spec")
     if spec is None:
         raise ConfigError(f"{store.path} does not know its image tower: name the one to train with --image-tower")
+    if spec.startswith("run:"):
+        raise ConfigError(f"the image tower of a run ({spec}) can't be tuned further: name one with --image-tower")
     if config.locking[0] == "u":
         spec = with_random_weights(spec)
     elif "init=random" in spec:

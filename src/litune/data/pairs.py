@@ -420,7 +420,7 @@ def _select(pairs: Pairs, split: Sequence[str], lang: Sequence[str]) -> Pairs:
         for name in lang:
             if name not in languages:
                 raise DataError(f"no caption is in the language {name!r} ({nearest(name, languages)})")
-        table = select_langs(table, lang)
+        table = select_captions(table, "langs", lang)
         table = table.filter(pc.greater(pc.list_value_length(table["captions"]), 0))
     if table.num_rows == 0:
         raise DataError("no image is left after --split and --lang: widen them")
@@ -437,12 +437,12 @@ def _known(table: pa.Table, column: str, wanted: Sequence[str], option: str) -> 
     return list(wanted)
 
 
-def select_langs(table: pa.Table, lang: Sequence[str]) -> pa.Table:
-    """The table with only the captions in these languages; images may be left without any."""
+def select_captions(table: pa.Table, column: Literal["langs", "fields"], wanted: Sequence[str]) -> pa.Table:
+    """The table with only the captions in these languages or of these fields; images may be left without any."""
     table = table.combine_chunks()
-    langs = pc.list_flatten(table["langs"]).combine_chunks()
-    parents = pc.list_parent_indices(table["langs"]).combine_chunks().to_numpy()
-    keep = pc.is_in(langs, pa.array(list(lang))).to_numpy(zero_copy_only=False)
+    values = pc.list_flatten(table[column]).combine_chunks()
+    parents = pc.list_parent_indices(table[column]).combine_chunks().to_numpy()
+    keep = pc.is_in(values, pa.array(list(wanted))).to_numpy(zero_copy_only=False)
     counts = np.bincount(parents[keep], minlength=table.num_rows)
     offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
     rows = pa.array(np.flatnonzero(keep))
@@ -450,6 +450,6 @@ def select_langs(table: pa.Table, lang: Sequence[str]) -> pa.Table:
         if name not in table.column_names:
             continue
         values = pc.list_flatten(table[name]).combine_chunks().take(rows)
-        column = table.column_names.index(name)
-        table = table.set_column(column, name, pa.ListArray.from_arrays(offsets, values))
+        place = table.column_names.index(name)
+        table = table.set_column(place, name, pa.ListArray.from_arrays(offsets, values))
     return table

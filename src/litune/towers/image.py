@@ -40,8 +40,8 @@ class ImageTower(nn.Module):
     is: equal provenance means equal features. That of an unlocked tower stays the one of its start.
 
     Batch norm in train mode uses the statistics of the pictures of one call of `forward`, which are those of a
-    micro-batch where a batch is cut into such. Its running statistics move with every call: twice a step where
-    gradient checkpointing or gradient caching computes the same features again.
+    micro-batch where a batch is cut into such. Its running statistics move with every call, also where gradient
+    checkpointing computes the same features again (`litune.gradient_cache` puts them back after that).
     """
 
     def __init__(

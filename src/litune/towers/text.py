@@ -65,6 +65,7 @@ class TextTower(nn.Module):
 
     def tune_only(self, used: Int[np.ndarray, " U"]) -> None:
         """Make parameters only of the `used` rows of the token table, if that spares much (see `TunedRows`)."""
+        used = np.union1d(used, [0])  # what stands in the gaps between packed texts (see Packed)
         table = self.token_table()
         if table.weight.requires_grad and len(used) < 0.8 * len(table.weight):
             self.set_token_table(TunedRows(table, used))

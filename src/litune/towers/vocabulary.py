@@ -2,7 +2,8 @@
 
 A row that no caption reads never gets a gradient, and with tables left out of weight decay (litune.optim.decays) no
 optimizer moves it. Kept out of the parameters, it costs no gradient, no moments and no step: on some thousand
-captions that is most of a small tower's optimizer time. Exact, not an approximation.
+captions that is most of a small tower's optimizer time. Exact, not an approximation (but for Adafactor with fewer
+than 32 rows in use, which it would factor only as part of the whole table).
 """
 
 from __future__ import annotations
