@@ -22,12 +22,6 @@ TEXTS = [f"{color} {shape}, {i} of them" for i in range(4) for color, shape in z
 Encode = Callable[[LiT, slice], Tensor]
 
 
-@pytest.fixture(autouse=True)
-def one_thread(two_threads: None) -> None:
-    """More would cost such small tensors time."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def make_lit(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LiT]:
     """A LiT in float64 with a small ViT for texts; images are 12 random numbers, or pictures for a tower."""

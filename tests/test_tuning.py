@@ -40,12 +40,6 @@ from litune.towers.vocabulary import TunedRows
 from litune.tuning import Tuning, evaluation_steps
 
 
-@pytest.fixture(autouse=True)
-def one_thread(two_threads: None) -> None:
-    """More would cost towers this small time."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def short(tune_config: TuneConfig) -> TuneConfig:
     """Ten steps, nothing held out is evaluated, no dropout."""

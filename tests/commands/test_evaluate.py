@@ -19,11 +19,6 @@ from litune.features import FeatureStore
 __all__ = ["unlocked"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread(two_threads: None) -> None:
-    torch.set_num_threads(1)
-
-
 def test_an_unlocked_run_on_its_start_towers_store(
     unlocked: TuneConfig, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
