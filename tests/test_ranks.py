@@ -205,8 +205,8 @@ def make():
 
 
 def test_embed_killed_and_gone_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (place / "slowtower.py").write_text(SLOW_TOWER)
-    command = ["-m", "litune", "embed", "photos", "--image-tower", "python:slowtower:make", "--out", "s"]
+    (place / "sleepytower.py").write_text(SLOW_TOWER)
+    command = ["-m", "litune", "embed", "photos", "--image-tower", "python:sleepytower:make", "--out", "s"]
     command += ["--batch-size", "2", "--shard-size", "2"]
     part = place / "s" / ".rank-1-of-2" / "store.json"
     monkeypatch.setenv("SLOW", "1")
@@ -217,7 +217,7 @@ def test_embed_killed_and_gone_on(place: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(StoreError, match="s is incomplete"):
         FeatureStore("s")
     with pytest.raises(StoreError, match="begun by 2 processes, now there are 1: go on with 2, or give --overwrite"):
-        embed(pairs="photos", image_tower="python:slowtower:make", out="s")
+        embed(pairs="photos", image_tower="python:sleepytower:make", out="s")
     (place / "encoded.log").unlink()
 
     process = torchrun(*command[:-4], cwd=place)  # with another batch size: the parts stay those that they were
@@ -226,7 +226,7 @@ def test_embed_killed_and_gone_on(place: Path, monkeypatch: pytest.MonkeyPatch) 
     assert f"going on with s: {done} of 24 images are done" in said
     assert "Warning" not in said
     assert sum(int(line) for line in (place / "encoded.log").read_text().split()) == 24 - done
-    check_stores(embed(pairs="photos", image_tower="python:slowtower:make", out="whole"), FeatureStore("s"))
+    check_stores(embed(pairs="photos", image_tower="python:sleepytower:make", out="whole"), FeatureStore("s"))
 
 
 if __name__ == "__main__":
