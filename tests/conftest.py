@@ -10,6 +10,7 @@ import csv
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -182,3 +183,21 @@ def random_timm_tower(name: str = "resnet10t", **options: object) -> ImageTower:
     model = timm.create_model(name, pretrained=False, num_classes=0, drop_rate=0.5, drop_path_rate=0.5, **options)
     transform = ImageTransform(size=(64, 64), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     return ImageTower("test", model, transform, description=transform.describe(), weights="0", pooling="avg")
+
+
+def interrupt(step: int, config: TuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begin or go on with a run, and press Ctrl-C at this step."""
+    from litune.commands.tune import tune
+    from litune.tuning import Tuning
+
+    take = Tuning.step
+
+    def stopping(self: Tuning, *batch: Any) -> dict[str, float]:
+        if self.progress.step == step:
+            raise KeyboardInterrupt
+        return take(self, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tuning, "step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            tune.run(config)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.conftest import COLORS, draw
+from tests.conftest import COLORS, draw, interrupt
 from torch import nn
 
 import litune
@@ -47,7 +47,7 @@ def short(tune_config: TuneConfig) -> TuneConfig:
 
 
 @pytest.fixture
-def unlocked(photos: Path, tiny_bert: Path, tmp_path: Path) -> TuneConfig:
+def unlocked(photos: Path, tune_config: TuneConfig, tmp_path: Path) -> TuneConfig:
     """Four steps with a small ResNet as the image tower, from a checkpoint of random weights."""
     import timm
 
@@ -55,17 +55,8 @@ def unlocked(photos: Path, tiny_bert: Path, tmp_path: Path) -> TuneConfig:
     torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), tmp_path / "resnet.pth")
     spec = f"timm:test_resnet?checkpoint={tmp_path / 'resnet.pth'}&size=32"
     store = embed(pairs=photos, image_tower=spec, out=tmp_path / "pixels", device="cpu")
-    return TuneConfig(
-        store=store.path,
-        text_tower=f"hf:{tiny_bert}",
-        out=tmp_path / "run",
-        lang=("en",),
-        duration="4steps",
-        batch_size=6,
-        evaluations=2,
-        locking="UU",
-        precision="float32",
-        device="cpu",
+    return dataclasses.replace(
+        tune_config, store=store.path, duration="4steps", learning_rate=TuneConfig.learning_rate, locking="UU"
     )
 
 
@@ -103,21 +94,6 @@ def state_of(model: LiT) -> dict[str, bytes]:
 
 def log_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def interrupt(steps: int, config: TuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Begin or go on with a run, and press Ctrl-C at this step."""
-    step = Tuning.step
-
-    def stopping(self: Tuning, *batch: Any) -> dict[str, float]:
-        if self.progress.step == steps:
-            raise KeyboardInterrupt
-        return step(self, *batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Tuning, "step", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            tune.run(config)
 
 
 # Locking

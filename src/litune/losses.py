@@ -48,6 +48,11 @@ class MoreImages:
     texts: Int[Tensor, "M K"]
 
 
+def wide(x: Tensor) -> Tensor:
+    """`x` in float32, or in float64 where it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def normalize(z: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
     """Z / (|z| + 1e-8): features of length one; a zero vector stays zero (LiT's official code)."""
     # A zero vector's length has no gradient: where() keeps the NaN of 0/0 out of the backward pass.

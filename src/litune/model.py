@@ -16,7 +16,7 @@ from litune.data.images import open_rgb
 from litune.data.names import canonicalize, read_templates
 from litune.data.tokenizers import Tokenizer, Tokens
 from litune.errors import DataError, TowerError
-from litune.losses import normalize
+from litune.losses import normalize, wide
 from litune.towers.image import ImageTower
 from litune.towers.packing import pack
 from litune.towers.text import TextTower
@@ -71,14 +71,14 @@ class LiT(nn.Module):
     def text_features(self, tokens: Tokens) -> Float[Tensor, "N D"]:
         """Features of N tokenised texts, with gradients where they are on."""
         packed = pack(tokens, self.logit_scale.device)
-        return normalize(_wide(self.text_head(self.text(packed))))
+        return normalize(wide(self.text_head(self.text(packed))))
 
     def image_features(self, raw: Float[Tensor, "B W"]) -> Float[Tensor, "B D"]:
         """Features of raw image tower output: through the fixed map and the head, normalised."""
-        mapped = _wide(raw) - self.center
+        mapped = wide(raw) - self.center
         if self.whitening is not None:
             mapped = mapped @ self.whitening
-        return normalize(_wide(self.image_head(mapped)))
+        return normalize(wide(self.image_head(mapped)))
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str] | str, batch_size: int = 256) -> Float[Tensor, "N D"]:
@@ -135,11 +135,6 @@ class LiT(nn.Module):
     def zero_shot(self, class_names: Sequence[str], templates: Sequence[str] = ()) -> ZeroShot:
         """A classifier for C classes out of their names alone (see `ZeroShot`)."""
         return ZeroShot(self, class_names, read_templates(templates))
-
-
-def _wide(x: Tensor) -> Tensor:
-    """At least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class ZeroShot:

@@ -5,13 +5,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.conftest import random_store, random_timm_tower
+from tests.conftest import interrupt, random_store, random_timm_tower
 from tests.test_features import clip_retrieval_folder
 
 import litune
@@ -66,10 +65,6 @@ def test_same_seed_same_bytes(tune_config: TuneConfig, tmp_path: Path) -> None:
     assert bytes_of(tune_config.out) != bytes_of(other.out)
 
 
-class _StopError(Exception):
-    pass
-
-
 def test_interrupted_anywhere_ends_with_the_same_bytes(
     tune_config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,20 +72,10 @@ def test_interrupted_anywhere_ends_with_the_same_bytes(
     config = dataclasses.replace(tune_config, dropout=0.2, checkpoint_seconds=0.0)
     tune.run(config)
     broken = dataclasses.replace(config, out=tmp_path / "broken")
-    step = Tuning.step
     for stop_at in (1, 7, 22, 39):
-
-        def stopping(self: Tuning, *batch: Any, stop_at: int = stop_at) -> dict[str, float]:
-            if self.progress.step == stop_at:
-                raise _StopError
-            return step(self, *batch)
-
-        monkeypatch.setattr(Tuning, "step", stopping)
-        with pytest.raises(_StopError):
-            tune.run(broken)
+        interrupt(stop_at, broken, monkeypatch)
         with pytest.raises(RunError, match="tuning has not finished"):
             load(broken.out)
-    monkeypatch.setattr(Tuning, "step", step)
     tune.run(broken)
     assert bytes_of(broken.out) == bytes_of(config.out)
     lines = [json.loads(line) for line in (broken.out / "metrics.jsonl").read_text().splitlines()]
@@ -254,23 +239,9 @@ def test_a_failing_command_touches_nothing(tune_config: TuneConfig) -> None:
     assert not fresh.out.exists()
 
 
-def stop_after(steps: int, config: TuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = Tuning.step
-
-    def stopping(self: Tuning, *batch: Any) -> dict[str, float]:
-        if self.progress.step == steps:
-            raise _StopError
-        return step(self, *batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Tuning, "step", stopping)
-        with pytest.raises(_StopError):
-            tune.run(config)
-
-
 def test_going_on_wants_the_same_store(tune_config: TuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(tune_config, checkpoint_seconds=0.0)
-    stop_after(5, config, monkeypatch)
+    interrupt(5, config, monkeypatch)
     manifest = Path(config.store) / "store.json"
     facts = json.loads(manifest.read_text())
     facts["tower"]["weights"] = "0" * 64
@@ -283,13 +254,13 @@ def test_overwrite_goes_on_too(
     tune_config: TuneConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = dataclasses.replace(tune_config, checkpoint_seconds=0.0, overwrite=True)
-    stop_after(5, config, monkeypatch)
+    interrupt(5, config, monkeypatch)
     tune.run(config)
     assert "from step 5 of 40" in capsys.readouterr().err
 
 
 def test_stopped_before_the_first_checkpoint(tune_config: TuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    stop_after(5, tune_config, monkeypatch)
+    interrupt(5, tune_config, monkeypatch)
     tune.run(tune_config)
     steps = [json.loads(line)["step"] for line in (tune_config.out / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from litune.data.tokenizers import Tokens
+from litune.losses import wide
 from litune.towers.dropout import drop, keep_mask
 
 ROW = 32
@@ -164,10 +165,9 @@ def pool(hidden: Float[Tensor, "R T W"], packed: Packed, how: str) -> Float[Tens
     """One float32 vector per text (float64 of float64): its first token, its last, or the mean of all."""
     flat = hidden.flatten(0, 1)
     if how == "mean":
-        wide = flat.to(torch.promote_types(flat.dtype, torch.float32))
+        flat = wide(flat)
         # Gaps add to a row of their own, which is left out.
-        total = wide.new_zeros(len(packed.first) + 1, wide.shape[1])
-        total = total.index_add(0, packed.texts.flatten() + 1, wide)[1:]
+        total = flat.new_zeros(len(packed.first) + 1, flat.shape[1])
+        total = total.index_add(0, packed.texts.flatten() + 1, flat)[1:]
         return total / packed.lengths[:, None]
-    found = flat[packed.first if how == "first" else packed.first + packed.lengths - 1]
-    return found.to(torch.promote_types(found.dtype, torch.float32))
+    return wide(flat[packed.first if how == "first" else packed.first + packed.lengths - 1])
