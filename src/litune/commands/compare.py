@@ -13,7 +13,7 @@ import torch
 
 from litune.checkpoint import CONFIG, MANIFEST
 from litune.commands.evaluate import evaluate
-from litune.commands.tune import changed_settings, tune
+from litune.commands.tune import both_sides, tune
 from litune.config import CompareConfig, EvalConfig, TuneConfig, command, to_json
 from litune.errors import LituneError, OutputExistsError, RunError, StoreError
 from litune.features import FeatureStore
@@ -74,9 +74,7 @@ def changed_at(config: TuneConfig) -> list[str]:
     """Both sides of every setting in which the run that is at the output differs; none where there is no run."""
     if not (config.out / CONFIG).exists():
         return []
-    before = read_json(config.out / CONFIG, RunError)
-    changed = changed_settings(before, to_json(config))
-    return [f"{name} was {before.get(name)!r}, is {value!r}" for name, value in changed.items()]
+    return both_sides(read_json(config.out / CONFIG, RunError), to_json(config))
 
 
 def check_stores(plan: Plan) -> None:

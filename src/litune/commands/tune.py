@@ -110,9 +110,7 @@ def can_go_on(config: TuneConfig) -> bool:
     if before is not None and not config.overwrite:
         if finished:
             raise OutputExistsError(f"{out} holds a finished run: choose another --out, or give --overwrite")
-        sides = "; ".join(
-            f"{k} was {before.get(k)!r}, is {v!r}" for k, v in changed_settings(before, to_json(config)).items()
-        )
+        sides = "; ".join(both_sides(before, to_json(config)))
         raise RunError(
             f"{out} holds an unfinished run of another config ({sides}): give the same, choose another --out, "
             "or give --overwrite"
@@ -141,6 +139,11 @@ def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> dict[str, A
     """The settings of `now` that are others in `before`, but for those that leave the result as it is."""
     neutral = ("overwrite", "out", "checkpoint_seconds")
     return {k: v for k, v in now.items() if before.get(k) != v and k not in neutral}
+
+
+def both_sides(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What each of the `changed_settings` was and is, as clauses for a message."""
+    return [f"{name} was {before.get(name)!r}, is {value!r}" for name, value in changed_settings(before, now).items()]
 
 
 def make_tokenizer(spec: TextSpec, config: TuneConfig, captions: Sequence[str]) -> Tokenizer:
