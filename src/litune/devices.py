@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 
 import torch
 
@@ -37,3 +39,18 @@ def fast_bfloat16(device: torch.device) -> bool:
 def pick_bfloat16(precision: str, device: torch.device) -> bool:
     """Whether to compute in bfloat16: as asked, or where it is fast for `auto`."""
     return precision == "bfloat16" or (precision == "auto" and fast_bfloat16(device))
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed for the next step, where it is glibc.
+
+    By default it gives large blocks back to the system, which fills them with zeros, page by page, when the next
+    step asks for the same again.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h

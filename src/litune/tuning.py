@@ -21,7 +21,7 @@ from litune.checkpoint import METRICS, STATE, load_tensors, model_state, save_mo
 from litune.config import TuneConfig, parse_rates
 from litune.data.batches import Batch, Batches, Field
 from litune.data.pixels import PixelLoader
-from litune.devices import pick_bfloat16, processor_cores
+from litune.devices import keep_freed_memory, pick_bfloat16, processor_cores
 from litune.errors import ConfigError, MissingExtraError, RunError, StoreError
 from litune.evaluation.retrieval import retrieval
 from litune.features import FeatureStore, Selection, library_versions
@@ -73,6 +73,8 @@ class Tuning:
     ) -> None:
         self.config, self.store, self.train, self.val, self.model = config, store, train, val, model
         self.device, self.bfloat16, self.on_log = device, pick_bfloat16(config.precision, device), on_log
+        if device.type == "cpu":
+            keep_freed_memory()
         self.tokens = model.tokenizer(train.captions)
         self.size = min(config.batch_size, len(train))
         if self.size < distributed.world_size():

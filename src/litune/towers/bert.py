@@ -1,7 +1,8 @@
 """BERT's encoder over packed texts, from the weights of transformers' own modules.
 
-The same values as transformers' forward pass (tests compare them), as few operations: in bfloat16 the weights are
-cast where they are used, activations stay bfloat16 from layer to layer, and normalisation computes in float32.
+The same values as transformers' forward pass (tests compare them), in few operations: in bfloat16 the weights are
+cast where they are used, activations stay bfloat16 from layer to layer, and normalisation computes in float32. On
+CPUs in bfloat16 the layers are `litune.towers.fused`'s, where it can be compiled.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from litune.towers import fused
 from litune.towers.dropout import dropout
 from litune.towers.packing import Packed, attention
 
@@ -28,16 +30,21 @@ def bert_encode(model: Any, packed: Packed) -> Float[Tensor, "R T W"]:
     """
     config = model.config
     device = packed.ids.device.type
-    table = model.embeddings.word_embeddings
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else table.weight.dtype
+    dtype, in_c = layers_dtype(model, device), runs_fused(model, device)
     with torch.autocast(device, enabled=False):
         positions = packed.positions
         if config.model_type in ROBERTA_LIKE:
             positions = positions + config.pad_token_id + 1
         embeddings = model.embeddings
-        x = table(packed.ids) + embeddings.position_embeddings(positions) + embeddings.token_type_embeddings.weight[0]
+        x = (
+            embeddings.word_embeddings(packed.ids)
+            + embeddings.position_embeddings(positions)
+            + embeddings.token_type_embeddings.weight[0]
+        )
         p, p_attention = config.hidden_dropout_prob, config.attention_probs_dropout_prob
         x = dropout(_norm(embeddings.LayerNorm, x), p, embeddings.training).to(dtype)
+        if in_c:
+            return fused.encode_layers(model, x.flatten(0, 1), packed.first, packed.lengths).view_as(x)
         for layer in model.encoder.layer:
             attend, out = layer.attention.self, layer.attention.output
             qkv = _linear(x, attend.query, attend.key, attend.value)
@@ -47,6 +54,24 @@ def bert_encode(model: Any, packed: Packed) -> Float[Tensor, "R T W"]:
             wide = layer.intermediate.intermediate_act_fn(_linear(x, layer.intermediate.dense))
             x = _norm(layer.output.LayerNorm, x + dropout(_linear(wide, layer.output.dense), p, layer.training))
     return x
+
+
+def layers_dtype(model: Any, device: str) -> torch.dtype:
+    """What the layers compute in: autocast's type, otherwise the weights' own."""
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    dtype: torch.dtype = model.embeddings.word_embeddings.weight.dtype
+    return dtype
+
+
+def runs_fused(model: Any, device: str) -> bool:
+    """Whether `litune.towers.fused` takes the layers: then texts should lie one after the other (`Packed.in_line`)."""
+    config = model.config
+    depth, rest = divmod(config.hidden_size, config.num_attention_heads)
+    fits = config.hidden_act == "gelu" and rest == 0 and depth % fused.LANES == 0
+    weights = model.embeddings.LayerNorm.weight.dtype
+    bfloat16 = device == "cpu" and weights == torch.float32 and layers_dtype(model, device) == torch.bfloat16
+    return fits and bfloat16 and fused.library() is not None
 
 
 def _linear(x: Tensor, *layers: nn.Linear) -> Tensor:

@@ -55,6 +55,16 @@ class Packed:
     def _masks(self) -> dict[torch.dtype, Tensor]:
         return {}
 
+    def in_line(self) -> Packed:
+        """The same texts in one row, one after the other; the row ends with a gap, for its length to recur."""
+        tokens = int(self.lengths.sum())
+        rest = recurring_tokens(tokens) - tokens
+        first = self.lengths.cumsum(0) - self.lengths
+        texts = torch.arange(len(first), device=first.device).repeat_interleave(self.lengths)
+        places = torch.arange(tokens, device=first.device) + (self.first - first)[texts]
+        ids, positions = (F.pad(grid.flatten()[places], (0, rest))[None] for grid in (self.ids, self.positions))
+        return Packed(ids, positions, F.pad(texts, (0, rest), value=-1)[None], first, self.lengths)
+
     def by_length(self) -> list[tuple[Tensor, Tensor]]:
         """The texts of each length L: their numbers [n] and the places [n, L] of their tokens."""
         found = []
@@ -92,6 +102,12 @@ def recurring(rows: int) -> int:
     """
     step = 1 << max(0, (rows // 12).bit_length() - 1)
     return -step * (-rows // step)
+
+
+def recurring_tokens(tokens: int) -> int:
+    """The number of tokens, rounded up to one that recurs from batch to batch, by at most a fiftieth and 32."""
+    step = max(32, 1 << (tokens // 64).bit_length())
+    return -step * (-tokens // step)
 
 
 def first_fit(lengths: np.ndarray, width: int) -> tuple[np.ndarray, int]:

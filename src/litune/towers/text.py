@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from litune.data.tokenizers import Layout
 from litune.errors import MissingExtraError, TowerError, nearest
-from litune.towers.bert import BERT_LIKE, ROBERTA_LIKE, bert_encode
+from litune.towers.bert import BERT_LIKE, ROBERTA_LIKE, bert_encode, runs_fused
 from litune.towers.dropout import dropout
 from litune.towers.packing import Packed, attention, pool
 from litune.towers.quiet import quiet_transformers
@@ -90,6 +90,8 @@ class HfTextTower(TextTower):
     def forward(self, packed: Packed) -> Float[Tensor, "N W"]:
         """Pooled float32 vectors [N, width]."""
         if self.model.config.model_type in BERT_LIKE:
+            if runs_fused(self.model, packed.ids.device.type):
+                packed = packed.in_line()
             return pool(bert_encode(self.model, packed), packed, self.pooling)
         # One call per length: no architecture needs to know of packing, and none sees padding.
         flat = packed.ids.flatten()

@@ -1,0 +1,245 @@
+"""The same encoder as `litune.towers.bert`, in bfloat16 on CPUs, with what fused.c does between the matrix products.
+
+Where a C compiler is at hand, fused.c is compiled once (some seconds) and kept in the user's cache. One function there
+goes over memory once where torch's operators go several times; on a small tower that is half of a step. Texts lie one
+after the other, without padding between them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd import Function
+
+SOURCE = Path(__file__).with_name("fused.c")
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-mprefer-vector-width=512",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-shared",
+    "-fPIC",
+)
+SWITCH = "LITUNE_COMPILE"
+"""Environment variable: 0 leaves everything to torch's operators."""
+
+LANES = 16
+"""The width of an attention head must be a multiple of this."""
+
+_LONG, _DOUBLE, _POINTER = ctypes.c_long, ctypes.c_double, ctypes.c_void_p
+_TYPES: dict[type, Any] = {int: _LONG, float: _DOUBLE}
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled functions; None where there is no compiler for them, or they are switched off."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    if os.environ.get(SWITCH) == "0" or not compiler or platform.system() != "Linux":
+        return None
+    try:
+        return ctypes.CDLL(str(compiled(compiler)))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def compiled(compiler: str) -> Path:
+    """The shared library of this source for this processor, made if it is not in the cache."""
+    told = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
+    source = SOURCE.read_bytes()
+    made_of = b"\0".join([source, told, " ".join(FLAGS).encode(), processor()])
+    name = f"fused-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "litune"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix="litune-"))
+    file = folder / name
+    if not file.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            made = Path(work) / name
+            subprocess.run(
+                [compiler, *FLAGS, "-o", str(made), str(SOURCE), "-lm"], capture_output=True, check=True, timeout=300
+            )
+            made.replace(file)
+    return file
+
+
+def processor() -> bytes:
+    """What instructions the processor has: a library made for one may not run on another."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine().encode()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})).encode()
+
+
+def call(name: str, *values: Tensor | int | float) -> None:
+    """Run a function of fused.c with torch's number of threads; tensors go as pointers, so they must be contiguous."""
+    given: list[Any] = [_LONG(torch.get_num_threads())]
+    for value in values:
+        if isinstance(value, Tensor):
+            assert value.is_contiguous()
+            given.append(_POINTER(value.data_ptr()))
+        else:
+            given.append(_TYPES[type(value)](value))
+    function = getattr(library(), name)
+    function.restype = None
+    function(*given)
+
+
+def partial_sums(*shape: int) -> Tensor:
+    """Zeros per thread, to add gradients up in."""
+    return torch.zeros(torch.get_num_threads(), *shape)
+
+
+def draw(p: float) -> int:
+    """A seed from torch's generator, 63 bits; none is drawn where nothing is dropped."""
+    return int(torch.empty((), dtype=torch.int64).random_()) if p else 0
+
+
+def matmul(x: Float[Tensor, "S W"], *weights: Float[Tensor, "_ W"]) -> Float[Tensor, "S V"]:
+    """The products of x [S, W] in bfloat16 and float32 weights, each [V_i, W], side by side: [S, Σ V_i]."""
+    found: Tensor = _Matmul.apply(x, *weights)
+    return found
+
+
+class _Matmul(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+        joined = torch.cat([weight.to(x.dtype) for weight in weights]) if len(weights) > 1 else weights[0].to(x.dtype)
+        ctx.save_for_backward(x, joined)
+        ctx.sizes = [len(weight) for weight in weights]
+        return x @ joined.T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, joined = ctx.saved_tensors
+        g = gradients[0].contiguous()
+        to_x = g @ joined if ctx.needs_input_grad[0] else None
+        if not any(ctx.needs_input_grad[1:]):
+            return to_x, *(None for _ in ctx.sizes)
+        # Matrix libraries are slow where the first factor lies transposed, so the narrower one is turned before.
+        to_joined = turned(g) @ x if g.shape[1] <= x.shape[1] else turned(turned(x) @ g)
+        return to_x, *(part.float() for part in to_joined.split(ctx.sizes))
+
+
+def turned(x: Float[Tensor, "S W"]) -> Float[Tensor, "W S"]:
+    """The transpose, in memory too."""
+    out = x.new_empty(x.shape[1], x.shape[0])
+    call("transpose", *x.shape, x, out)
+    return out
+
+
+class _Gelu(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
+        out, slope = torch.empty_like(x), torch.empty_like(x)
+        call("gelu", *x.shape, x, bias, out, slope)
+        ctx.save_for_backward(slope)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        (slope,) = ctx.saved_tensors
+        to_x, sums = torch.empty_like(slope), partial_sums(slope.shape[1])
+        call("gelu_backward", *slope.shape, gradients[0].contiguous(), slope, to_x, sums)
+        return to_x, sums.sum(0)
+
+
+class _AddNorm(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, eps: float, p: float
+    ) -> Tensor:
+        added, out, seed = torch.empty_like(x), torch.empty_like(x), draw(p)
+        call("add_norm", *x.shape, x, y, bias, gamma, beta, eps, seed, p, added, out)
+        ctx.save_for_backward(added, gamma)
+        ctx.settings = eps, seed, p
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        added, gamma = ctx.saved_tensors
+        to_x, to_y, sums = torch.empty_like(added), torch.empty_like(added), partial_sums(3, added.shape[1])
+        g = gradients[0].contiguous()
+        call("add_norm_backward", *added.shape, g, added, gamma, *ctx.settings, to_x, to_y, sums)
+        to_gamma, to_beta, to_bias = sums.sum(0)
+        return to_x, to_y, to_bias, to_gamma, to_beta, None, None
+
+
+class _Attention(Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor, first: Tensor, lengths: Tensor, heads: int, p: float) -> Tensor:
+        tokens, width = qkv.shape[0], qkv.shape[1] // 3
+        used, longest = int(lengths.sum()), int(lengths.max())
+        ctx.settings = len(lengths), first, lengths, longest, heads, width // heads
+        ctx.seed, ctx.p, ctx.used = draw(p), p, used
+        ctx.save_for_backward(qkv, bias)
+        out = qkv.new_empty(tokens, width)
+        out[used:] = 0
+        call("attention", *ctx.settings, qkv, bias, ctx.seed, p, work_space(longest, width // heads), out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, bias = ctx.saved_tensors
+        to_qkv, sums = torch.empty_like(qkv), partial_sums(qkv.shape[1])
+        to_qkv[ctx.used :] = 0
+        space = work_space(ctx.settings[3], ctx.settings[5])
+        g = gradients[0].contiguous()
+        call("attention_backward", *ctx.settings, g, qkv, bias, ctx.seed, ctx.p, space, to_qkv, sums)
+        return to_qkv, sums.sum(0), None, None, None, None
+
+
+def work_space(longest: int, depth: int) -> Tensor:
+    """Room for every thread to attend in, for texts of at most `longest` tokens and heads of width `depth`."""
+    functions = library()
+    assert functions is not None
+    functions.attention_space.restype = _LONG
+    needed = functions.attention_space(_LONG(longest), _LONG(depth))
+    return torch.empty(torch.get_num_threads(), needed)
+
+
+def encode_layers(model: Any, x: Float[Tensor, "S W"], first: Tensor, lengths: Tensor) -> Float[Tensor, "S W"]:
+    """The layers of a transformers BERT on the embedded tokens of texts that lie one after the other.
+
+    Text i is the `lengths[i]` rows from `first[i]` on; rows after the last text are filling.
+    """
+    config = model.config
+    for layer in model.encoder.layer:
+        attend, out = layer.attention.self, layer.attention.output
+        p, p_attention = (
+            (config.hidden_dropout_prob, config.attention_probs_dropout_prob) if layer.training else (0.0, 0.0)
+        )
+        qkv = matmul(x, attend.query.weight, attend.key.weight, attend.value.weight)
+        bias = torch.cat([attend.query.bias, attend.key.bias, attend.value.bias])
+        mixed = matmul(
+            _Attention.apply(qkv, bias, first, lengths, config.num_attention_heads, p_attention), out.dense.weight
+        )
+        x = add_norm(x, mixed, out.dense.bias, out.LayerNorm, p)
+        inner, outer = layer.intermediate.dense, layer.output.dense
+        wide = _Gelu.apply(matmul(x, inner.weight), inner.bias)
+        x = add_norm(x, matmul(wide, outer.weight), outer.bias, layer.output.LayerNorm, p)
+    return x
+
+
+def add_norm(
+    x: Float[Tensor, "S W"], y: Float[Tensor, "S W"], bias: Float[Tensor, " W"], norm: nn.LayerNorm, p: float
+) -> Float[Tensor, "S W"]:
+    """norm(x + dropout(y + bias))."""
+    found: Tensor = _AddNorm.apply(x, y, bias, norm.weight, norm.bias, norm.eps, float(p))
+    return found
