@@ -11,9 +11,12 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import Function
+
+from litune.progress import say
 
 SOURCE = Path(__file__).with_name("fused.c")
 FLAGS = (
@@ -46,34 +51,35 @@ _TYPES: dict[type, Any] = {int: _LONG, float: _DOUBLE}
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled functions; None where there is no compiler for them, or they are switched off."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    if os.environ.get(SWITCH) == "0" or not compiler or platform.system() != "Linux":
+    """The compiled functions; None where there is no compiler for them (said once), or they are switched off."""
+    if os.environ.get(SWITCH) == "0" or platform.system() != "Linux":
         return None
+    compiler = shlex.split(os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or "")
     try:
+        if not compiler:
+            raise FileNotFoundError("there is no C compiler")
         return ctypes.CDLL(str(compiled(compiler)))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError) as why:
+        say(f"the text tower runs slower than it could, {SOURCE.name} can't be compiled ({why}): install gcc")
         return None
 
 
-def compiled(compiler: str) -> Path:
+def compiled(compiler: Sequence[str]) -> Path:
     """The shared library of this source for this processor, made if it is not in the cache."""
-    told = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
-    source = SOURCE.read_bytes()
-    made_of = b"\0".join([source, told, " ".join(FLAGS).encode(), processor()])
-    name = f"fused-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
+    told = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
+    made_of = b"\0".join([SOURCE.read_bytes(), told, shlex.join([*compiler, *FLAGS]).encode(), processor()])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "litune"
-    try:
+    with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    if not os.access(folder, os.W_OK):
         folder = Path(tempfile.mkdtemp(prefix="litune-"))
-    file = folder / name
+    file = folder / f"fused-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
     if not file.exists():
+        say("compiling the text tower's operations for this processor, once")
         with tempfile.TemporaryDirectory(dir=folder) as work:
-            made = Path(work) / name
-            subprocess.run(
-                [compiler, *FLAGS, "-o", str(made), str(SOURCE), "-lm"], capture_output=True, check=True, timeout=300
-            )
+            made = Path(work) / file.name
+            command = [*compiler, *FLAGS, "-o", str(made), str(SOURCE), "-lm"]
+            subprocess.run(command, capture_output=True, check=True, timeout=600)
             made.replace(file)
     return file
 
