@@ -39,6 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "softmax": {},
     "sigmoid": {"loss": "sigmoid", "logit_bias": -2.0},
     "cached": {"micro_batch": 2, "optimizer": "adafactor"},
+    "sharded": {"shard": True, "micro_batch": 2, "clip_norm": 0.05},
     "negatives": {"image_negatives": 5, "image_to_text": 0.3},
     "fields": {"fields": ["title", "tags"], "store": "fields", "lang": []},
     "pixels": {
@@ -190,6 +191,37 @@ def test_tune_killed_on_two_and_gone_on_with_one(place: Path, capsys: pytest.Cap
     assert process.returncode == 1  # torchrun's own
     assert "exitcode  : 2 " in said
     assert said.count("holds a finished run") == said.count("litune: error: run holds a finished run") == 1
+
+
+def test_sharded_killed_and_gone_on(place: Path) -> None:
+    """Shared states are whole in a checkpoint: two ranks go on from their own, one from theirs, as if undisturbed."""
+    command = ["-m", "litune", "tune", "store", "--text-tower", "hf:bert", "--lang", "en", "--duration", "120pairs"]
+    command += [
+        "--batch-size",
+        "6",
+        "--evaluations",
+        "1",
+        "--precision",
+        "float32",
+        "--device",
+        "cpu",
+        "--dropout",
+        "0",
+    ]
+    command += ["--checkpoint-seconds", "0"]
+    torch.set_num_threads(1)
+    main([*command[2:], "--out", "straight"])
+    for ranks in (1, 2):
+        sharded = [*command, "--out", f"run-{ranks}", "--shard"]
+        kill_when(torchrun(*sharded, cwd=place), (place / f"run-{ranks}" / "state.safetensors").exists)
+        assert not (place / f"run-{ranks}" / "manifest.json").exists()
+        if ranks == 1:
+            main(sharded[2:])
+        else:
+            _, said = (process := torchrun(*sharded, cwd=place)).communicate(timeout=120)
+            assert process.returncode == 0, said
+            assert "going on with run-2 from step" in said
+        check_runs(place / "straight", place / f"run-{ranks}")
 
 
 SLOW_TOWER = """

@@ -172,6 +172,9 @@ class TuneConfig:
     micro_batch: int | None = None
     """Pairs that pass through a tower at once; by default 512 on CPUs, 4096 on GPUs. A larger batch is encoded
     twice (gradient caching): the same gradient, in a micro-batch's memory."""
+    shard: bool = False
+    """Share the text tower's weights, gradients and optimizer states among the processes (FSDP2): for towers of which
+    one device can't hold all of these. The same result; every step lends weights to and fro."""
     optimizer: Literal["adamw", "adafactor", "lion"] = "adamw"
     """adamw; adafactor as in "Scaling Vision Transformers"; lion, with about a tenth of adamw's learning rate."""
     learning_rate: float = 1e-3
@@ -251,6 +254,8 @@ class TuneConfig:
             ("dim", 1 if self.dim is None else self.dim, 1),
         ):
             _at_least(name, value, least)
+        if self.shard and self.optimizer == "adafactor":
+            raise ConfigError("--optimizer adafactor needs whole matrices: with --shard use adamw or lion")
         for name, number in (("learning-rate", self.learning_rate), ("clip-norm", self.clip_norm)):
             if not number > 0:
                 raise ConfigError(f"--{name} is {number}, it must be positive")

@@ -8,6 +8,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,7 +33,8 @@ from litune.model import LiT
 from litune.optim import make_optimizer, parameter_groups, rate_of, set_rate, stepping
 from litune.progress import say, track
 from litune.schedules import parse_duration, parse_unlock, rate_share
-from litune.towers.image import weights_hash
+from litune.sharding import Shards, all_rows, own_rows
+from litune.towers.image import is_convolutional, weights_hash
 from litune.towers.locking import lock, train_unlocked
 
 EVALUATE_MOST = 1000
@@ -93,9 +95,15 @@ class Tuning:
         self.unlock = parse_unlock(config.unlock, "unlock")
         self.text_micro = config.micro_batch or (512 if device.type == "cpu" else 4096)
         self.image_micro = config.micro_batch or (64 if device.type == "cpu" else 256)
+        # Convolutions go backward in bfloat16 at half of float32's speed on CPUs.
+        slow = config.precision == "auto" and device.type == "cpu"
+        self.image_bfloat16 = self.bfloat16 and not (slow and is_convolutional(model.image))
         self.ids = pair_ids(train) if config.mask_duplicates else None
         if config.tensorboard:
             board_writer()  # what is missing is better said before anything is written
+        self.shards: Shards | None = None
+        self.tuned_parameters = 0
+        """How many numbers the optimizer moves, on all ranks."""
         self.optimizer = self._make_optimizer()
         self.evaluate_at = evaluation_steps(self.steps, config.evaluations) if val else set()
         self.progress = Progress()
@@ -121,22 +129,40 @@ class Tuning:
             if rate_of(name, rates) == 0:
                 parameter.requires_grad_(False)
         model.text.tune_only(np.unique(self.tokens.ids))
+        sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        if config.shard and distributed.world_size() > 1:
+            self.shards = Shards(model.text)
         groups = parameter_groups(
-            model.named_parameters(),
+            self._named_parameters(),
             learning_rate=config.learning_rate,
             weight_decay=config.weight_decay,
             rates=rates,
         )
         if not any(not name.startswith("logit_") for group in groups for name in group["names"]):
             raise ConfigError("everything is locked: leave a tower or a head to tune")
+        self.tuned_parameters = sum(sizes[name] for group in groups for name in group["names"])
         return make_optimizer(config.optimizer, groups, beta1=config.beta1, beta2=config.beta2)
+
+    def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All parameters by name; of those that the ranks share, this one's rows."""
+        for name, parameter in self.model.named_parameters():
+            yield name, self._shared.get(name, parameter)
+
+    @property
+    def _shared(self) -> dict[str, nn.Parameter]:
+        """The parameters that the ranks share, by name, of each this rank's rows."""
+        return {f"text.{name}": own for name, own in self.shards.own.items()} if self.shards else {}
+
+    def _whole(self) -> AbstractContextManager[None]:
+        """Where all ranks have all weights: what is shared is lent out."""
+        return self.shards.whole() if self.shards else nullcontext()
 
     def announce(self) -> None:
         """Say what is about to happen."""
         held = f", {len(self.val):,} images held out" if self.val else ", nothing held out"
         ranks = distributed.world_size()
         say(
-            f"tuning {self.config.text_tower} ({self.tuned_parameters() / 1e6:.1f}M parameters, "
+            f"tuning {self.config.text_tower} ({self.tuned_parameters / 1e6:.1f}M parameters, "
             f"{'bfloat16' if self.bfloat16 else 'float32'} on {f'{ranks} × ' if ranks > 1 else ''}{self.device.type}) "
             f"on {len(self.train):,} images with {self.train.counts.sum():,} captions{held}; "
             f"{self.steps:,} steps of {self.size:,} pairs"
@@ -147,10 +173,6 @@ class Tuning:
         cut = float((self.tokens.lengths >= self.model.tokenizer.max_tokens).mean())
         if self.model.tokenizer.layout != "sticky_eos" and cut > 0.2:
             say(f"{cut:.0%} of the captions fill --max-tokens {self.config.max_tokens} and may be cut short")
-
-    def tuned_parameters(self) -> int:
-        """How many numbers the optimizer moves."""
-        return sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
 
     def fit(self) -> None:
         """Take every step that is left, then write the finished run."""
@@ -172,10 +194,13 @@ class Tuning:
                 task.note = f"loss {facts['loss']:.3f}" + self._recall_note()
                 if step % log_every == 0 or step == self.steps:
                     log.write(self._done() | facts | {"epoch": batch.epoch, "pairs_per_second": round(task.rate, 1)})
-                if step in self.evaluate_at and distributed.is_main():
-                    log.write(self._done() | {"val": self.evaluate()})
-                    self._keep_best()
-                if time.monotonic() - saved >= self.config.checkpoint_seconds and step < self.steps:
+                if step in self.evaluate_at:
+                    with self._whole():
+                        if distributed.is_main():
+                            log.write(self._done() | {"val": self.evaluate()})
+                            self._keep_best()
+                due = time.monotonic() - saved >= self.config.checkpoint_seconds and step < self.steps
+                if distributed.broadcast_object(due) if self.shards else due:
                     self.save_state()
                     saved = time.monotonic()
         self.finish()
@@ -222,9 +247,11 @@ class Tuning:
         loss.backward()
         texts.backward()
         images.backward()
+        if self.shards:
+            self.shards.take_gradients()
         tuned = stepping(self.optimizer)
-        self._sum_gradients(tuned)
-        norm = nn.utils.clip_grad_norm_(tuned, self.config.clip_norm)
+        norm = self._sum_gradients(tuned)
+        nn.utils.clip_grads_with_norm_(tuned, self.config.clip_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         facts = {
@@ -242,10 +269,14 @@ class Tuning:
 
         def part(rows: np.ndarray, seed: int) -> Tensor:
             torch.manual_seed(seed)  # dropout, the same in both passes
+            encoded = rows if len(rows) or not self.shards else np.zeros(1, dtype=int)  # all ranks run a shared tower
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-                return self.model.text_features(self.tokens.take(rows))
+                return self.model.text_features(self.tokens.take(encoded))[: len(rows)]
 
-        parts = self._parts(captions, self.text_micro, part, stream=0)
+        count = -(-len(captions) // self.text_micro)
+        if self.shards:
+            count = max(distributed.gather_objects(count))  # all ranks run the tower equally often
+        parts = self._parts(captions, count, part, stream=0)
         return Encoded(parts, [self.model.text, self.model.text_head])
 
     def _encode_images(self, batch: Batch, pixels: np.ndarray | None, *, tuned: bool) -> Encoded:
@@ -257,7 +288,10 @@ class Tuning:
                 torch.manual_seed(seed)
                 return model.image_features(torch.from_numpy(self.train.features(rows)).to(self.device))
 
-            return Encoded(self._parts(batch.images, 8 * self.text_micro, stored, stream=1), [model.image_head])
+            return Encoded(
+                self._parts(batch.images, -(-len(batch.images) // (8 * self.text_micro)), stored, stream=1),
+                [model.image_head],
+            )
         tower = model.image
         assert tower is not None
         if tower.training != tuned:
@@ -266,17 +300,18 @@ class Tuning:
         def from_pixels(rows: np.ndarray, seed: int) -> Tensor:
             torch.manual_seed(seed)
             with torch.set_grad_enabled(tuned and torch.is_grad_enabled()):
-                raw = tower(torch.from_numpy(pixels[rows]), bfloat16=self.bfloat16)
+                raw = tower(torch.from_numpy(pixels[rows]), bfloat16=self.image_bfloat16)
             return model.image_features(raw)
 
-        parts = self._parts(np.arange(len(pixels)), self.image_micro, from_pixels, stream=1)
+        count = -(-len(pixels) // self.image_micro)
+        parts = self._parts(np.arange(len(pixels)), count, from_pixels, stream=1)
         return Encoded(parts, [model.image_head, tower] if tuned else [model.image_head])
 
     def _parts(
-        self, rows: np.ndarray, micro: int, encode: Callable[[np.ndarray, int], Tensor], *, stream: int
+        self, rows: np.ndarray, count: int, encode: Callable[[np.ndarray, int], Tensor], *, stream: int
     ) -> list[Part]:
-        """Micro-batches of at most `micro` rows, each with a seed of its own, from the run's seed and the step."""
-        parts = np.array_split(rows, max(1, -(-len(rows) // micro)))  # of like size: no part is a lone picture
+        """So many micro-batches, each with a seed of its own, from the run's seed and the step."""
+        parts = np.array_split(rows, max(1, count))  # of like size: no part is a lone picture
         seeds = np.random.SeedSequence(
             [self.config.seed, self.progress.step, stream, distributed.rank()]
         ).generate_state(len(parts), np.uint64)
@@ -342,16 +377,27 @@ class Tuning:
         texts = np.where(place < counts[drawn, None], of_captions[captions], -1)
         return MoreImages(features, torch.from_numpy(of_images[drawn]), torch.from_numpy(texts))
 
-    def _sum_gradients(self, tuned: list[nn.Parameter]) -> None:
-        """Add up every rank's share of the gradients; what no rank has a gradient for stays without."""
-        if distributed.world_size() == 1:
-            return
-        having = torch.tensor([p.grad is not None for p in tuned], dtype=torch.int64)
-        distributed.sum_([having])
-        for parameter, ranks in zip(tuned, having.tolist(), strict=True):
-            if ranks and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        distributed.sum_([p.grad for p in tuned if p.grad is not None])
+    def _sum_gradients(self, tuned: list[nn.Parameter]) -> Tensor:
+        """Add up every rank's share of the gradients; what no rank has a gradient for stays without.
+
+        Returns the norm of them all. Those of shared parameters are summed before; each rank has a part of them.
+        """
+        shared = set(self._shared.values())
+        own = [p for p in tuned if p in shared]
+        everywhere = [p for p in tuned if p not in shared]
+        if distributed.world_size() > 1:
+            having = torch.tensor([p.grad is not None for p in everywhere], dtype=torch.int64)
+            distributed.sum_([having])
+            for parameter, ranks in zip(everywhere, having.tolist(), strict=True):
+                if ranks and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            distributed.sum_([p.grad for p in everywhere if p.grad is not None])
+        norm = nn.utils.get_total_norm([p.grad for p in everywhere if p.grad is not None])
+        if not shared:
+            return norm
+        square = nn.utils.get_total_norm([p.grad for p in own if p.grad is not None]).square()
+        distributed.sum_([square])
+        return (norm.square() + square).sqrt()
 
     def evaluate(self) -> dict[str, Any]:
         """Retrieval on the held-out pairs (at most 1,000 images), in tuning's own precision."""
@@ -379,7 +425,7 @@ class Tuning:
         tower.eval()
         parts, kept = [], []
         for positions, pixels in self._pixels(val, augment=False).in_order(self.image_micro):
-            raw = tower.encode(torch.from_numpy(pixels), bfloat16=self.bfloat16)
+            raw = tower.encode(torch.from_numpy(pixels), bfloat16=self.image_bfloat16)
             parts.append(self.model.encode_features(raw))
             kept.append(positions)
         tower.train(was)
@@ -410,18 +456,24 @@ class Tuning:
 
     def save_state(self) -> None:
         """Write what is needed to go on from this step."""
-        if not distributed.is_main():
+        if not distributed.is_main() and not self.shards:
             return
-        tensors = {f"model.{k}": v for k, v in model_state(self.model).items()}
+        tensors: dict[str, Tensor] = {}
+        shared = self._shared
         for name, parameter in self._named_tuned():
             for key, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value).detach().cpu()
+                state = torch.as_tensor(value).detach()
+                whole = all_rows(state) if name in shared and state.ndim else state
+                tensors[f"optimizer.{name}.{key}"] = whole.cpu()
         facts = dataclasses.asdict(self.progress) | {
             "last_evaluation": self.last_evaluation,
             "about": self.about(),
             "ranks": distributed.world_size(),
         }
-        save_tensors(self.config.out / STATE, tensors, facts)
+        with self._whole():  # and no longer: what is lent is taken back, tensors and all
+            if distributed.is_main():
+                tensors |= {f"model.{k}": v for k, v in model_state(self.model).items()}
+                save_tensors(self.config.out / STATE, tensors, facts)
 
     def about(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to be gone on from."""
@@ -448,10 +500,16 @@ class Tuning:
                 f"{self.config.out} was begun on another store ({', '.join(differing)} differ from {self.config.store} "
                 "as it is now): give --overwrite, or another --out"
             )
-        self.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        with self._whole():
+            self.model.load_state_dict(
+                {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+            )
+        shared = self._shared
         for name, parameter in self._named_tuned():
             prefix = f"optimizer.{name}."
             state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            if name in shared:
+                state = {k: own_rows(v).clone() if v.ndim else v for k, v in state.items()}
             if state:
                 self.optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in state.items()}
         self.progress = Progress(facts["step"], facts["seconds"], facts["best"])
@@ -478,9 +536,10 @@ class Tuning:
     def finish(self) -> None:
         """Write the finished run and drop the checkpoint."""
         self.model.eval()
-        if distributed.is_main():
-            save_model(self.config.out, self.model, self.manifest())
-            (self.config.out / STATE).unlink(missing_ok=True)
+        with self._whole():
+            if distributed.is_main():
+                save_model(self.config.out, self.model, self.manifest())
+                (self.config.out / STATE).unlink(missing_ok=True)
         distributed.barrier()
         say(f"wrote {self.config.out}" + self._recall_note())
 
@@ -507,7 +566,7 @@ class Tuning:
                 "captions": int(self.train.counts.sum()),
                 "held_out_images": len(self.val) if self.val else 0,
             },
-            "tuned_parameters": self.tuned_parameters(),
+            "tuned_parameters": self.tuned_parameters,
             "steps": done,
             "batch_size": self.size,
             "pairs_seen": done * self.size,

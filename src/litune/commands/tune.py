@@ -137,7 +137,7 @@ def _config_at(out: Path) -> dict[str, Any] | None:
 
 def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """The settings of `now` that are others in `before`, but for those that leave the result as it is."""
-    neutral = ("overwrite", "out", "checkpoint_seconds")
+    neutral = ("overwrite", "out", "checkpoint_seconds", "shard")
     return {k: v for k, v in now.items() if before.get(k) != v and k not in neutral}
 
 

@@ -149,6 +149,12 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     return found
 
 
+def is_convolutional(tower: ImageTower | None) -> bool:
+    """Whether the tower has more convolutions than linear layers (a ViT has one, for its patches)."""
+    layers = list(tower.modules()) if tower is not None else []
+    return sum(isinstance(one, nn.Conv2d) for one in layers) > sum(isinstance(one, nn.Linear) for one in layers)
+
+
 def weights_hash(module: nn.Module) -> str:
     """SHA-256 over the names, types, shapes and bytes of all parameters and buffers."""
     digest = hashlib.sha256()
