@@ -251,7 +251,8 @@ class Tuning:
             self.shards.take_gradients()
         tuned = stepping(self.optimizer)
         norm = self._sum_gradients(tuned)
-        nn.utils.clip_grads_with_norm_(tuned, self.config.clip_norm, norm)
+        if not norm <= self.config.clip_norm:  # else it would be a pass over all gradients, times one
+            nn.utils.clip_grads_with_norm_(tuned, self.config.clip_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         facts = {

@@ -62,7 +62,7 @@ def close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
 @pytest.mark.parametrize("rows", [1, 32, 77])
 def test_gelu(rows: int) -> None:
     check(
-        lambda x, bias: fused._Gelu.apply(x, bias),
+        lambda x, bias: fused._Gelu.apply(x.clone(), bias),
         lambda x, bias: F.gelu(x + bias),
         draw(rows, 50),
         torch.randn(50, requires_grad=True),
@@ -73,7 +73,7 @@ def test_gelu(rows: int) -> None:
 def test_gelu_far_out() -> None:
     """The tails, where the error function is nearly ±1, keep their relative precision."""
     x = torch.linspace(-5, 9, 1000).bfloat16()[None]
-    found = fused._Gelu.apply(x, torch.zeros(1000)).double()
+    found = fused._Gelu.apply(x.clone(), torch.zeros(1000)).double()
     expected = F.gelu(x.double())
     assert (found - expected).abs().le(0.01 * expected.abs() + 1e-7).all()
     wild = torch.tensor([[float("inf"), -200.0, 3e38, float("nan")]]).bfloat16()
@@ -157,6 +157,17 @@ def test_attention_holds_large_scores() -> None:
     qkv = torch.full((4, 48), 100.0).bfloat16()
     found = fused._Attention.apply(qkv, torch.zeros(48), torch.tensor([0]), torch.tensor([4]), 1, 0.0)
     assert torch.equal(found, torch.full((4, 16), 100.0).bfloat16())
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_of_embeddings(p: float) -> None:
+    torch.manual_seed(0)
+    x = torch.full((300, 100), 2.0).bfloat16().requires_grad_()
+    out = fused._Drop.apply(x, p)
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    assert abs((out == 0).double().mean().item() - p) < 4 * (p * (1 - p) / x.numel()) ** 0.5
+    assert torch.equal(out, 2 * gradient)
+    assert torch.equal(gradient[gradient != 0].unique(), torch.tensor([1 / (1 - p)]).bfloat16())
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])

@@ -42,9 +42,10 @@ def bert_encode(model: Any, packed: Packed) -> Float[Tensor, "R T W"]:
             + embeddings.token_type_embeddings.weight[0]
         )
         p, p_attention = config.hidden_dropout_prob, config.attention_probs_dropout_prob
-        x = dropout(_norm(embeddings.LayerNorm, x), p, embeddings.training).to(dtype)
+        x = _norm(embeddings.LayerNorm, x)
         if in_c:
-            return fused.encode_layers(model, x.flatten(0, 1), packed.first, packed.lengths).view_as(x)
+            return fused.encode_layers(model, x.flatten(0, 1).to(dtype), packed.first, packed.lengths).view_as(x)
+        x = dropout(x, p, embeddings.training).to(dtype)
         for layer in model.encoder.layer:
             attend, out = layer.attention.self, layer.attention.output
             qkv = _linear(x, attend.query, attend.key, attend.value)

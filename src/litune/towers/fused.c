@@ -75,7 +75,7 @@ INLINE float normal(float x, float *bell) {
     return x < 0 ? tail : 1.0f - tail;
 }
 
-// out = gelu(x + bias), slope = gelu'(x + bias), all [rows, width], bias [width].
+// out = gelu(x + bias), slope = gelu'(x + bias), all [rows, width], bias [width]; out may be x.
 void gelu(long threads, long rows, long width, const bf16 *x, const float *bias, bf16 *out, bf16 *slope) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long r = 0; r < rows; r++) {
@@ -104,6 +104,13 @@ void gelu_backward(long threads, long rows, long width, const bf16 *to_out, cons
             to_bias[c] += g;
         }
     }
+}
+
+// out = dropout(x), both [count]; going backward the same, from to_out to to_x.
+void drop_values(long threads, long count, const bf16 *x, uint64_t seed, double p, bf16 *out) {
+    const Dropout d = dropout(seed, p);
+    _Pragma("omp parallel for simd schedule(static) num_threads(threads)") for (long i = 0; i < count; i++)
+        out[i] = narrow(widen(x[i]) * factor(d, (uint32_t)i));
 }
 
 // sum = x + dropout(y + bias); out = LayerNorm(sum) · gamma + beta.

@@ -153,10 +153,11 @@ def turned(x: Float[Tensor, "S W"]) -> Float[Tensor, "W S"]:
 class _Gelu(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
-        out, slope = torch.empty_like(x), torch.empty_like(x)
-        call("gelu", *x.shape, x, bias, out, slope)
+        slope = torch.empty_like(x)
+        call("gelu", *x.shape, x, bias, x, slope)  # in place: nothing else reads it, and its memory is at hand
+        ctx.mark_dirty(x)
         ctx.save_for_backward(slope)
-        return out
+        return x
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,6 +165,22 @@ class _Gelu(Function):
         to_x, sums = torch.empty_like(slope), partial_sums(slope.shape[1])
         call("gelu_backward", *slope.shape, gradients[0].contiguous(), slope, to_x, sums)
         return to_x, sums.sum(0)
+
+
+class _Drop(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        out = torch.empty_like(x)
+        ctx.settings = draw(p), p
+        call("drop_values", x.numel(), x, *ctx.settings, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        to_out = gradients[0].contiguous()
+        to_x = torch.empty_like(to_out)
+        call("drop_values", to_x.numel(), to_out, *ctx.settings, to_x)
+        return to_x, None
 
 
 class _AddNorm(Function):
@@ -221,11 +238,14 @@ def work_space(longest: int, depth: int) -> Tensor:
 
 
 def encode_layers(model: Any, x: Float[Tensor, "S W"], first: Tensor, lengths: Tensor) -> Float[Tensor, "S W"]:
-    """The layers of a transformers BERT on the embedded tokens of texts that lie one after the other.
+    """The layers of a transformers BERT on the normalised embeddings of texts that lie one after the other.
 
-    Text i is the `lengths[i]` rows from `first[i]` on; rows after the last text are filling.
+    With all their dropout, that of the embeddings too. Text i is the `lengths[i]` rows from `first[i]` on; rows after
+    the last text are filling.
     """
     config = model.config
+    if model.embeddings.training and config.hidden_dropout_prob > 0:
+        x = _Drop.apply(x, float(config.hidden_dropout_prob))
     for layer in model.encoder.layer:
         attend, out = layer.attention.self, layer.attention.output
         p, p_attention = (
