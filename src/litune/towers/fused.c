@@ -1,8 +1,9 @@
 // What a text tower does between its matrix products, in bfloat16: each function goes over memory once.
 //
 // Values are read as bfloat16, computed in float32 and rounded back (to nearest, ties to even). Rows lie one after the
-// other; `threads` share them in fixed parts, so that equal input gives equal output, bit for bit. Gradients of biases
-// and scales are added up per thread in `partial` [threads, ...], zero at first, for the caller to sum.
+// other; `threads` share them in fixed parts, so that equal input on equally many threads gives equal output, bit for
+// bit. Gradients of biases and scales are added up per thread in `partial` [threads, ...], zero at first, for the
+// caller to sum.
 //
 // Dropout keeps no mask: whether a value is kept is a hash of its index and the seed, asked again going backward.
 #include <math.h>
