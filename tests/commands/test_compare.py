@@ -380,7 +380,7 @@ def test_designs_are_toml() -> None:
     assert [file.name for file in files] == ["heads.toml", "locking.toml", "losses.toml", "towers.toml"]
     for file in files:
         found = tomllib.loads(file.read_text(encoding="utf-8"))
-        assert found["seeds"] == [0, 1, 2]
+        assert len(set(found["seeds"])) >= 2  # for a spread
         assert found.keys() <= {field.name for field in dataclasses.fields(Outline)}
 
 

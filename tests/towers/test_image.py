@@ -12,7 +12,7 @@ from torch import nn
 
 from litune.data.images import ImageTransform
 from litune.errors import TowerError
-from litune.towers.image import ImageTower, differences, load_image_tower, weights_hash
+from litune.towers.image import ImageTower, differences, is_convolutional, load_image_tower, weights_hash
 from litune.towers.locking import eval_locked, lock, train_unlocked
 
 
@@ -415,3 +415,9 @@ def test_size_interpolates_a_vits_positions(tmp_path: Path) -> None:
             assert value.shape[1] == 1 + (96 // 16) ** 2
         else:
             assert torch.equal(value, model.state_dict()[key]), key
+
+
+@pytest.mark.parametrize(("name", "expected"), [("resnet10t", True), ("efficientnet_lite0", True), ("test_vit", False)])
+def test_convolutional_towers_are_told_from_others(name: str, expected: bool) -> None:
+    assert is_convolutional(random_timm_tower(name)) == expected
+    assert not is_convolutional(None)
