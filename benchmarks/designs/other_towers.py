@@ -30,7 +30,7 @@ from litune.data.images import ImageTransform
 Tower = tuple[Callable[[Tensor], Tensor], Callable[[Image.Image], Tensor]]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-FIRE = {"fire2": 16, "fire3": 16, "fire4": 32, "fire5": 32, "fire6": 48, "fire7": 48, "fire8": 64, "fire9": 64}
+FIRE = tuple(f"fire{number}" for number in range(2, 10))
 
 
 def vit_s14() -> Tower:

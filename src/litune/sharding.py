@@ -24,7 +24,6 @@ class Shards:
         """Share `module`, which is equal on all ranks."""
         from torch.distributed.fsdp import fully_shard
 
-        sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
         # Whole from the first forward pass to the end of the backward pass, or to `release`.
         fully_shard(module, reshard_after_forward=False)
         self.module: Any = module
@@ -33,8 +32,6 @@ class Shards:
             for name, p in module.named_parameters()
         }
         """This rank's rows of every parameter, by name: what an optimizer steps."""
-        self.sizes = sizes
-        """How many numbers each parameter has on all ranks together."""
 
     def take_gradients(self) -> None:
         """After the backward passes: the sum over ranks of their gradients, as gradients of `own`."""

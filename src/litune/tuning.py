@@ -145,8 +145,9 @@ class Tuning:
 
     def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """All parameters by name; of those that the ranks share, this one's rows."""
+        shared = self._shared
         for name, parameter in self.model.named_parameters():
-            yield name, self._shared.get(name, parameter)
+            yield name, shared.get(name, parameter)
 
     @property
     def _shared(self) -> dict[str, nn.Parameter]:
@@ -274,10 +275,7 @@ class Tuning:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
                 return self.model.text_features(self.tokens.take(encoded))[: len(rows)]
 
-        count = -(-len(captions) // self.text_micro)
-        if self.shards:
-            count = max(distributed.gather_objects(count))  # all ranks run the tower equally often
-        parts = self._parts(captions, count, part, stream=0)
+        parts = self._parts(captions, self.text_micro, part, stream=0, alike=self.shards is not None)
         return Encoded(parts, [self.model.text, self.model.text_head])
 
     def _encode_images(self, batch: Batch, pixels: np.ndarray | None, *, tuned: bool) -> Encoded:
@@ -289,10 +287,7 @@ class Tuning:
                 torch.manual_seed(seed)
                 return model.image_features(torch.from_numpy(self.train.features(rows)).to(self.device))
 
-            return Encoded(
-                self._parts(batch.images, -(-len(batch.images) // (8 * self.text_micro)), stored, stream=1),
-                [model.image_head],
-            )
+            return Encoded(self._parts(batch.images, 8 * self.text_micro, stored, stream=1), [model.image_head])
         tower = model.image
         assert tower is not None
         if tower.training != tuned:
@@ -304,15 +299,26 @@ class Tuning:
                 raw = tower(torch.from_numpy(pixels[rows]), bfloat16=self.image_bfloat16)
             return model.image_features(raw)
 
-        count = -(-len(pixels) // self.image_micro)
-        parts = self._parts(np.arange(len(pixels)), count, from_pixels, stream=1)
+        parts = self._parts(np.arange(len(pixels)), self.image_micro, from_pixels, stream=1)
         return Encoded(parts, [model.image_head, tower] if tuned else [model.image_head])
 
     def _parts(
-        self, rows: np.ndarray, count: int, encode: Callable[[np.ndarray, int], Tensor], *, stream: int
+        self,
+        rows: np.ndarray,
+        micro: int,
+        encode: Callable[[np.ndarray, int], Tensor],
+        *,
+        stream: int,
+        alike: bool = False,
     ) -> list[Part]:
-        """So many micro-batches, each with a seed of its own, from the run's seed and the step."""
-        parts = np.array_split(rows, max(1, count))  # of like size: no part is a lone picture
+        """Micro-batches of at most `micro` rows, each with a seed of its own, from the run's seed and the step.
+
+        `alike`: as many on every rank, so that some may be empty.
+        """
+        count = max(1, -(-len(rows) // micro))
+        if alike:
+            count = max(distributed.gather_objects(count))
+        parts = np.array_split(rows, count)  # of like size: no part is a lone picture
         seeds = np.random.SeedSequence(
             [self.config.seed, self.progress.step, stream, distributed.rank()]
         ).generate_state(len(parts), np.uint64)

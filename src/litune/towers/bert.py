@@ -26,6 +26,8 @@ BERT_LIKE = {"bert", *ROBERTA_LIKE}
 def bert_encode(model: Any, packed: Packed) -> Float[Tensor, "R T W"]:
     """The last hidden states of a transformers BERT or RoBERTa model: post-LayerNorm, absolute positions.
 
+    Where `runs_fused`, texts must lie in one row (`Packed.in_line`): between others' tokens there may be no gaps.
+
     Under autocast (to bfloat16) the result is bfloat16, otherwise of the weights' own type.
     """
     config = model.config
@@ -44,6 +46,7 @@ def bert_encode(model: Any, packed: Packed) -> Float[Tensor, "R T W"]:
         p, p_attention = config.hidden_dropout_prob, config.attention_probs_dropout_prob
         x = _norm(embeddings.LayerNorm, x)
         if in_c:
+            assert len(packed.ids) == 1
             return fused.encode_layers(model, x.flatten(0, 1).to(dtype), packed.first, packed.lengths).view_as(x)
         x = dropout(x, p, embeddings.training).to(dtype)
         for layer in model.encoder.layer:

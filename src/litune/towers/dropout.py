@@ -43,11 +43,15 @@ class _Dropout(torch.autograd.Function):
         return drop(gradients[0], keep, ctx.p), None  # type: ignore[attr-defined]
 
 
+def draw_seed() -> int:
+    """63 random bits from torch's generator."""
+    return int(torch.empty((), dtype=torch.int64).random_())
+
+
 def keep_mask(shape: Sequence[int], p: float, dtype: torch.dtype) -> Tensor:
     """A random integer mask for values of `dtype`: no bit set with probability `p` in 256ths, else all of them."""
     count = math.prod(shape)
-    seed = int(torch.empty((), dtype=torch.int64).random_())
-    words = np.random.SFC64(seed).random_raw(-(-count // 8))
+    words = np.random.SFC64(draw_seed()).random_raw(-(-count // 8))
     numbers = torch.from_numpy(words.view(np.uint8)[:count]).view(*shape).to(torch.int16)
     # Negative, and after the shift all ones, where the byte is at least 256 p.
     mask = torch.rsub(numbers, _in_256ths(p) - 1).bitwise_right_shift_(15)

@@ -114,6 +114,18 @@ void drop_values(long threads, long count, const bf16 *x, uint64_t seed, double 
         out[i] = narrow(widen(x[i]) * factor(d, (uint32_t)i));
 }
 
+// The mean of a row, and one by its standard deviation (returned).
+INLINE float moments(const bf16 *row, long width, float eps, float *mean) {
+    float total = 0, squares = 0;
+    _Pragma("omp simd reduction(+ : total)") for (long c = 0; c < width; c++) total += widen(row[c]);
+    float middle = *mean = total / width;
+    _Pragma("omp simd reduction(+ : squares)") for (long c = 0; c < width; c++) {
+        float v = widen(row[c]) - middle;
+        squares += v * v;
+    }
+    return 1.0f / sqrtf(squares / width + eps);
+}
+
 // sum = x + dropout(y + bias); out = LayerNorm(sum) · gamma + beta.
 void add_norm(long threads, long rows, long width, const bf16 *x, const bf16 *y, const float *bias, const float *gamma,
               const float *beta, double eps, uint64_t seed, double p, bf16 *sum, bf16 *out) {
@@ -122,20 +134,13 @@ void add_norm(long threads, long rows, long width, const bf16 *x, const bf16 *y,
     for (long r = 0; r < rows; r++) {
         const bf16 *xs = x + r * width, *ys = y + r * width;
         bf16 *sums = sum + r * width, *outs = out + r * width;
-        float total = 0, squares = 0;
         if (p > 0) {
             SIMD for (long c = 0; c < width; c++)
                 sums[c] = narrow(widen(xs[c]) + (widen(ys[c]) + bias[c]) * factor(d, (uint32_t)(r * width + c)));
         } else {
             SIMD for (long c = 0; c < width; c++) sums[c] = narrow(widen(xs[c]) + widen(ys[c]) + bias[c]);
         }
-        _Pragma("omp simd reduction(+ : total)") for (long c = 0; c < width; c++) total += widen(sums[c]);
-        float mean = total / width;
-        _Pragma("omp simd reduction(+ : squares)") for (long c = 0; c < width; c++) {
-            float v = widen(sums[c]) - mean;
-            squares += v * v;
-        }
-        float rate = 1.0f / sqrtf(squares / width + (float)eps);
+        float mean, rate = moments(sums, width, (float)eps, &mean);
         SIMD for (long c = 0; c < width; c++)
             outs[c] = narrow((widen(sums[c]) - mean) * rate * gamma[c] + beta[c]);
     }
@@ -150,14 +155,8 @@ void add_norm_backward(long threads, long rows, long width, const bf16 *to_out, 
         float *to_gamma = partial + omp_get_thread_num() * 3 * width;
         float *to_beta = to_gamma + width, *to_bias = to_beta + width;
         const bf16 *gs = to_out + r * width, *sums = sum + r * width;
-        float total = 0, squares = 0, along_one = 0, along_norm = 0;
-        _Pragma("omp simd reduction(+ : total)") for (long c = 0; c < width; c++) total += widen(sums[c]);
-        float mean = total / width;
-        _Pragma("omp simd reduction(+ : squares)") for (long c = 0; c < width; c++) {
-            float v = widen(sums[c]) - mean;
-            squares += v * v;
-        }
-        float rate = 1.0f / sqrtf(squares / width + (float)eps);
+        float along_one = 0, along_norm = 0;
+        float mean, rate = moments(sums, width, (float)eps, &mean);
         _Pragma("omp simd reduction(+ : along_one, along_norm)") for (long c = 0; c < width; c++) {
             float g = widen(gs[c]), normed = (widen(sums[c]) - mean) * rate;
             to_gamma[c] += g * normed;

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from litune.progress import say
+from litune.towers.dropout import draw_seed
 
 SOURCE = Path(__file__).with_name("fused.c")
 FLAGS = (
@@ -113,8 +114,8 @@ def partial_sums(*shape: int) -> Tensor:
 
 
 def draw(p: float) -> int:
-    """A seed from torch's generator, 63 bits; none is drawn where nothing is dropped."""
-    return int(torch.empty((), dtype=torch.int64).random_()) if p else 0
+    """A seed for dropout; none is drawn where nothing is dropped."""
+    return draw_seed() if p else 0
 
 
 def matmul(x: Float[Tensor, "S W"], *weights: Float[Tensor, "_ W"]) -> Float[Tensor, "S V"]:

@@ -58,7 +58,7 @@ class Packed:
     def in_line(self) -> Packed:
         """The same texts in one row, one after the other; the row ends with a gap, for its length to recur."""
         tokens = int(self.lengths.sum())
-        rest = recurring_tokens(tokens) - tokens
+        rest = recurring(tokens, share=32, least=32) - tokens
         first = self.lengths.cumsum(0) - self.lengths
         texts = torch.arange(len(first), device=first.device).repeat_interleave(self.lengths)
         places = torch.arange(tokens, device=first.device) + (self.first - first)[texts]
@@ -92,22 +92,16 @@ def pack(tokens: Tokens, device: torch.device) -> Packed:
     return Packed(*grids, *(torch.from_numpy(a.astype(np.int64)).to(device) for a in (first, tokens.lengths)))
 
 
-def recurring(rows: int) -> int:
-    """The number of rows, rounded up to one that recurs from batch to batch, by at most a twelfth.
+def recurring(count: int, share: int = 12, least: int = 1) -> int:
+    """A count, rounded up to one that recurs from batch to batch: by at most a `share`th of it, or to `least`s.
 
     Matrix libraries build their kernels for each shape that they meet, which takes longer than to run them.
 
     >>> [recurring(n) for n in (5, 47, 105, 112, 113)]
     [5, 48, 112, 112, 120]
     """
-    step = 1 << max(0, (rows // 12).bit_length() - 1)
-    return -step * (-rows // step)
-
-
-def recurring_tokens(tokens: int) -> int:
-    """The number of tokens, rounded up to one that recurs from batch to batch, by at most a fiftieth and 32."""
-    step = max(32, 1 << (tokens // 64).bit_length())
-    return -step * (-tokens // step)
+    step = max(least, 1 << max(0, (count // share).bit_length() - 1))
+    return -step * (-count // step)
 
 
 def first_fit(lengths: np.ndarray, width: int) -> tuple[np.ndarray, int]:
