@@ -72,7 +72,8 @@ def runs_fused(model: Any, device: str) -> bool:
     """Whether `litune.towers.fused` takes the layers: then texts should lie one after the other (`Packed.in_line`)."""
     config = model.config
     depth, rest = divmod(config.hidden_size, config.num_attention_heads)
-    fits = config.hidden_act == "gelu" and rest == 0 and depth % fused.LANES == 0
+    even = rest == 0 and depth % fused.LANES == 0 and config.intermediate_size % fused.LANES == 0
+    fits = config.hidden_act == "gelu" and even
     weights = model.embeddings.LayerNorm.weight.dtype
     bfloat16 = device == "cpu" and weights == torch.float32 and layers_dtype(model, device) == torch.bfloat16
     return fits and bfloat16 and fused.library() is not None

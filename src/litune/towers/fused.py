@@ -44,7 +44,7 @@ SWITCH = "LITUNE_COMPILE"
 """Environment variable: 0 leaves everything to torch's operators."""
 
 LANES = 16
-"""The width of an attention head must be a multiple of this."""
+"""All widths must be multiples of this, that of an attention head too."""
 
 _LONG, _DOUBLE, _POINTER = ctypes.c_long, ctypes.c_double, ctypes.c_void_p
 _TYPES: dict[type, Any] = {int: _LONG, float: _DOUBLE}
@@ -120,34 +120,44 @@ def draw(p: float) -> int:
 
 def matmul(x: Float[Tensor, "S W"], *weights: Float[Tensor, "_ W"]) -> Float[Tensor, "S V"]:
     """The products of x [S, W] in bfloat16 and float32 weights, each [V_i, W], side by side: [S, Σ V_i]."""
-    found: Tensor = _Matmul.apply(x, *weights)
+    return branch(x, *weights)[1]
+
+
+def branch(x: Float[Tensor, "S W"], *weights: Float[Tensor, "_ W"]) -> tuple[Tensor, Tensor]:
+    """x and `matmul` of it. Of what goes on with this x the gradient is added where matmul's is made, in place."""
+    found: tuple[Tensor, Tensor] = _Matmul.apply(x, *weights)
     return found
 
 
 class _Matmul(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
         joined = torch.cat([weight.to(x.dtype) for weight in weights]) if len(weights) > 1 else weights[0].to(x.dtype)
         ctx.save_for_backward(x, joined)
         ctx.sizes = [len(weight) for weight in weights]
-        return x @ joined.T
+        ctx.set_materialize_grads(False)
+        return x, x @ joined.T
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         x, joined = ctx.saved_tensors
-        g = gradients[0].contiguous()
-        to_x = g @ joined if ctx.needs_input_grad[0] else None
+        to_x, g = gradients
+        if g is None:
+            return to_x, *(None for _ in ctx.sizes)
+        g = g.contiguous()
+        if ctx.needs_input_grad[0]:
+            to_x = g @ joined if to_x is None else to_x.addmm_(g, joined)
         if not any(ctx.needs_input_grad[1:]):
             return to_x, *(None for _ in ctx.sizes)
         # Matrix libraries are slow where the first factor lies transposed, so the narrower one is turned before.
-        to_joined = turned(g) @ x if g.shape[1] <= x.shape[1] else turned(turned(x) @ g)
-        return to_x, *(part.float() for part in to_joined.split(ctx.sizes))
+        to_joined = (turned(g) @ x).float() if g.shape[1] <= x.shape[1] else turned(turned(x) @ g, "transpose_wide")
+        return to_x, *to_joined.split(ctx.sizes)
 
 
-def turned(x: Float[Tensor, "S W"]) -> Float[Tensor, "W S"]:
-    """The transpose, in memory too."""
-    out = x.new_empty(x.shape[1], x.shape[0])
-    call("transpose", *x.shape, x, out)
+def turned(x: Float[Tensor, "S W"], how: str = "transpose") -> Float[Tensor, "W S"]:
+    """The transpose, in memory too; "transpose_wide": in float32."""
+    out = x.new_empty(x.shape[1], x.shape[0], dtype=torch.float32 if how == "transpose_wide" else None)
+    call(how, *x.shape, x, out)
     return out
 
 
@@ -155,6 +165,7 @@ class _Gelu(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
         slope = torch.empty_like(x)
+        assert x.shape[1] % LANES == 0
         call("gelu", *x.shape, x, bias, x, slope)  # in place: nothing else reads it, and its memory is at hand
         ctx.mark_dirty(x)
         ctx.save_for_backward(slope)
@@ -173,6 +184,7 @@ class _Drop(Function):
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
         out = torch.empty_like(x)
         ctx.settings = draw(p), p
+        assert x.shape[1] % LANES == 0
         call("drop_values", x.numel(), x, *ctx.settings, out)
         return out
 
@@ -190,6 +202,7 @@ class _AddNorm(Function):
         ctx: Any, x: Tensor, y: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, eps: float, p: float
     ) -> Tensor:
         added, out, seed = torch.empty_like(x), torch.empty_like(x), draw(p)
+        assert x.shape[1] % LANES == 0
         call("add_norm", *x.shape, x, y, bias, gamma, beta, eps, seed, p, added, out)
         ctx.save_for_backward(added, gamma)
         ctx.settings = eps, seed, p
@@ -252,14 +265,15 @@ def encode_layers(model: Any, x: Float[Tensor, "S W"], first: Tensor, lengths: T
         p, p_attention = (
             (config.hidden_dropout_prob, config.attention_probs_dropout_prob) if layer.training else (0.0, 0.0)
         )
-        qkv = matmul(x, attend.query.weight, attend.key.weight, attend.value.weight)
+        x, qkv = branch(x, attend.query.weight, attend.key.weight, attend.value.weight)
         bias = torch.cat([attend.query.bias, attend.key.bias, attend.value.bias])
         mixed = matmul(
             _Attention.apply(qkv, bias, first, lengths, config.num_attention_heads, p_attention), out.dense.weight
         )
         x = add_norm(x, mixed, out.dense.bias, out.LayerNorm, p)
         inner, outer = layer.intermediate.dense, layer.output.dense
-        wide = _Gelu.apply(matmul(x, inner.weight), inner.bias)
+        x, wide = branch(x, inner.weight)
+        wide = _Gelu.apply(wide, inner.bias)
         x = add_norm(x, matmul(wide, outer.weight), outer.bias, layer.output.LayerNorm, p)
     return x
 
