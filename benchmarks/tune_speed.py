@@ -295,7 +295,7 @@ def print_table(found: dict[str, Any]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
-    parser.add_argument("--batch-size", type=int, default=256, help="pairs in litune's batch")
+    parser.add_argument("--batch-size", type=int, default=512, help="pairs in litune's batch")
     parser.add_argument("--peer-batch", type=int, default=64, help="pairs in open_clip's batch; 0: leave it out")
     parser.add_argument("--rounds", type=int, default=20, help="measured steps of each")
     parser.add_argument("--breakdown", action="store_true", help="also print the operators that take most of a step")
