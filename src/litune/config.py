@@ -58,9 +58,13 @@ class EmbedConfig:
     """Images that pass through the tower at once."""
     workers: int = 0
     """Threads that decode images; 0: one per processor core."""
-    precision: Precision = "float32"
-    """Arithmetic of the tower. float32 is exact; bfloat16 is faster on processors with AMX and on GPUs; auto
-    takes bfloat16 where it is fast."""
+    runtime: Literal["auto", "torch", "onnxruntime", "openvino", "compile"] = "auto"
+    """What runs the tower. auto takes the fastest that is installed and whose features agree with torch's in float32
+    (mean cosine at least 0.9999), tried once per tower and machine on the first images; with fewer than 512 images,
+    torch."""
+    precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """Arithmetic of the tower. auto: float32, or bfloat16 where that is faster and agrees. int8 is faster still on
+    many processors and less exact; it needs --runtime onnxruntime."""
     store_dtype: Literal["float16", "float32"] = "float16"
     """How features are stored."""
     shard_size: int = 16384

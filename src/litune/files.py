@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -82,6 +83,14 @@ def clear_output(folder: Path, ours: bool, what: str, overwrite: bool) -> None:
     if not overwrite:
         raise OutputExistsError(f"{folder} already holds a {what}: choose another --out, or give --overwrite")
     shutil.rmtree(folder)
+
+
+def cache_folder() -> Path:
+    """The user's folder for what can be made again; a temporary one where it can't be written."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "litune"
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="litune-"))
 
 
 def sha256_file(path: Path) -> str:

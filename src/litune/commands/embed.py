@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from litune import distributed
 from litune.checkpoint import find_image_tower
 from litune.config import EmbedConfig, command
-from litune.data.images import Decoded, decode_file, map_ahead
+from litune.data.images import Decoded
 from litune.data.pairs import Damage, Pairs, read_pairs
-from litune.devices import pick_bfloat16, pick_device, processor_cores
+from litune.devices import pick_device
+from litune.encoding import encode_images, pick_runtime
 from litune.errors import DataError, LituneError, OutputExistsError, StoreError
 from litune.features import MANIFEST, FeatureStore, StoreWriter, library_versions
 from litune.files import clear_output, read_json
 from litune.progress import Task, say, track
 from litune.towers.image import ImageTower, differences
+from litune.towers.runtimes import Runtime
 
 # A shard is closed when this much time has passed, or this share of the whole time so far if that is more: an
 # interruption costs seconds, and a long run still has few files.
@@ -54,24 +55,23 @@ def embed(config: EmbedConfig) -> FeatureStore:
     if pairs.damaged:
         first = pairs.damaged[0]
         say(f"skipped {len(pairs.damaged):,} captions that can't be used, first {first.key}: {first.reason}")
-    device = pick_device(config.device)
-    tower = find_image_tower(config.image_tower).to(device)
-    bfloat16 = pick_bfloat16(config.precision, device)
+    tower = find_image_tower(config.image_tower).to(pick_device(config.device))
+    runtime = _pick_runtime(config, tower, pairs)
     manifest = {
-        "tower": tower.provenance | {"precision": "bfloat16" if bfloat16 else "float32"},
+        "tower": tower.provenance | {"precision": runtime.precision, "runtime": runtime.name},
         "pairs": {"source": pairs.source, "fingerprint": pairs.fingerprint(), "captions": pairs.captions},
         "images": len(pairs),
         "dtype": config.store_dtype,
         "libraries": library_versions(),
     }
     if distributed.world_size() > 1:
-        store = _embed_on_ranks(config, pairs, tower, manifest, bfloat16)
+        store = _embed_on_ranks(config, pairs, tower, runtime, manifest)
     else:
         _check_output(config.out, manifest, config.overwrite)
         writer = StoreWriter(config.out, manifest)
         if writer.seen:
             say(f"going on with {config.out}: {writer.seen:,} of {len(pairs):,} images are done")
-        _encode(config, pairs, range(len(pairs)), tower, writer, bfloat16)
+        _encode(config, pairs, range(len(pairs)), tower, runtime, writer)
         store = writer.finish()
     if store.manifest["damaged"]:
         say(f"skipped {store.manifest['damaged']:,} images and captions that can't be used: {config.out}/damaged.jsonl")
@@ -80,7 +80,7 @@ def embed(config: EmbedConfig) -> FeatureStore:
 
 
 def _embed_on_ranks(
-    config: EmbedConfig, pairs: Pairs, tower: ImageTower, manifest: dict[str, Any], bfloat16: bool
+    config: EmbedConfig, pairs: Pairs, tower: ImageTower, runtime: Runtime, manifest: dict[str, Any]
 ) -> FeatureStore:
     """Each rank writes a store of its part of the images, into a folder inside the output; rank 0 joins them.
 
@@ -96,7 +96,7 @@ def _embed_on_ranks(
     done = distributed.sum_counts(part.seen)
     if done:
         say(f"going on with {config.out}: {done:,} of {len(pairs):,} images are done")
-    _encode(config, pairs, range(cuts[rank], cuts[rank + 1]), tower, part, bfloat16)
+    _encode(config, pairs, range(cuts[rank], cuts[rank + 1]), tower, runtime, part)
     rates = distributed.gather_objects(part.manifest["images_per_second"])
 
     def join() -> None:
@@ -130,8 +130,10 @@ def _check_output(out: Path, manifest: dict[str, Any], overwrite: bool) -> None:
 def _check_same(out: Path, there: dict[str, Any], manifest: dict[str, Any]) -> None:
     """Raise unless the store at `out` is an unfinished one of this tower and these pairs."""
     found = differences(there.get("tower") or {}, manifest["tower"])
-    if (there.get("tower") or {}).get("precision") != manifest["tower"]["precision"]:
-        found.append(f"precision {there['tower'].get('precision')} and {manifest['tower']['precision']}")
+    for part in ("precision", "runtime"):
+        one = (there.get("tower") or {}).get(part)
+        if one not in (None, manifest["tower"][part]) and not there.get("complete"):
+            found.append(f"{part} {one} and {manifest['tower'][part]}")
     if found:
         one, other = (there.get("tower") or {}).get("spec"), manifest["tower"]["spec"]
         raise StoreError(
@@ -163,36 +165,67 @@ def _tower_name(manifest: dict[str, Any]) -> str:
     return str((manifest.get("tower") or {}).get("spec", "unknown tower"))
 
 
+def _pick_runtime(config: EmbedConfig, tower: ImageTower, pairs: Pairs) -> Runtime:
+    """What runs the tower: as asked; going on with a store, what it was begun with; else the fastest.
+
+    Of several processes the first one chooses.
+    """
+    name, precision = str(config.runtime), str(config.precision)
+    begun = _begun_with(config.out)
+    if begun is not None:
+        name = begun[0] if name == "auto" else name
+        precision = begun[1] if precision == "auto" else precision
+    pick = partial(pick_runtime, tower, range(len(pairs)), partial(_locate, pairs), batch_size=config.batch_size)
+    if distributed.world_size() == 1:
+        return pick(name=name, precision=precision)
+    chosen = distributed.from_main(lambda: _named(pick(name=name, precision=precision)))
+    return pick(name=chosen[0], precision=chosen[1])
+
+
+def _named(runtime: Runtime) -> tuple[str, str]:
+    return runtime.name, runtime.precision
+
+
+def _begun_with(out: Path) -> tuple[str, str] | None:
+    """The runtime and precision of an unfinished store, if there is one that says so."""
+    if not (out / MANIFEST).exists():
+        return None
+    there = read_json(out / MANIFEST, StoreError)
+    tower = there.get("tower") or {}
+    if there.get("complete") or "runtime" not in tower:
+        return None
+    return tower["runtime"], tower["precision"]
+
+
 def _encode(
-    config: EmbedConfig, pairs: Pairs, part: range, tower: ImageTower, writer: StoreWriter, bfloat16: bool
+    config: EmbedConfig, pairs: Pairs, part: range, tower: ImageTower, runtime: Runtime, writer: StoreWriter
 ) -> None:
-    """Decode a part of the images ahead in threads, run the tower batch by batch, write shard by shard."""
-    workers = config.workers or processor_cores()
+    """Encode a part of the images batch by batch, write shard by shard."""
     caption_damage = list(pairs.damaged) if part.start == 0 else []
     limit = config.max_damaged * len(pairs)
     damaged_images = _damaged_images(writer, len(caption_damage))
     shard = _Shard(pairs, [] if writer.seen else caption_damage)
     began = closed = time.monotonic()
+    encoded = encode_images(
+        runtime,
+        tower.preprocess,
+        part[writer.seen :],
+        partial(_locate, pairs),
+        batch_size=config.batch_size,
+        workers=config.workers,
+    )
     with track("embedding", "images", len(part), writer.seen) as task:
-        decoded = map_ahead(
-            lambda row: _decode(pairs, row, tower),
-            part[writer.seen :],
-            workers,
-            ahead=2 * config.batch_size + workers,
-        )
-        for batch, end in _batches(decoded, config.batch_size):
-            good = [d for d in batch if d.damage is None]
+        for batch, features in encoded:
             bad = [d.damage for d in batch if d.damage is not None]
             damaged_images += len(bad)
             if damaged_images > limit:
                 raise _too_many(damaged_images, pairs, config, writer, shard.damaged + bad)
-            if good:
-                pixels = torch.from_numpy(np.stack([d.pixels for d in good if d.pixels is not None]))
-                shard.add(tower.encode(pixels, bfloat16=bfloat16).cpu().numpy(), good)
+            if features is not None:
+                shard.add(features, [d for d in batch if d.damage is None])
             shard.damaged += bad
             task.advance(len(batch))
             task.note = f"{damaged_images} damaged" if damaged_images else ""
-            now = time.monotonic()
+            now, end = time.monotonic(), batch[-1].row + 1
             due = now - closed >= max(SHARD_SECONDS, SHARD_SHARE * (now - began))
             if due or shard.rows >= config.shard_size or end == part.stop:
                 shard.write(writer, end - part.start, now - closed)
@@ -201,21 +234,8 @@ def _encode(
     _finish_rate(writer, task)
 
 
-def _decode(pairs: Pairs, row: int, tower: ImageTower) -> Decoded:
-    key, path = pairs.table["key"][row].as_py(), pairs.table["path"][row].as_py()
-    return decode_file(row, key, Path(path), tower.preprocess)
-
-
-def _batches(decoded: Iterator[Decoded], size: int) -> Iterator[tuple[list[Decoded], int]]:
-    """Batches of decoded images, and the source's position behind each."""
-    batch: list[Decoded] = []
-    for one in decoded:
-        batch.append(one)
-        if len(batch) == size:
-            yield batch, one.row + 1
-            batch = []
-    if batch:
-        yield batch, batch[-1].row + 1
+def _locate(pairs: Pairs, row: int) -> tuple[str, Path]:
+    return pairs.table["key"][row].as_py(), Path(pairs.table["path"][row].as_py())
 
 
 class _Shard:
@@ -232,8 +252,7 @@ class _Shard:
 
     def add(self, features: np.ndarray, images: list[Decoded]) -> None:
         self.features.append(features)
-        # The pixels have done their work.
-        self.images += [Decoded(d.row, d.key, None, d.width, d.height, d.sha256) for d in images]
+        self.images += images
 
     def write(self, writer: StoreWriter, seen: int, seconds: float) -> None:
         width = int(writer.manifest.get("width") or 0)

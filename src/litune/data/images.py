@@ -21,6 +21,9 @@ from litune.errors import DataError, LituneError
 
 MAX_PIXELS = 179_000_000  # Pillow's own limit for a decompression bomb
 
+Preprocess = Callable[[Image.Image], np.ndarray]
+"""An RGB picture into a tower's input [3, H, W]."""
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -116,7 +119,7 @@ class Decoded:
     damage: Damage | None = None
 
 
-def decode_file(row: int, key: str, path: Path, preprocess: Callable[[Image.Image], np.ndarray]) -> Decoded:
+def decode_file(row: int, key: str, path: Path, preprocess: Preprocess) -> Decoded:
     """Read, hash, decode and preprocess one image file."""
     try:
         data = path.read_bytes()

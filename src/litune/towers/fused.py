@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from litune.files import cache_folder
 from litune.progress import say
 from litune.towers.dropout import draw_seed
 
@@ -69,11 +69,7 @@ def compiled(compiler: Sequence[str]) -> Path:
     """The shared library of this source for this processor, made if it is not in the cache."""
     told = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
     made_of = b"\0".join([SOURCE.read_bytes(), told, shlex.join([*compiler, *FLAGS]).encode(), processor()])
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "litune"
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        folder = Path(tempfile.mkdtemp(prefix="litune-"))
+    folder = cache_folder()
     file = folder / f"fused-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
     if not file.exists():
         say("compiling the text tower's operations for this processor, once")
@@ -124,7 +120,7 @@ def matmul(x: Float[Tensor, "S W"], *weights: Float[Tensor, "_ W"]) -> Float[Ten
 
 
 def branch(x: Float[Tensor, "S W"], *weights: Float[Tensor, "_ W"]) -> tuple[Tensor, Tensor]:
-    """x and `matmul` of it. Of what goes on with this x the gradient is added where matmul's is made, in place."""
+    """X and `matmul` of it. Of what goes on with this x the gradient is added where matmul's is made, in place."""
     found: tuple[Tensor, Tensor] = _Matmul.apply(x, *weights)
     return found
 

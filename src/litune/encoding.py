@@ -1,0 +1,73 @@
+"""Image files through a locked tower: every thread decodes a batch and encodes it.
+
+Where a runtime computes on one core per call, the cores never wait for each other: reading, decoding, resizing and the
+tower itself go side by side. On a GPU the threads decode while one of them at a time holds the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from litune.data.images import Decoded, Preprocess, decode_file, map_ahead
+from litune.devices import processor_cores
+from litune.towers.image import ImageTower
+from litune.towers.runtimes import Runtime, Threaded, build, fastest
+
+WORTH_TRYING = 512
+"""With fewer images than this, choosing the fastest runtime would take longer than it saves."""
+
+Locate = Callable[[int], tuple[str, Path]]
+"""The key and the file of an image, by its number."""
+
+
+def encode_images(
+    runtime: Runtime,
+    preprocess: Preprocess,
+    images: Sequence[int],
+    locate: Locate,
+    *,
+    batch_size: int,
+    workers: int = 0,
+) -> Iterator[tuple[list[Decoded], np.ndarray | None]]:
+    """Batches of images in order, without their pixels, and the features [good, W] of those that could be read.
+
+    `workers` threads, one per core by default; some batches are waiting, so memory stays flat.
+    """
+    call = Threaded(runtime)
+    batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+    threads = workers or processor_cores()
+
+    def work(batch: Sequence[int]) -> tuple[list[Decoded], np.ndarray | None]:
+        decoded = [decode_file(image, *locate(image), preprocess) for image in batch]
+        good = [one.pixels for one in decoded if one.pixels is not None]
+        features = call(torch.from_numpy(np.stack(good))).numpy() if good else None
+        return [replace(one, pixels=None) for one in decoded], features
+
+    return map_ahead(work, batches, threads, ahead=2 * threads)
+
+
+def pick_runtime(
+    tower: ImageTower, images: Sequence[int], locate: Locate, *, name: str, precision: str, batch_size: int
+) -> Runtime:
+    """The runtime for these images: the one that is named, else the fastest that agrees, tried on the first of them.
+
+    Of few images none is tried: torch in float32 takes them.
+    """
+    exact = "float32" if precision == "auto" else precision
+    if name == "auto" and len(images) < WORTH_TRYING and exact != "int8":
+        return build(tower, "torch", exact, torch.empty(0))
+    pixels = []
+    for image in images:
+        found = decode_file(image, *locate(image), tower.preprocess).pixels
+        if found is not None:
+            pixels.append(found)
+        if len(pixels) == batch_size:
+            break
+    if not pixels:
+        return build(tower, "torch", exact, torch.empty(0))
+    return fastest(tower, torch.from_numpy(np.stack(pixels)), name=name, precision=precision)
