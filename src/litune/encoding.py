@@ -16,7 +16,7 @@ import torch
 from litune.data.images import Decoded, Preprocess, decode_file, map_ahead
 from litune.devices import processor_cores
 from litune.towers.image import ImageTower
-from litune.towers.runtimes import Runtime, Threaded, build, fastest
+from litune.towers.runtimes import Runtime, build, fastest, shared_by_threads
 
 WORTH_TRYING = 512
 """With fewer images than this, choosing the fastest runtime would take longer than it saves."""
@@ -38,17 +38,17 @@ def encode_images(
 
     `workers` threads, one per core by default; some batches are waiting, so memory stays flat.
     """
-    call = Threaded(runtime)
     batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
     threads = workers or processor_cores()
+    with shared_by_threads(runtime) as run:
 
-    def work(batch: Sequence[int]) -> tuple[list[Decoded], np.ndarray | None]:
-        decoded = [decode_file(image, *locate(image), preprocess) for image in batch]
-        good = [one.pixels for one in decoded if one.pixels is not None]
-        features = call(torch.from_numpy(np.stack(good))).numpy() if good else None
-        return [replace(one, pixels=None) for one in decoded], features
+        def work(batch: Sequence[int]) -> tuple[list[Decoded], np.ndarray | None]:
+            decoded = [decode_file(image, *locate(image), preprocess) for image in batch]
+            good = [one.pixels for one in decoded if one.pixels is not None]
+            features = run(torch.from_numpy(np.stack(good))).numpy() if good else None
+            return [replace(one, pixels=None) for one in decoded], features
 
-    return map_ahead(work, batches, threads, ahead=2 * threads)
+        yield from map_ahead(work, batches, threads, ahead=2 * threads)
 
 
 def pick_runtime(

@@ -12,10 +12,9 @@ import torch
 from litune import distributed
 from litune.checkpoint import check_store, load
 from litune.config import EvalConfig, command
-from litune.data.images import decode_file, map_ahead
 from litune.data.names import canonicalize
 from litune.data.pairs import class_folders
-from litune.devices import processor_cores
+from litune.encoding import encode_images, pick_runtime
 from litune.errors import DataError
 from litune.evaluation import retrieval as retrieval_metrics
 from litune.evaluation import zero_shot as zero_shot_metrics
@@ -26,6 +25,7 @@ from litune.progress import say, track
 from litune.towers.image import differences
 
 CHUNK = 2048  # captions that one rank encodes at a time
+BATCH = 32  # images
 
 
 @command(EvalConfig)
@@ -125,18 +125,20 @@ def encode_files(model: LiT, files: Sequence[Path | str], max_damaged: float) ->
     """
     tower = model.load_image_tower()
     kept: list[int] = []
-    own = distributed.own_part(len(files), 32)
-    parts, waiting, damaged = [torch.empty(0, model.dim)], [], 0
-    decoded = map_ahead(
-        lambda i: decode_file(i, str(files[i]), Path(files[i]), tower.preprocess),
-        own,
-        processor_cores(),
-        ahead=72,
-    )
+    own = distributed.own_part(len(files), BATCH)
+    parts, damaged = [torch.empty(0, model.dim)], 0
+
+    def locate(i: int) -> tuple[str, Path]:
+        return str(files[i]), Path(files[i])
+
+    name = "auto" if distributed.world_size() == 1 else "torch"
+    runtime = pick_runtime(tower, own, locate, name=name, precision="float32", batch_size=BATCH)
     with track("embedding", "images", len(own)) as task:
-        for one in decoded:
-            task.advance(1)
-            if one.damage is not None:
+        for batch, features in encode_images(runtime, tower.preprocess, own, locate, batch_size=BATCH):
+            for one in batch:
+                if one.damage is None:
+                    kept.append(one.row)
+                    continue
                 damaged += 1
                 say(f"skipped {one.key}: {one.damage.reason}")
                 if damaged > max_damaged * len(files):
@@ -144,12 +146,9 @@ def encode_files(model: LiT, files: Sequence[Path | str], max_damaged: float) ->
                         f"{damaged:,} of {len(files):,} images can't be read (at most {max_damaged:.1%} may): "
                         f"{one.key}: {one.damage.reason}; mend or remove them, or raise --max-damaged"
                     )
-            elif one.pixels is not None:
-                kept.append(one.row)
-                waiting.append(one.pixels)
-            if len(waiting) == 32 or (waiting and task.done == len(own)):
-                parts.append(model.encode_features(tower.encode(torch.from_numpy(np.stack(waiting)))))
-                waiting = []
+            if features is not None:
+                parts.append(model.encode_features(features))
+            task.advance(len(batch))
     kept = [row for part in distributed.gather_objects(kept) for row in part]
     damaged = distributed.sum_counts(damaged)
     if damaged > max_damaged * len(files):
