@@ -20,6 +20,7 @@ from litune.config import (
     CompareConfig,
     EmbedConfig,
     EvalConfig,
+    InspectConfig,
     QuickstartConfig,
     SearchConfig,
     TuneConfig,
@@ -40,6 +41,7 @@ COMMANDS: dict[str, tuple[type[Any], str]] = {
     "compare": (CompareConfig, "litune.commands.compare:compare"),
     "classify": (ClassifyConfig, "litune.commands.classify:classify"),
     "search": (SearchConfig, "litune.commands.search:search"),
+    "inspect": (InspectConfig, "litune.commands.inspect_:inspect"),
 }
 
 # Those that several processes do together, under torchrun.
@@ -194,6 +196,22 @@ def show_classified(config: ClassifyConfig, results: Sequence[Any]) -> None:
             print(f"  {probability:>6.1%}  {label}")
 
 
+def show_inspected(config: InspectConfig, found: dict[str, Any], indent: str = "") -> None:
+    """Print what is known, one line per fact."""
+    for name, value in found.items():
+        label = f"{indent}{name.replace('_', ' ')}"
+        if isinstance(value, dict):
+            print(label)
+            show_inspected(config, value, indent + "  ")
+        elif value is not None and value != []:
+            several = value if isinstance(value, list) else [value]
+            print(f"{label:44}" + ", ".join(f"{v:,}" if type(v) is int else _short(v) for v in several))
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def show_found(config: SearchConfig, results: Sequence[Any]) -> None:
     """Print scores and paths, best first."""
     for one in results:
@@ -205,4 +223,5 @@ SHOW: dict[type[Any], Callable[[Any, Any], None]] = {
     CompareConfig: show_compare,
     ClassifyConfig: show_classified,
     SearchConfig: show_found,
+    InspectConfig: show_inspected,
 }

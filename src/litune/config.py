@@ -450,6 +450,34 @@ class CompareConfig:
     """Tune a row again whose settings are others than those of its run in --out."""
 
 
+@dataclass(frozen=True)
+class InspectConfig:
+    """Say what a tower, a run, a feature store or a released checkpoint is.
+
+    Parameters per part, what is locked, widths, preprocessing, pooling, fingerprint. With --text-tower, also what
+    tuning the pair would train, store and need in memory.
+    """
+
+    what: Annotated[Positional[str], arg(metavar="WHAT")]
+    """The spec of an image or text tower, a run folder, a feature store, or an .npz file of the released models."""
+    text_tower: str | None = None
+    """The text tower to tune on this image tower or store."""
+    images: int | None = None
+    """How many images there would be; by default those of the store."""
+    batch_size: int = 256
+    """Pairs in a batch."""
+    max_tokens: int = 16
+    """Tokens of a caption."""
+    json: Path | None = None
+    """Also write it to this file."""
+
+    def __post_init__(self) -> None:
+        _at_least("batch-size", self.batch_size, 2)
+        _at_least("max-tokens", self.max_tokens, 2)
+        if self.images is not None:
+            _at_least("images", self.images, 1)
+
+
 def _choices(config: Any) -> None:
     """Check settings of few choices, as the command line does, for those who call from Python."""
     for name, hint in get_type_hints(type(config)).items():
