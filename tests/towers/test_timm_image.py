@@ -328,7 +328,12 @@ def test_published_weights_that_are_incomplete(tmp_path: Path) -> None:
     config = {
         "architecture": "test_vit",
         "num_classes": 10,
-        "pretrained_cfg": {"num_classes": 10, "classifier": "head"},
+        "pretrained_cfg": {
+            "input_size": [3, 160, 160],
+            "fixed_input_size": True,
+            "num_classes": 10,
+            "classifier": "head",
+        },
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     weights = model.state_dict() | {"head.weight": torch.ones(10, 64), "head.bias": torch.ones(10)}

@@ -24,6 +24,8 @@ FIRST_TOKEN = {"vit", "deit", "vit_msn", "vit_mae", "dinov2", "dinov2_with_regis
 """Families whose features are the first token's."""
 CLIP = {"clip", "clip_vision_model"}
 SIGLIP = {"siglip", "siglip_vision_model"}
+POOLED = {"convnext", "convnextv2", "levit", *CLIP, *SIGLIP}
+"""Families that pool without a part named so."""
 
 
 class HfPreprocess:
@@ -152,7 +154,7 @@ def hf_pooling(model: Any, kind: str) -> str:
         return "projection"
     if kind in SIGLIP and not getattr(model.config, "vision_use_head", True):
         raise TowerError("this SigLIP model has no attention head to pool with (vision_use_head)")
-    pools = any("pool" in name for name, _ in model.named_modules()) or kind in CLIP | SIGLIP
+    pools = kind in POOLED or any("pool" in name for name, _ in model.named_modules())
     if not pools:
         raise TowerError(f"litune does not know how {kind} pools its features yet: use its timm twin, or python:")
     return "pooler"
