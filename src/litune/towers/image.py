@@ -7,6 +7,7 @@ error: nothing is drawn at random unless `?init=random` asks for it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from urllib.parse import parse_qsl
 
 from litune.errors import TowerError, nearest
@@ -78,5 +79,8 @@ KINDS: dict[str, Callable[[str, str, dict[str, str]], ImageTower]] = {
     "python": python_tower,
 }
 PACKAGED: dict[str, Callable[[str, dict[str, str]], ImageTower]] = {
-    "efficientnet-lite0": packaged.efficientnet_lite0,
+    "efficientnet-lite0": partial(packaged.efficientnet_lite, 0, 224, 0.875),
+    "efficientnet-lite1": partial(packaged.efficientnet_lite, 1, 240, 0.882),
+    "efficientnet-lite2": partial(packaged.efficientnet_lite, 2, 260, 0.89),
+    "vit-s14": packaged.vit_s14,
 }

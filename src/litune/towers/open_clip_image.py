@@ -72,9 +72,8 @@ def open_clip_tower(spec: str, name: str, options: dict[str, str]) -> ImageTower
             require_pretrained=not random,
             weights_only=True,
         )
-        transform = open_clip.image_transform_v2(
-            open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg), False
-        )
+        settings = open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg)
+        transform = open_clip.transform.image_transform_v2(settings, is_train=False)
     except Exception as why:
         raise TowerError(reason(f"the image tower {spec!r} can't be loaded", why)) from why
     description = {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(model.visual.preprocess_cfg.items())}
