@@ -277,21 +277,19 @@ def make_text_tower(
 
 
 def _load_hf(spec: TextSpec, pooling: str, dropout: float | None) -> HfTextTower:
-    from transformers import AutoModel
-
     config = _hf_config(spec)
     if not hasattr(config, "hidden_size"):
         raise TowerError(f"{spec.spec} ({config.model_type}) is not a text encoder that litune reads")
-    if config.is_encoder_decoder:
-        raise TowerError(f"{spec.spec} is an encoder-decoder ({config.model_type}): litune reads encoders")
+    if config.is_encoder_decoder and config.model_type not in T5_LIKE:
+        raise TowerError(f"{spec.spec} is an encoder-decoder ({config.model_type}): of these litune reads T5's kinds")
     if dropout is not None:
         _set_dropout(config, dropout)
     if not spec.pretrained:
-        return HfTextTower(_empty_hf(config), _hf_pooling(spec.name, pooling))
+        return HfTextTower(_empty_hf(config), _hf_pooling(spec.name, pooling, config))
     try:
         extra = {"add_pooling_layer": False} if config.model_type in _POOLERS else {}
         with quiet_transformers():
-            model, report = AutoModel.from_pretrained(
+            model, report = _hf_class(config).from_pretrained(
                 spec.name, config=config, dtype=torch.float32, output_loading_info=True, **extra
             )
     except Exception as why:
@@ -299,30 +297,42 @@ def _load_hf(spec: TextSpec, pooling: str, dropout: float | None) -> HfTextTower
     missing = sorted(report["missing_keys"])
     if missing:
         raise TowerError(f"{spec.spec} lacks {len(missing)} of the tower's weights, {missing[0]!r} first")
-    return HfTextTower(model, _hf_pooling(spec.name, pooling))
+    return HfTextTower(model, _hf_pooling(spec.name, pooling, config))
 
 
+T5_LIKE = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
+"""Encoder-decoders whose encoder is a text tower: it is read alone, with the token table that both share."""
 _POOLERS = {"bert", "roberta", "xlm-roberta", "camembert", "mpnet", "data2vec-text"}
 
 
-def _empty_hf(config: Any) -> Any:
-    from transformers import AutoModel
+def _hf_class(config: Any) -> Any:
+    import transformers
 
+    return getattr(transformers, T5_LIKE.get(config.model_type, "AutoModel"))
+
+
+def _empty_hf(config: Any) -> Any:
+    if config.model_type in T5_LIKE:
+        return _hf_class(config)(config).float()
     extra = {"add_pooling_layer": False} if config.model_type in _POOLERS else {}
-    return AutoModel.from_config(config, dtype=torch.float32, **extra)
+    return _hf_class(config).from_config(config, dtype=torch.float32, **extra)
 
 
 def _set_dropout(config: Any, dropout: float) -> None:
-    names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "dropout_rate")
-    found = [n for n in names if isinstance(getattr(config, n, None), int | float)]
+    names = "hidden_dropout_prob attention_probs_dropout_prob dropout attention_dropout dropout_rate"
+    modern = "embedding_dropout mlp_dropout"
+    found = [n for n in f"{names} {modern}".split() if isinstance(getattr(config, n, None), int | float)]
     if not found:
         raise TowerError(f"{config.model_type} has no dropout setting that litune knows: leave out --dropout")
     for name in found:
         setattr(config, name, dropout)
 
 
-def _hf_pooling(name: str, pooling: str) -> str:
-    """As asked; for auto what a sentence-transformers folder declares, else the first token (BERT)."""
+def _hf_pooling(name: str, pooling: str, config: Any) -> str:
+    """As asked; for auto what a sentence-transformers folder declares, else as the family does it.
+
+    T5's kinds have no token for the whole text: the mean. ModernBERT's config says which; BERT's is the first.
+    """
     if pooling != "auto":
         return pooling
     declared = Path(name) / "1_Pooling" / "config.json"
@@ -332,7 +342,8 @@ def _hf_pooling(name: str, pooling: str) -> str:
             return "mean"
         if settings.get("pooling_mode_lasttoken"):
             return "last"
-    return "first"
+    means = config.model_type in T5_LIKE or getattr(config, "classifier_pooling", None) == "mean"
+    return "mean" if means else "first"
 
 
 def build_text_tower(architecture: dict[str, Any]) -> TextTower:
