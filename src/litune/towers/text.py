@@ -212,11 +212,17 @@ def _minilm() -> str:
 
 PACKAGED: dict[str, Callable[[], str]] = {"minilm": _minilm}
 KINDS = ("hf", "vit")
+USE_M3 = "use-m3"
+"""The one tower that is always locked (see `litune.towers.use_m3`)."""
 
 
 def parse_text_spec(spec: str) -> TextSpec:
     """The text tower that `spec` names. Raises `TowerError` for an unknown one, with the nearest names."""
     head, _, query = spec.partition("?")
+    if head == USE_M3:
+        if query:
+            raise TowerError(f"{spec!r} has an unknown option: use-m3 has none, its weights are never drawn or tuned")
+        return TextSpec(spec, USE_M3, USE_M3, True)
     options = dict(parse_qsl(query, keep_blank_values=True))
     init = options.pop("init", "pretrained")
     if options or init not in ("pretrained", "random"):
@@ -225,7 +231,7 @@ def parse_text_spec(spec: str) -> TextSpec:
         return TextSpec(spec, "hf", PACKAGED[head](), init == "pretrained")
     kind, found, name = head.partition(":")
     if not found or kind not in KINDS or not name:
-        choices = [*PACKAGED, "hf:NAME_OR_FOLDER", *(f"vit:{s}" for s in VIT_SIZES)]
+        choices = [*PACKAGED, USE_M3, "hf:NAME_OR_FOLDER", *(f"vit:{s}" for s in VIT_SIZES)]
         raise TowerError(f"unknown text tower {spec!r}: {nearest(spec, choices, 2)}; known: {', '.join(choices)}")
     if kind == "vit" and name not in VIT_SIZES:
         raise TowerError(f"{spec!r} has an unknown size {name!r}: known: {', '.join(VIT_SIZES)}")
@@ -236,6 +242,8 @@ def text_layout(spec: TextSpec) -> Layout:
     """How the tower of `spec` wants its tokens laid out."""
     if spec.kind == "vit":
         return "sticky_eos"
+    if spec.kind == USE_M3:
+        return "own"
     return _hf_layout(_hf_config(spec).model_type)
 
 
@@ -267,6 +275,12 @@ def make_text_tower(
     if spec.kind == "vit":
         how = "last" if pooling == "auto" else pooling
         return VitTextTower(spec.name, vocab_size, max_tokens, how, dropout or 0.0)
+    if spec.kind == USE_M3:
+        from litune.towers.use_m3 import UseTextTower
+
+        if not spec.pretrained or dropout or pooling != "auto":
+            raise TowerError("use-m3 is taken as it is: leave out --pooling and --dropout, and write --locking LL")
+        return UseTextTower()
     tower = _load_hf(spec, pooling, dropout)
     table = tower.model.get_input_embeddings().weight.shape[0]
     if vocab_size > table:
@@ -359,4 +373,8 @@ def build_text_tower(architecture: dict[str, Any]) -> TextTower:
         settings = dict(architecture["config"])
         config = CONFIG_MAPPING[settings.pop("model_type")].from_dict(settings)
         return HfTextTower(_empty_hf(config), architecture["pooling"])
+    if kind == USE_M3:
+        from litune.towers.use_m3 import UseTextTower
+
+        return UseTextTower()
     raise TowerError(f"unknown kind of text tower {kind!r} in the run: it was written by another litune")
