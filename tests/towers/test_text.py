@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,6 +78,104 @@ def test_roberta_is_transformers_own(tmp_path: Path) -> None:
         for i in range(4):
             ids = torch.from_numpy(tokens.take(np.array([i])).ids)[None]
             assert torch.allclose(found[i], theirs(input_ids=ids).last_hidden_state[0, 0], atol=1e-6)
+
+
+ENCODER = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 1, "num_heads": 4}
+WIDE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+TEXT_FAMILIES: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    # family: (the model that is saved, the encoder that the library recommends, tiny settings, pooling by default)
+    "RoBERTa": ("RobertaForMaskedLM", "RobertaModel", WIDE | {"pad_token_id": 1}, "first"),
+    "XLM-R": ("XLMRobertaForMaskedLM", "XLMRobertaModel", WIDE | {"pad_token_id": 1}, "first"),
+    "MiniLM": ("BertForMaskedLM", "BertModel", WIDE, "first"),
+    "ModernBERT": ("ModernBertForMaskedLM", "ModernBertModel", WIDE | {"local_attention": 4}, "first"),
+    "ModernBERT, mean": ("ModernBertModel", "ModernBertModel", WIDE | {"classifier_pooling": "mean"}, "mean"),
+    "T5": ("T5ForConditionalGeneration", "T5EncoderModel", ENCODER, "mean"),
+    "T5 1.1": (
+        "T5ForConditionalGeneration",
+        "T5EncoderModel",
+        ENCODER | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+        "mean",
+    ),
+    "mT5": ("MT5ForConditionalGeneration", "MT5EncoderModel", ENCODER, "mean"),
+    "T5's encoder alone": ("T5EncoderModel", "T5EncoderModel", ENCODER, "mean"),
+}
+
+
+@pytest.mark.parametrize("family", TEXT_FAMILIES)
+def test_families_are_transformers_padded_and_masked_call(family: str, tmp_path: Path) -> None:
+    """Also out of checkpoints with a decoder or a head; the same again after a run is loaded."""
+    import transformers
+
+    saved, encoder, settings, pooling = TEXT_FAMILIES[family]
+    torch.manual_seed(0)
+    kind = getattr(transformers, saved)
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "cls_token_id": 2, "sep_token_id": 3}
+    kind(kind.config_class(**(special | {"vocab_size": 50} | settings))).save_pretrained(tmp_path)
+    spec = parse_text_spec(f"hf:{tmp_path}")
+    tower = make_text_tower(spec, vocab_size=50, max_tokens=16, dropout=0.3).eval()
+    tokens = ragged([3, 5, 16, 3, 1, 11])
+    with torch.no_grad():
+        found = tower(pack(tokens, torch.device("cpu")))
+    assert (tower.pooling, tower.width) == (pooling, 32)
+    theirs = getattr(transformers, encoder).from_pretrained(tmp_path).eval()
+    rows = np.split(tokens.ids, np.cumsum(tokens.lengths)[:-1])
+    padding = theirs.config.pad_token_id
+    padded, mask = torch.full((len(rows), 16), padding), torch.zeros(len(rows), 16, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)], mask[i, : len(row)] = torch.from_numpy(row), 1
+    with torch.no_grad():
+        hidden = theirs(input_ids=padded, attention_mask=mask).last_hidden_state
+    mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    expected = mean if pooling == "mean" else hidden[:, 0]
+    assert torch.allclose(found, expected, atol=1e-5)
+    again = build_text_tower(json.loads(json.dumps(tower.architecture))).eval()
+    again.load_state_dict(tower.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again(pack(tokens, torch.device("cpu"))), found)
+
+
+def test_t5_tunes_only_the_rows_in_use(tmp_path: Path) -> None:
+    """Its table of tokens stands in two places of the model: both are replaced."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    T5ForConditionalGeneration(T5Config(vocab_size=50, **ENCODER)).save_pretrained(tmp_path)
+    spec = parse_text_spec(f"hf:{tmp_path}")
+    tower = make_text_tower(spec, vocab_size=50, max_tokens=16, dropout=0.0).train()
+    whole = make_text_tower(spec, vocab_size=50, max_tokens=16, dropout=0.0).train()
+    tokens = ragged([3, 5], vocab=12)
+    tower.tune_only(np.unique(tokens.ids))
+    for one in (tower, whole):
+        one(pack(tokens, torch.device("cpu"))).square().sum().backward()
+    used = np.union1d(np.unique(tokens.ids), [0])
+    name = "model.shared.weight"
+    found, expected = dict(tower.named_parameters())[name].grad, dict(whole.named_parameters())[name].grad
+    assert found.shape == (len(used), 32)
+    assert torch.allclose(found, expected[torch.from_numpy(used)], atol=1e-6)
+    state = tower.state_dict()
+    assert state.keys() == whole.state_dict().keys()
+    assert state[name].shape == (50, 32)
+    assert torch.equal(state[name], state["model.encoder.embed_tokens.weight"])
+
+
+def test_encoders_that_are_not_read(tmp_path: Path) -> None:
+    from transformers import BartConfig, BartModel, T5Config, T5ForConditionalGeneration
+
+    small = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    BartModel(BartConfig(vocab_size=50, **small, **heads)).save_pretrained(tmp_path / "bart")
+    spec = parse_text_spec(f"hf:{tmp_path / 'bart'}")
+    with pytest.raises(TowerError, match=r"is an encoder-decoder \(bart\): of these litune reads T5's kinds"):
+        make_text_tower(spec, vocab_size=50, max_tokens=16)
+    from safetensors.torch import load_file, save_file
+
+    T5ForConditionalGeneration(T5Config(vocab_size=50, **ENCODER)).save_pretrained(tmp_path / "t5")
+    file = tmp_path / "t5" / "model.safetensors"
+    weights = load_file(file)
+    for missing in ("encoder.final_layer_norm.weight", "shared.weight"):
+        save_file({k: v for k, v in weights.items() if k != missing}, file, {"format": "pt"})
+        with pytest.raises(TowerError, match="lacks . of the tower's weights") as error:
+            make_text_tower(parse_text_spec(f"hf:{tmp_path / 't5'}"), vocab_size=50, max_tokens=16)
+        assert "\n" not in str(error.value)
 
 
 def test_bfloat16_stays_close(tiny_bert: Path) -> None:

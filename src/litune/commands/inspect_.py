@@ -176,9 +176,7 @@ def describe_store(store: FeatureStore) -> dict[str, Any]:
         "kind": "feature store",
         "path": str(store.path),
         "images": len(store),
-        "captions": sum(len(c or ()) for c in store.metadata["captions"].to_pylist())
-        if "captions" in columns
-        else None,
+        "captions": sum(len(texts or ()) for texts in captions),
         "splits": store.metadata["split"].unique().to_pylist() if "split" in columns else [],
         "width": store.width,
         "dtype": manifest.get("dtype"),

@@ -22,7 +22,8 @@ from litune.files import clear_output, read_json, write_json
 from litune.model import LiT
 from litune.towers.heads import make_head
 from litune.towers.image import ImageTower, load_image_tower, with_random_weights
-from litune.towers.text import TextSpec, make_text_tower, parse_text_spec, text_layout
+from litune.towers.text import USE_M3, TextSpec, make_text_tower, parse_text_spec, text_layout
+from litune.towers.use_m3 import use_tokenizer
 from litune.tuning import OnLog, Tuning
 
 HOLDOUT_MOST = 1000
@@ -60,6 +61,8 @@ def text_spec(config: TuneConfig) -> TextSpec:
     """The text tower that is asked for, pre-trained or from scratch as --locking says."""
     spec = parse_text_spec(config.text_tower)
     letter = config.locking[1] if config.locking else None
+    if spec.kind == USE_M3 and letter not in (None, "L"):
+        raise ConfigError(f"--locking {config.locking} wants a text tower to tune, use-m3 is always locked: write LL")
     if letter == "u":
         return dataclasses.replace(spec, pretrained=False)
     if letter is not None and not spec.pretrained:
@@ -150,6 +153,8 @@ def make_tokenizer(spec: TextSpec, config: TuneConfig, captions: Sequence[str]) 
     """The text tower's own tokenizer, the one asked for, or one trained on the captions."""
     if config.tokenizer and spec.pretrained:
         raise ConfigError(f"--tokenizer is for towers from scratch: {spec.spec} was trained with its own")
+    if spec.kind == USE_M3:
+        return Tokenizer(use_tokenizer(), text_layout(spec), config.max_tokens)
     where = config.tokenizer or spec.tokenizer
     backend = find_tokenizer(where) if where else train_tokenizer(captions, config.vocab_size)
     return Tokenizer(backend, text_layout(spec), config.max_tokens)

