@@ -20,6 +20,7 @@ from litune.config import (
     CompareConfig,
     EmbedConfig,
     EvalConfig,
+    ImportConfig,
     QuickstartConfig,
     SearchConfig,
     TuneConfig,
@@ -40,6 +41,7 @@ COMMANDS: dict[str, tuple[type[Any], str]] = {
     "compare": (CompareConfig, "litune.commands.compare:compare"),
     "classify": (ClassifyConfig, "litune.commands.classify:classify"),
     "search": (SearchConfig, "litune.commands.search:search"),
+    "import": (ImportConfig, "litune.commands.import_:import_"),
 }
 
 # Those that several processes do together, under torchrun.

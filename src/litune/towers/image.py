@@ -1,4 +1,4 @@
-"""Image towers: one registry from a spec (`timm:…`, `hf:…`, `onnx:…`, `python:…`, a short name) to an encoder.
+"""Image towers: one registry from a spec (`timm:…`, `hf:…`, `vit:…`, `onnx:…`, `python:…`, a short name) to an encoder.
 
 A tower knows its own preprocessing; nothing about its input is guessed. A tower is locked unless it is asked for
 unlocked: no gradients and `eval()` mode (no dropout, no drop-path, frozen batch-norm statistics).
@@ -29,6 +29,7 @@ from litune.errors import MissingExtraError, TowerError, nearest
 from litune.files import sha256_file
 from litune.towers.locking import eval_locked, lock
 from litune.towers.quiet import quiet_transformers
+from litune.towers.vit import vit_size
 
 Preprocess = Callable[[Image.Image], np.ndarray]
 
@@ -168,8 +169,8 @@ def weights_hash(module: nn.Module) -> str:
 def load_image_tower(spec: str, *, locked: bool = True) -> ImageTower:
     """The image tower that `spec` names, in eval mode.
 
-    `?init=random` draws the weights of a `timm:`, `hf:` or packaged tower from torch's global generator: call
-    `torch.manual_seed` before. `?size=96` or `?size=96,128` (height, width) gives a `timm:` or packaged tower
+    `?init=random` draws the weights of a `timm:`, `hf:`, `vit:` or packaged tower from torch's global generator: call
+    `torch.manual_seed` before. `?size=96` or `?size=96,128` (height, width) gives a `timm:`, `vit:` or packaged tower
     another input size in pixels; the positions of a ViT are interpolated.
 
     Raises `TowerError` for an unknown name (with the nearest ones), weights that don't load or a tower that can't
@@ -316,6 +317,47 @@ def _timm_pooling(model: Any) -> str:
         if isinstance(getattr(found, "pool_type", None), str):
             return str(found.pool_type)
     return "the model's own"
+
+
+def _vit(spec: str, name: str, options: dict[str, str]) -> ImageTower:
+    """`vit:B/16?init=random`: the official Vision Transformer (size/patch), without weights of its own.
+
+    CLS token after the last LayerNorm (epsilon 1e-6), tanh GELU, pictures as LiT's released models take them.
+    """
+    from timm.models.vision_transformer import VisionTransformer
+
+    random, size = _random_asked(spec, options), _size_asked(spec, options) or (224, 224)
+    _no_more(spec, options, ["init", "size"])
+    if not random:
+        raise TowerError(f"{spec!r} has no weights of its own: add ?init=random, or name a run that has (run:RUN)")
+    size_name, found, patch = name.partition("/")
+    if not found or not patch.isdecimal() or int(patch) < 1:
+        raise TowerError(f"{spec!r} should read vit:SIZE/PATCH, as in vit:B/16")
+    if size[0] % int(patch) or size[1] % int(patch):
+        raise TowerError(f"{spec!r} can't take pictures of {size[0]}×{size[1]} pixels: patches are {patch} wide")
+    width, depth, mlp, heads = vit_size(size_name)
+    model = VisionTransformer(
+        img_size=size,
+        patch_size=int(patch),
+        num_classes=0,
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        mlp_ratio=(mlp + 0.5) / width,  # timm rounds down
+        global_pool="token",
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        act_layer=partial(nn.GELU, approximate="tanh"),
+    )
+    half = (0.5, 0.5, 0.5)  # value / 127.5 − 1
+    transform = ImageTransform(size, half, half, crop_mode="squash", interpolation="tensorflow")
+    return ImageTower(
+        spec,
+        _TimmNetwork(model),
+        transform,
+        description=transform.describe(),
+        weights=weights_hash(model),
+        pooling=_timm_pooling(model),
+    )
 
 
 def _efficientnet_lite0(spec: str, options: dict[str, str]) -> ImageTower:
@@ -565,6 +607,7 @@ def _reason(what: str, why: Exception) -> str:
 KINDS: dict[str, Callable[[str, str, dict[str, str]], ImageTower]] = {
     "timm": _timm,
     "hf": _hf,
+    "vit": _vit,
     "onnx": _onnx,
     "python": _python,
 }
