@@ -3,7 +3,7 @@
     config.json         the command's config, whole
     manifest.json       towers, heads, provenance, counts, versions, metrics; `complete` when tuning is done
     model.safetensors   text tower, heads, temperature, centre
-    tokenizer.json      the tokenizer (and sentencepiece.model, where it was made from one)
+    tokenizer.json      the tokenizer (and pieces.model, where it was made from one)
     metrics.jsonl       one JSON object per logged step and per evaluation
     state.safetensors   weights, optimizer moments and step while tuning goes on; gone when it is done
     best/               a run folder of its own: the model as it was best on the held-out pairs

@@ -120,8 +120,8 @@ class TuneConfig:
     uL, UL or LL the text tower is locked and only its head is tuned. By default LU, or Lu for a text tower from
     scratch."""
     image_tower: str | None = None
-    """The image tower to train where it is unlocked (efficientnet-lite0, timm:NAME, hf:NAME_OR_FOLDER; ?size=96 for
-    smaller pictures); by default that of the store."""
+    """The image tower to train where it is unlocked (efficientnet-lite0, timm:NAME, hf:NAME_OR_FOLDER, or from scratch
+    vit:B/16; ?size=96 for smaller pictures); by default that of the store."""
     image_head: Literal["auto", "none", "linear", "mlp", "gated"] = "auto"
     """A head on the image side, tuned. none keeps a locked tower's own feature space; auto is none on a locked tower
     and linear on an unlocked one; gated is an MLP whose hidden values are gated (SwiGLU)."""

@@ -279,11 +279,41 @@ def test_a_run_of_pieces_is_tuned_further(tmp_path: Path, pieces: Path, photos: 
     further = litune.tune(
         store.path, text_tower=f"run:{run}", out=tmp_path / "further", max_tokens=12, duration="2steps", evaluations=0
     )
-    assert (tmp_path / "further" / "sentencepiece.model").read_bytes() == pieces.read_bytes()
+    assert (tmp_path / "further" / "pieces.model").read_bytes() == pieces.read_bytes()
     assert further.encode_text("a red box").shape == (1, 48)
     with pytest.raises(RunError, match="its image features are mapped"):
         export_npz(further, tmp_path / "back.npz")
     assert not (tmp_path / "back.npz").exists()
+
+
+def test_a_run_from_scratch_goes_out(tmp_path: Path, pieces: Path, store: litune.FeatureStore) -> None:
+    """A run of litune's own with towers of the official kind becomes such a file, and comes back the same."""
+    model = litune.tune(
+        store.path,
+        text_tower="vit:32-2-64-2",
+        tokenizer=str(pieces),
+        image_tower="vit:48-1-96-3/8?size=16",
+        locking="uu",
+        dim=24,
+        out=tmp_path / "run",
+        max_tokens=8,
+        duration="2steps",
+        evaluations=0,
+        batch_size=8,
+    )
+    export_npz(litune.load(tmp_path / "run"), tmp_path / "mine.npz")
+    with np.load(tmp_path / "mine.npz", allow_pickle=False) as file:
+        assert {key: file[key].shape for key in file} == layout(
+            (48, 1, 96, 3), (32, 2, 64, 2), bert=False, patch=8, size=16, vocabulary=model.tokenizer.vocab_size,
+            positions=8, dim=24, image_head=True,
+        )  # fmt: skip
+    back = import_(tmp_path / "mine.npz", vocab=pieces, out=tmp_path / "back")
+    assert torch.equal(back.encode_text(TEXTS), model.encode_text(TEXTS))
+    images = [draw("red", "box"), draw("blue", "ring", 31)]
+    assert torch.equal(back.encode_image(images), model.encode_image(images))
+    assert back.image_provenance is not None
+    assert model.image_provenance is not None
+    assert back.image_provenance["weights"] == model.image_provenance["weights"], "one and the same tower"
 
 
 def test_other_runs_are_refused(store: litune.FeatureStore, tiny_bert: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from litune.files import atomic
 
 Layout = Literal["bert", "sticky_eos", "own"]
 Backend = tokenizers.Tokenizer | SentencePiece
-SENTENCEPIECE = "sentencepiece.model"
+SENTENCEPIECE = "pieces.model"
 """Beside a tokenizer.json: the SentencePiece model that it was made from, which is what is used."""
 
 
@@ -104,7 +104,7 @@ def load_tokenizer(file: Path, layout: Layout, max_tokens: int) -> Tokenizer:
 def find_tokenizer(where: str) -> Backend:
     """A tokenizer.json, a SentencePiece .model, a folder that has one (or what transformers makes one of), a hub name.
 
-    In a folder that has both, sentencepiece.model is taken, which litune writes; of other names, the tokenizer.json.
+    In a folder that has both, pieces.model is taken, which litune writes; of other names, the tokenizer.json.
     """
     path = Path(where)
     file = path / "tokenizer.json" if path.is_dir() else path

@@ -7,6 +7,7 @@ bit for bit. Kernels are (in, out) there and (out, in) here.
 from __future__ import annotations
 
 import math
+import tokenize
 import zipfile
 import zlib
 from dataclasses import asdict
@@ -30,8 +31,11 @@ from litune.towers.vit import vit_name, vit_size
 
 DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("V2")}
 """What a file's numbers may be; NumPy has no bfloat16 of its own and writes it as two bytes."""
-UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError)
-"""What reading a damaged, truncated or locked zip file raises."""
+UNREADABLE = (
+    zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError, TypeError, SyntaxError,
+    tokenize.TokenError, MemoryError,
+)  # fmt: skip
+"""What reading a damaged, truncated or locked zip file raises, or NumPy at a damaged header."""
 
 
 class Checkpoint:

@@ -29,7 +29,7 @@ from litune.errors import MissingExtraError, TowerError, nearest
 from litune.files import sha256_file
 from litune.towers.locking import eval_locked, lock
 from litune.towers.quiet import quiet_transformers
-from litune.towers.vit import vit_size
+from litune.towers.vit import check_vit_size, vit_size
 
 Preprocess = Callable[[Image.Image], np.ndarray]
 
@@ -333,6 +333,7 @@ def _vit(spec: str, name: str, options: dict[str, str]) -> ImageTower:
     size_name, found, patch = name.partition("/")
     if not found or not patch.isdecimal() or int(patch) < 1:
         raise TowerError(f"{spec!r} should read vit:SIZE/PATCH, as in vit:B/16")
+    check_vit_size(spec, size_name)
     if size[0] % int(patch) or size[1] % int(patch):
         raise TowerError(f"{spec!r} can't take pictures of {size[0]}×{size[1]} pixels: patches are {patch} wide")
     width, depth, mlp, heads = vit_size(size_name)

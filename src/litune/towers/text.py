@@ -25,7 +25,7 @@ from litune.towers.bert import BERT_LIKE, ROBERTA_LIKE, bert_encode, runs_fused
 from litune.towers.dropout import dropout
 from litune.towers.packing import Packed, attention, pool
 from litune.towers.quiet import quiet_transformers
-from litune.towers.vit import VIT_SIZES, vit_size
+from litune.towers.vit import VIT_SIZES, check_vit_size, vit_size
 from litune.towers.vocabulary import TunedRows
 
 
@@ -234,8 +234,8 @@ def parse_text_spec(spec: str) -> TextSpec:
     if not found or kind not in KINDS or not name:
         choices = [*PACKAGED, "hf:NAME_OR_FOLDER", *(f"vit:{s}" for s in VIT_SIZES), "run:RUN"]
         raise TowerError(f"unknown text tower {spec!r}: {nearest(spec, choices, 2)}; known: {', '.join(choices)}")
-    if kind == "vit" and name not in VIT_SIZES:
-        raise TowerError(f"{spec!r} has an unknown size {name!r}: known: {', '.join(VIT_SIZES)}")
+    if kind == "vit":
+        check_vit_size(spec, name)
     if kind == "run" and init == "random":
         raise TowerError(f"{spec!r} has an unknown option: a run's text tower is taken as it was tuned")
     return TextSpec(spec, kind, name, kind != "vit" and init == "pretrained")

@@ -32,8 +32,16 @@ def vit_size(name: str) -> tuple[int, int, int, int]:
         raise TowerError(f"unknown size {name!r}: known: {', '.join(VIT_SIZES)}, or WIDTH-DEPTH-MLP-HEADS")
     width, depth, mlp, heads = (int(n) for n in numbers.groups())
     if not (width and depth and mlp and heads) or width % heads:
-        raise TowerError(f"the size {name!r} can't be: its width must be a multiple of its heads, all of them positive")
+        raise TowerError(f"in the size {name!r} the width must be a multiple of the heads, and all of them positive")
     return width, depth, mlp, heads
+
+
+def check_vit_size(spec: str, name: str) -> None:
+    """Raise `TowerError` naming the tower's spec where it has no size that there is."""
+    try:
+        vit_size(name)
+    except TowerError as why:
+        raise TowerError(f"{spec!r} can't be: {why}") from None
 
 
 def vit_name(width: int, depth: int, mlp: int, heads: int) -> str:
