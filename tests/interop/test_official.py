@@ -276,6 +276,13 @@ def test_a_run_of_pieces_is_tuned_further(tmp_path: Path, pieces: Path, photos: 
     store = litune.embed(photos, image_tower=f"run:{run}", out=tmp_path / "store", workers=1)
     with pytest.raises(ConfigError, match=r"--max-tokens 16 is more than the 12 positions"):
         litune.tune(store.path, text_tower=f"run:{run}", out=tmp_path / "further")
+    for wrong, message in (
+        ({"pooling": "mean"}, "keeps its pooling and its dropout"),
+        ({"locking": "Lu"}, "wants a text tower from scratch"),
+        ({"tokenizer": str(pieces)}, "was trained with its own"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            litune.tune(store.path, text_tower=f"run:{run}", out=tmp_path / "further", max_tokens=12, **wrong)
     further = litune.tune(
         store.path, text_tower=f"run:{run}", out=tmp_path / "further", max_tokens=12, duration="2steps", evaluations=0
     )
@@ -419,6 +426,10 @@ def test_wrong_vocabularies(tmp_path: Path, wordpieces: Path, pieces: Path) -> N
     assert not (tmp_path / "run").exists()
 
 
+def full_disk(*_: Any) -> None:
+    raise OSError(28, "the disk is full")
+
+
 def test_overwriting(tmp_path: Path, wordpieces: Path) -> None:
     file, out = tmp_path / "LiT.npz", tmp_path / "run"
     make(file, bert=True, vocabulary=len(WORDS))
@@ -430,6 +441,11 @@ def test_overwriting(tmp_path: Path, wordpieces: Path) -> None:
     with pytest.raises(DataError):
         import_(tmp_path / "bad.npz", vocab=wordpieces, out=out, overwrite=True)
     assert (out / "model.safetensors").read_bytes() == before, "what is there goes when the new one is read"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="full"):
+        patch.setattr("litune.checkpoint.save_file", full_disk)
+        import_(file, vocab=wordpieces, out=out, overwrite=True)
+    assert (out / "model.safetensors").read_bytes() == before, "nor before the new one is on the disk"
+    assert not list(tmp_path.glob(".*")), "nothing half-written stays"
     import_(file, vocab=wordpieces, out=out, overwrite=True, max_tokens=8)
     assert json.loads((out / "manifest.json").read_text())["model"]["tokenizer"]["max_tokens"] == 8
     (tmp_path / "mine").mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 from litune.checkpoint import CONFIG, MANIFEST, load, save_model
@@ -44,10 +45,15 @@ def import_(config: ImportConfig) -> LiT:
         },
         "libraries": library_versions(),
     }
-    _clear(config)
-    config.out.mkdir(parents=True, exist_ok=True)
-    write_json(config.out / CONFIG, to_json(config))
-    save_model(config.out, model, manifest)
+    building = config.out.with_name(f".{config.out.name}.tmp")
+    shutil.rmtree(building, ignore_errors=True)  # what a killed import left
+    try:
+        write_json(building / CONFIG, to_json(config))
+        save_model(building, model, manifest)
+        _clear(config)
+        building.replace(config.out)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
     say(f"{config.checkpoint}: {_in_words(checkpoint.design)}")
     say(f"wrote {config.out}; its image tower is run:{config.out}")
     return load(config.out)
