@@ -1,7 +1,7 @@
 """litune: give any image model a language, by locked-image tuning (LiT, arXiv 2111.07991).
 
-The commands are functions of the same names (`embed`, `tune`, `eval`, `compare`, `classify`, `search`,
-`inspect`, `quickstart`); `load` opens a run. Names are imported when they are first used, so that `import litune` is
+The commands are functions of the same names (`embed`, `tune`, `eval`, `compare`, `classify`, `search`, `inspect`,
+`import_`, `quickstart`); `load` opens a run. Names are imported when they are first used, so that `import litune` is
 quick.
 """
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from litune.commands.compare import compare as compare
     from litune.commands.embed import embed as embed
     from litune.commands.evaluate import evaluate as eval  # noqa: F401
+    from litune.commands.import_ import import_ as import_
     from litune.commands.inspect_ import inspect as inspect
     from litune.commands.quickstart import quickstart as quickstart
     from litune.commands.search import search as search
@@ -41,6 +42,7 @@ _HOME = {
     "embed": "litune.commands.embed",
     "eval": "litune.commands.evaluate",
     "inspect": "litune.commands.inspect_",
+    "import_": "litune.commands.import_",
     "load": "litune.checkpoint",
     "quickstart": "litune.commands.quickstart",
     "search": "litune.commands.search",

@@ -3,7 +3,7 @@
     config.json         the command's config, whole
     manifest.json       towers, heads, provenance, counts, versions, metrics; `complete` when tuning is done
     model.safetensors   text tower, heads, temperature, centre
-    tokenizer.json      the tokenizer
+    tokenizer.json      the tokenizer (and pieces.model, where it was made from one)
     metrics.jsonl       one JSON object per logged step and per evaluation
     state.safetensors   weights, optimizer moments and step while tuning goes on; gone when it is done
     best/               a run folder of its own: the model as it was best on the held-out pairs
@@ -95,6 +95,7 @@ def describe_model(model: LiT) -> dict[str, Any]:
         "dim": model.dim,
         "bias": model.logit_bias is not None,
         "tokenizer": model.tokenizer.describe(),
+        **({"origin": model.origin} if model.origin is not None else {}),
     }
 
 
@@ -136,6 +137,7 @@ def load(run: Path | str, *, image_tower: str | None = None, device: str = "auto
         image_provenance=made["image_tower"],
         image=_tuned_tower(made["image_tower"]) if made.get("image_tuned") else None,
     )
+    model.origin = made.get("origin")
     tensors, _ = load_tensors(folder / MODEL)
     try:
         model.load_state_dict(tensors, strict=True)

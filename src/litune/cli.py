@@ -20,6 +20,7 @@ from litune.config import (
     CompareConfig,
     EmbedConfig,
     EvalConfig,
+    ImportConfig,
     InspectConfig,
     QuickstartConfig,
     SearchConfig,
@@ -42,6 +43,7 @@ COMMANDS: dict[str, tuple[type[Any], str]] = {
     "classify": (ClassifyConfig, "litune.commands.classify:classify"),
     "search": (SearchConfig, "litune.commands.search:search"),
     "inspect": (InspectConfig, "litune.commands.inspect_:inspect"),
+    "import": (ImportConfig, "litune.commands.import_:import_"),
 }
 
 # Those that several processes do together, under torchrun.

@@ -97,7 +97,8 @@ class TuneConfig:
     """A feature store that `litune embed` wrote, or a folder that clip-retrieval wrote."""
     text_tower: str
     """The text tower: minilm, hf:NAME_OR_FOLDER (pre-trained), hf:NAME_OR_FOLDER?init=random (the same
-    architecture from scratch), or vit:Ti, S, B, L, H, g (from scratch)."""
+    architecture from scratch), vit:Ti, S, B, L, H, g (from scratch), or run:RUN (that of a run, with its tokenizer
+    and those of its heads that fit)."""
     out: Path
     """The run folder to write."""
 
@@ -123,8 +124,8 @@ class TuneConfig:
     uL, UL or LL the text tower is locked and only its head is tuned. By default LU, or Lu for a text tower from
     scratch."""
     image_tower: str | None = None
-    """The image tower to train where it is unlocked (efficientnet-lite0, timm:NAME, hf:NAME_OR_FOLDER; ?size=96 for
-    smaller pictures); by default that of the store."""
+    """The image tower to train where it is unlocked (efficientnet-lite0, timm:NAME, hf:NAME_OR_FOLDER, or from scratch
+    vit:B/16; ?size=96 for smaller pictures); by default that of the store."""
     image_head: Literal["auto", "none", "linear", "mlp", "gated"] = "auto"
     """A head on the image side, tuned. none keeps a locked tower's own feature space; auto is none on a locked tower
     and linear on an unlocked one; gated is an MLP whose hidden values are gated (SwiGLU)."""
@@ -140,7 +141,8 @@ class TuneConfig:
     shrinkage: float = 5.0
     """How far whitening holds back: this many times the mean variance is added to every direction's variance."""
     tokenizer: str | None = None
-    """For vit: towers, a tokenizer.json or a folder that has one; by default one is trained on the captions."""
+    """For vit: towers, a tokenizer.json, a SentencePiece .model or a folder that has one; by default one is trained on
+    the captions."""
     vocab_size: int = 32000
     """The size of a freshly trained tokenizer, at most."""
     max_tokens: int = 16
@@ -418,6 +420,29 @@ class SearchConfig:
         _at_least("top", self.top, 1)
         if not self.query.strip():
             raise ConfigError("the query is empty: say what to look for")
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """Make a run of one of the released LiT checkpoints (LiT-B16B, B16B_2, L16L, L16S, L16Ti).
+
+    Which one it is, its shapes tell. The run has its own image tower: embed with --image-tower run:RUN.
+    """
+
+    checkpoint: Annotated[Positional[Path], arg(metavar="FILE")]
+    """The .npz file."""
+    vocab: Path
+    """The vocabulary that was released with it: a WordPiece .txt (B16B, B16B_2, L16L) or a SentencePiece .model
+    (L16S, L16Ti)."""
+    out: Path
+    """The run folder to write."""
+    max_tokens: int | None = None
+    """Tokens of a text that are read, at most; by default 16, as these models were tuned."""
+    overwrite: bool = False
+    """Remove a run that is already at --out."""
+
+    def __post_init__(self) -> None:
+        _at_least("max-tokens", 2 if self.max_tokens is None else self.max_tokens, 2)
 
 
 @dataclass(frozen=True)

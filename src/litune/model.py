@@ -62,6 +62,8 @@ class LiT(nn.Module):
         self.image_provenance = image_provenance
         self.image, self.image_tuned = image, image is not None
         self.find_image_tower: Callable[[], ImageTower] | None = None
+        self.origin: dict[str, Any] | None = None
+        """Of an imported model, what its file has beside the weights, to be written back as it was."""
 
     @property
     def scale(self) -> Float[Tensor, ""]:

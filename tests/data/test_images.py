@@ -11,7 +11,7 @@ from PIL import Image
 from tests.conftest import draw
 
 from litune.data.images import ImageTransform, decode_file, map_ahead, open_rgb
-from litune.errors import DataError
+from litune.errors import ConfigError, DataError
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -71,6 +71,44 @@ def test_transform_is_timms(crop_pct: float, size: tuple[int, int]) -> None:
     )
     mean, std = (np.array(v).reshape(3, 1, 1) for v in (ours.mean, ours.std))
     assert np.allclose((ours(image) / 255 - mean) / std, theirs(image).numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(37, 53), (300, 451), (7, 5), (16, 24)])
+def test_tensorflow_resize(size: tuple[int, int]) -> None:
+    """Bilinear, not antialiased, cut off: the formula in float64, but where float32 rounds across a whole level."""
+    values = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
+    found = ImageTransform((16, 24), (0.5,) * 3, (0.5,) * 3, crop_mode="squash", interpolation="tensorflow")(
+        Image.fromarray(values)
+    )
+    exact = np.zeros((3, 16, 24))
+    for y in range(16):
+        for x in range(24):
+            row = min(max((y + 0.5) * size[0] / 16 - 0.5, 0), size[0] - 1)
+            column = min(max((x + 0.5) * size[1] / 24 - 0.5, 0), size[1] - 1)
+            top, left = int(row), int(column)
+            bottom, right = min(top + 1, size[0] - 1), min(left + 1, size[1] - 1)
+            for weight, i, j in (
+                ((1 - row % 1) * (1 - column % 1), top, left),
+                ((1 - row % 1) * (column % 1), top, right),
+                ((row % 1) * (1 - column % 1), bottom, left),
+                ((row % 1) * (column % 1), bottom, right),
+            ):
+                exact[:, y, x] += weight * values[i, j]
+    clear = np.abs(exact - exact.round()) > 1e-3
+    assert found.dtype == np.uint8
+    assert np.array_equal(found[clear], exact.astype(np.uint8)[clear])
+    assert np.abs(found - exact).max() <= 1.001
+    if size == (16, 24):
+        assert np.array_equal(found, values.transpose(2, 0, 1))
+
+
+def test_tensorflow_resize_keeps_what_is_even() -> None:
+    """The cast cuts off: 255 must not become 254.99998 on the way."""
+    white = Image.new("RGB", (53, 37), (255, 254, 1))
+    transform = ImageTransform((16, 16), (0.5,) * 3, (0.5,) * 3, crop_mode="squash", interpolation="tensorflow")
+    assert transform(white).reshape(3, -1).tolist() == [[255] * 256, [254] * 256, [1] * 256]
+    with pytest.raises(ConfigError, match="needs crop_mode squash"):
+        ImageTransform((16, 16), (0.5,) * 3, (0.5,) * 3, interpolation="tensorflow")
 
 
 def test_decode_file(tmp_path: Path) -> None:

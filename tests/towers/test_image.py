@@ -120,6 +120,11 @@ def test_python(tower_module: str) -> None:
         ("timm:", "names no tower"),
         ("timm:resnet10t?chekpoint=x", r"unknown option 'chekpoint' \(perhaps you meant 'checkpoint'"),
         ("timm:resnet10t?checkpoint=/nowhere", "does not exist"),
+        ("vit:B/16", r"has no weights of its own: add \?init=random"),
+        ("vit:M/16?init=random", "unknown size 'M': known: Ti, S, B, L, H, g"),
+        ("vit:B?init=random", "should read vit:SIZE/PATCH"),
+        ("vit:B/16?size=100&init=random", "can't take pictures of 100×100 pixels: patches are 16 wide"),
+        ("vit:10-1-10-3/16?init=random", "the width must be a multiple of the heads"),
         ("timm:test_resnet?init=zeros", "has init=zeros: only init=random is known"),
         ("timm:test_resnet?init=random&size=big", "has a size that can't be read: .*'big'"),
         ("timm:test_resnet?init=random&size=1,2,3", "has a size that can't be read: 1,2,3 is not one or two numbers"),
@@ -379,3 +384,28 @@ def test_size_interpolates_a_vits_positions(tmp_path: Path) -> None:
 def test_convolutional_towers_are_told_from_others(name: str, expected: bool) -> None:
     assert is_convolutional(random_timm_tower(name)) == expected
     assert not is_convolutional(None)
+
+
+def test_vit_is_timms_with_tanh_gelu() -> None:
+    """The same weights in timm's own model, its GELU replaced: the same features."""
+    import timm
+
+    tower = load_image_tower("vit:Ti/16?size=32&init=random")
+    twin = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0, act_layer="gelu_tanh").eval()
+    assert isinstance(tower.network, torch.nn.Module)
+    twin.load_state_dict({k.removeprefix("model."): v for k, v in tower.network.state_dict().items()})
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    assert torch.allclose(tower.encode(pixels), twin(pixels / 127.5 - 1), atol=1e-5)
+    tower.unlock()
+    tower.set_gradient_checkpointing(True)
+    assert tower.provenance["preprocess"]["interpolation"] == "tensorflow"
+
+
+@pytest.mark.parametrize("size", ["H", "g"])
+def test_vit_sizes_are_exact(size: str) -> None:
+    """timm is given the MLP's width as a share of the width: it must not be rounded to one less."""
+    from litune.towers.vit import VIT_SIZES
+
+    width, _, mlp, heads = VIT_SIZES[size]
+    tower = load_image_tower(f"vit:{width}-1-{mlp}-{heads}/16?size=16&init=random")
+    assert {tuple(p.shape) for n, p in tower.named_parameters() if "fc1.weight" in n} == {(mlp, width)}

@@ -311,6 +311,8 @@ def test_minilm_pools_as_it_declares() -> None:
         ("minlm", "unknown text tower 'minlm': perhaps you meant 'minilm'"),
         ("vit:M", "unknown size 'M': known: Ti, S, B, L, H, g"),
         ("hf:x?init=zeros", r"only \?init=random is known"),
+        ("run:mine?init=random", "a run's text tower is taken as it was tuned"),
+        ("vit:10-1-10-3", "the width must be a multiple of the heads"),
         ("bert", "unknown text tower"),
     ],
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from litune.errors import DataError, TowerError
 from litune.features import MANIFEST as STORE_MANIFEST
 from litune.features import FeatureStore
 from litune.files import write_json
+from litune.interop.official import Checkpoint
 from litune.model import LiT
 from litune.towers.heads import make_head
 from litune.towers.image import ImageTower
@@ -189,9 +192,21 @@ def describe_store(store: FeatureStore) -> dict[str, Any]:
 
 def describe_npz(file: Path) -> dict[str, Any]:
     """One of the released LiT checkpoints: which, and its parameters per part."""
-    from litune.interop.official import describe
-
-    return {"kind": "released checkpoint", "path": str(file)} | describe(file)
+    checkpoint = Checkpoint(file)
+    design = checkpoint.design
+    parts: dict[str, int] = {}
+    for key, shape in checkpoint.shapes.items():
+        name = key.removeprefix(design.prefix).removeprefix("/").split("/")[0]
+        parts[name] = parts.get(name, 0) + math.prod(shape)
+    return {
+        "kind": "released checkpoint",
+        "path": str(file),
+        "parameters": design.parameters,
+        "parts": parts,
+        "image": asdict(design.image) | {"patch": design.patch, "size": design.image_size, "head": design.image_head},
+        "text": asdict(design.text) | {"kind": "BERT" if design.bert else "ViT", "vocabulary": design.vocabulary},
+        "dim": design.dim,
+    }
 
 
 def _plan(found: dict[str, Any], text: TextTower, config: InspectConfig) -> dict[str, Any]:

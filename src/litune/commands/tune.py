@@ -20,6 +20,7 @@ from litune.errors import ConfigError, OutputExistsError, RunError
 from litune.features import FeatureStore, Selection
 from litune.files import clear_output, read_json, write_json
 from litune.model import LiT
+from litune.progress import say
 from litune.towers.heads import make_head
 from litune.towers.image import ImageTower, load_image_tower, with_random_weights
 from litune.towers.text import USE_M3, TextSpec, make_text_tower, parse_text_spec, text_layout
@@ -45,8 +46,9 @@ def tune(config: TuneConfig, on_log: OnLog | None = None) -> LiT:
     goes_on = distributed.from_main(lambda: can_go_on(config))
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
-    tokenizer = make_tokenizer(spec, config, train.captions)
-    model = make_model(store, spec, tokenizer, train, config).to(device)
+    start = started_from(spec, config)
+    tokenizer = make_tokenizer(spec, config, train.captions, start)
+    model = make_model(store, spec, tokenizer, train, config, start).to(device)
     run = Tuning(config, store, train, val, model, device, on_log)
     if not goes_on:
         distributed.from_main(lambda: prepare_run(config))
@@ -63,6 +65,8 @@ def text_spec(config: TuneConfig) -> TextSpec:
     letter = config.locking[1] if config.locking else None
     if spec.kind == USE_M3 and letter not in (None, "L"):
         raise ConfigError(f"--locking {config.locking} wants a text tower to tune, use-m3 is always locked: write LL")
+    if letter == "u" and spec.kind == "run":
+        raise ConfigError(f"--locking {config.locking} wants a text tower from scratch, {spec.spec} is tuned already")
     if letter == "u":
         return dataclasses.replace(spec, pretrained=False)
     if letter is not None and not spec.pretrained:
@@ -149,25 +153,55 @@ def both_sides(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [f"{name} was {before.get(name)!r}, is {value!r}" for name, value in changed_settings(before, now).items()]
 
 
-def make_tokenizer(spec: TextSpec, config: TuneConfig, captions: Sequence[str]) -> Tokenizer:
-    """The text tower's own tokenizer, the one asked for, or one trained on the captions."""
+def started_from(spec: TextSpec, config: TuneConfig) -> LiT | None:
+    """The run whose text tower is tuned further; None where none is named."""
+    if spec.kind != "run":
+        return None
+    start = load(spec.name, device="cpu")
+    if config.pooling not in ("auto", start.text.pooling) or config.dropout is not None:
+        raise ConfigError(f"{spec.spec} keeps its pooling and its dropout: leave out --pooling and --dropout")
+    if config.max_tokens > start.text.max_positions:
+        raise ConfigError(
+            f"--max-tokens {config.max_tokens} is more than the {start.text.max_positions} positions of {spec.spec}"
+        )
+    return start
+
+
+def make_tokenizer(spec: TextSpec, config: TuneConfig, captions: Sequence[str], start: LiT | None = None) -> Tokenizer:
+    """The text tower's own tokenizer (that of the run `start`), the one asked for, or one trained on the captions."""
     if config.tokenizer and spec.pretrained:
         raise ConfigError(f"--tokenizer is for towers from scratch: {spec.spec} was trained with its own")
     if spec.kind == USE_M3:
         return Tokenizer(use_tokenizer(), text_layout(spec), config.max_tokens)
+    if start is not None:
+        return Tokenizer(start.tokenizer.backend, start.tokenizer.layout, config.max_tokens)
     where = config.tokenizer or spec.tokenizer
     backend = find_tokenizer(where) if where else train_tokenizer(captions, config.vocab_size)
     return Tokenizer(backend, text_layout(spec), config.max_tokens)
 
 
-def make_model(store: FeatureStore, spec: TextSpec, tokenizer: Tokenizer, train: Selection, config: TuneConfig) -> LiT:
-    """The model to tune: both towers' parts, their heads, and the fixed map of a locked tower's features."""
-    text = make_text_tower(
-        spec,
-        vocab_size=tokenizer.vocab_size,
-        max_tokens=config.max_tokens,
-        pooling=config.pooling,
-        dropout=config.dropout,
+def make_model(
+    store: FeatureStore,
+    spec: TextSpec,
+    tokenizer: Tokenizer,
+    train: Selection,
+    config: TuneConfig,
+    start: LiT | None = None,
+) -> LiT:
+    """The model to tune: both towers' parts, their heads, and the fixed map of a locked tower's features.
+
+    The text tower of the run `start`, where there is one, and those of its heads that fit.
+    """
+    text = (
+        start.text
+        if start is not None
+        else make_text_tower(
+            spec,
+            vocab_size=tokenizer.vocab_size,
+            max_tokens=config.max_tokens,
+            pooling=config.pooling,
+            dropout=config.dropout,
+        )
     )
     image = None if config.locked else unlocked_tower(store, config)
     image_width = store.width if image is None else output_width(image)
@@ -187,12 +221,25 @@ def make_model(store: FeatureStore, spec: TextSpec, tokenizer: Tokenizer, train:
         image_provenance=store.tower if image is None else image.provenance,
         image=image,
     )
+    if start is not None:
+        keep_heads(spec, start, model)
     if image_map != "none":
         mean, covariance = moments(train)
         model.center.copy_(torch.from_numpy(mean))
         if model.whitening is not None:
             model.whitening.copy_(torch.from_numpy(whitening(covariance, config.shrinkage)))
     return model
+
+
+def keep_heads(spec: TextSpec, start: LiT, model: LiT) -> None:
+    """Go on with those heads of a run that are of the same kind and size as the model's."""
+    for name in ("text_head", "image_head"):
+        theirs, ours = start.get_submodule(name), model.get_submodule(name)
+        shapes, wanted = ({k: v.shape for k, v in head.state_dict().items()} for head in (theirs, ours))
+        if shapes and shapes == wanted:
+            ours.load_state_dict(theirs.state_dict())
+        elif shapes or wanted:
+            say(f"the {name.replace('_', ' ')} begins anew: that of {spec.spec} is of another kind or size")
 
 
 def shared_dim(config: TuneConfig, image_head: str, image_width: int, text_width: int) -> int:

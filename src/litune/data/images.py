@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 from litune.data.pairs import Damage
-from litune.errors import DataError, LituneError
+from litune.errors import ConfigError, DataError, LituneError
 
 MAX_PIXELS = 179_000_000  # Pillow's own limit for a decompression bomb
 
@@ -82,9 +82,16 @@ class ImageTransform:
     """The share of the resized picture that the crop keeps."""
     crop_mode: Literal["center", "squash", "border"] = "center"
     interpolation: str = "bicubic"
+    """As timm names it; or tensorflow, which squashes as the official models of LiT want it (`resize_tensorflow`)."""
+
+    def __post_init__(self) -> None:
+        if self.interpolation == "tensorflow" and (self.crop_mode, self.crop_pct) != ("squash", 1.0):
+            raise ConfigError("interpolation tensorflow scales whole pictures: it needs crop_mode squash, crop_pct 1")
 
     @cached_property
     def _pipeline(self) -> Callable[[Image.Image], np.ndarray]:
+        if self.interpolation == "tensorflow":
+            return partial(resize_tensorflow, size=self.size)
         from timm.data import create_transform
 
         pipeline: Callable[[Image.Image], np.ndarray] = create_transform(
@@ -104,6 +111,31 @@ class ImageTransform:
     def describe(self) -> dict[str, Any]:
         """The settings, as they stand in a store's fingerprint."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+def resize_tensorflow(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """A picture scaled to height and width `size` as TF2's tf.image.resize does it, cast to uint8: [3, H, W].
+
+    Bilinear between the four pixels around each point (half-pixel centres), no antialiasing, the aspect not kept, in
+    float32 and in that library's order of operations: the cast cuts off, so that rounding could cost a whole level.
+    """
+    pixels = np.asarray(image.convert("RGB")).astype(np.float32)
+    low, high, share = _sources(pixels.shape[0], size[0])
+    left, right, along = _sources(pixels.shape[1], size[1])
+    share, along = share[:, None, None], along[:, None]
+    top, bottom = (rows[:, left] + (rows[:, right] - rows[:, left]) * along for rows in (pixels[low], pixels[high]))
+    scaled: np.ndarray = (top + (bottom - top) * share).astype(np.uint8)
+    return np.ascontiguousarray(scaled.transpose(2, 0, 1))
+
+
+def _sources(before: int, after: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each of `after` points among `before` pixels: the pixels on both sides, and how far it is to the second."""
+    scale = np.float32(before) / np.float32(after)
+    point = (np.arange(after, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)
+    floor = np.floor(point)
+    low = np.maximum(floor, 0).astype(np.int64)
+    high = np.minimum(np.ceil(point), before - 1).astype(np.int64)
+    return low, high, point - floor
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,16 @@ from typing import Any, Literal
 
 import numpy as np
 import tokenizers
-from tokenizers import models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from litune.errors import ConfigError, RunError, TowerError
+from litune.data.pieces import SentencePiece, read_sentencepiece
+from litune.errors import ConfigError, DataError, RunError, TowerError
 from litune.files import atomic
 
 Layout = Literal["bert", "sticky_eos", "own"]
+Backend = tokenizers.Tokenizer | SentencePiece
+SENTENCEPIECE = "pieces.model"
+"""Beside a tokenizer.json: the SentencePiece model that it was made from, which is what is used."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +41,14 @@ class Tokens:
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` with the way a text tower wants its tokens laid out.
+    """A `tokenizers.Tokenizer` or a SentencePiece model, with the way a text tower wants its tokens laid out.
 
     - `bert`: [CLS] and at most `max_tokens` − 1 pieces, no [SEP];
     - `sticky_eos`: exactly `max_tokens` tokens, padded with the end token, which is always the last one;
     - `own`: the special tokens that the tokenizer itself adds, cut to `max_tokens` (the last one kept).
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, layout: Layout, max_tokens: int) -> None:
+    def __init__(self, backend: Backend, layout: Layout, max_tokens: int) -> None:
         backend.no_truncation()
         backend.no_padding()
         self.backend, self.layout, self.max_tokens = backend, layout, max_tokens
@@ -61,7 +65,7 @@ class Tokenizer:
     def __call__(self, texts: Sequence[str]) -> Tokens:
         """Tokenise N texts."""
         own = self.layout == "own"
-        encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=own)
+        encoded: Sequence[Any] = self.backend.encode_batch_fast(list(texts), add_special_tokens=own)
         rows = [self._lay_out(e.ids) for e in encoded]
         lengths = np.fromiter((len(r) for r in rows), np.int64, len(rows))
         ids = np.fromiter((t for r in rows for t in r), np.int64, int(lengths.sum()))
@@ -80,22 +84,34 @@ class Tokenizer:
         return {"layout": self.layout, "max_tokens": self.max_tokens}
 
     def save(self, file: Path) -> None:
-        """Write the tokenizer.json."""
+        """Write the tokenizer.json and, of a SentencePiece model, the model beside it."""
         with atomic(file) as temporary:
             temporary.write_text(self.backend.to_str(), encoding="utf-8")
+        if isinstance(self.backend, SentencePiece):
+            with atomic(file.with_name(SENTENCEPIECE)) as temporary:
+                temporary.write_bytes(self.backend.model)
 
 
 def load_tokenizer(file: Path, layout: Layout, max_tokens: int) -> Tokenizer:
     """The tokenizer of a run folder."""
     if not file.is_file():
         raise RunError(f"{file} is missing: the run folder is incomplete")
+    if file.with_name(SENTENCEPIECE).is_file():
+        return Tokenizer(read_sentencepiece(file.with_name(SENTENCEPIECE)), layout, max_tokens)
     return Tokenizer(tokenizers.Tokenizer.from_file(str(file)), layout, max_tokens)
 
 
-def find_tokenizer(where: str) -> tokenizers.Tokenizer:
-    """A tokenizer.json, a folder that has one (or what transformers makes one of), or a hub name."""
+def find_tokenizer(where: str) -> Backend:
+    """A tokenizer.json, a SentencePiece .model, a folder that has one (or what transformers makes one of), a hub name.
+
+    In a folder that has both, pieces.model is taken, which litune writes; of other names, the tokenizer.json.
+    """
     path = Path(where)
     file = path / "tokenizer.json" if path.is_dir() else path
+    if (path / SENTENCEPIECE).is_file():
+        return read_sentencepiece(path / SENTENCEPIECE)
+    if path.suffix == ".model" and path.is_file():
+        return read_sentencepiece(path)
     try:
         if file.is_file():
             return tokenizers.Tokenizer.from_file(str(file))
@@ -105,6 +121,34 @@ def find_tokenizer(where: str) -> tokenizers.Tokenizer:
         return backend
     except Exception as why:
         raise TowerError(f"no tokenizer can be loaded from {where!r}: {str(why).splitlines()[0]}") from None
+
+
+def wordpiece(file: Path) -> tokenizers.Tokenizer:
+    """BERT's uncased tokenizer of a vocabulary with one piece per line: lower case, accents stripped.
+
+    Special tokens are known by name only: one that is spelled out in a text is punctuation and letters.
+    Raises `DataError` where the file is no such vocabulary.
+    """
+    try:
+        pieces = [line.rstrip("\r\n") for line in file.read_text(encoding="utf-8").split("\n")]
+    except OSError as why:
+        raise DataError(f"{file} can't be read: {why.strerror or why}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{file} is no text: a WordPiece vocabulary has one piece per line") from None
+    if pieces[-1] == "":
+        pieces.pop()
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    if missing := [name for name in ("[UNK]", "[CLS]") if name not in vocabulary]:
+        raise DataError(f"{file} has no {missing[0]}: a WordPiece vocabulary has one piece per line, that among them")
+    if len(vocabulary) < len(pieces):
+        raise DataError(f"{file} has {len(pieces) - len(vocabulary)} of its pieces twice: each line is a piece")
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        clean_text=True, handle_chinese_chars=True, strip_accents=True, lowercase=True
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
@@ -121,7 +165,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> tokenizers.Toke
     return tokenizer
 
 
-def _special(backend: tokenizers.Tokenizer, names: Sequence[str]) -> int:
+def _special(backend: Backend, names: Sequence[str]) -> int:
     for name in names:
         found = backend.token_to_id(name)
         if found is not None:

@@ -1,4 +1,4 @@
-"""Image towers: one registry from a spec (`timm:…`, `hf:…`, `onnx:…`, `python:…`, a short name) to an encoder.
+"""Image towers: one registry from a spec (`timm:…`, `hf:…`, `vit:…`, `onnx:…`, `python:…`, a short name) to an encoder.
 
 A tower knows its own preprocessing; nothing about its input is guessed. A part of it that a checkpoint lacks is an
 error: nothing is drawn at random unless `?init=random` asks for it.
@@ -18,6 +18,7 @@ from litune.towers.onnx_image import onnx_tower
 from litune.towers.open_clip_image import open_clip_tower
 from litune.towers.python_image import python_tower
 from litune.towers.timm_image import timm_tower
+from litune.towers.vit_image import vit_tower
 
 __all__ = [
     "KINDS",
@@ -35,9 +36,9 @@ __all__ = [
 def load_image_tower(spec: str, *, locked: bool = True) -> ImageTower:
     """The image tower that `spec` names, in eval mode.
 
-    `?init=random` draws the weights of a `timm:`, `hf:`, `open_clip:` or packaged tower from torch's global
-    generator: call `torch.manual_seed` before. `?size=96` or `?size=96,128` (height, width) gives a `timm:` or
-    packaged tower another input size in pixels; the positions of a ViT are interpolated.
+    `?init=random` draws the weights of a `timm:`, `hf:`, `vit:`, `open_clip:` or packaged tower from torch's global
+    generator: call `torch.manual_seed` before. `?size=96` or `?size=96,128` (height, width) gives a `timm:`, `vit:`
+    or packaged tower another input size in pixels; the positions of a ViT are interpolated.
 
     Raises `TowerError` for an unknown name (with the nearest ones), weights that don't load or a tower that can't
     be unlocked, and `MissingExtraError` where its package is not installed.
@@ -74,6 +75,7 @@ def with_random_weights(spec: str) -> str:
 KINDS: dict[str, Callable[[str, str, dict[str, str]], ImageTower]] = {
     "timm": timm_tower,
     "hf": hf_tower,
+    "vit": vit_tower,
     "open_clip": open_clip_tower,
     "onnx": onnx_tower,
     "python": python_tower,

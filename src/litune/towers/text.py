@@ -25,17 +25,8 @@ from litune.towers.bert import BERT_LIKE, ROBERTA_LIKE, bert_encode, runs_fused
 from litune.towers.dropout import dropout
 from litune.towers.packing import Packed, attention, pool
 from litune.towers.quiet import quiet_transformers
+from litune.towers.vit import VIT_SIZES, check_vit_size, vit_size
 from litune.towers.vocabulary import TunedRows
-
-# Sizes of the ViT-style text transformer (METHOD, "Scaling Vision Transformers"): width, depth, mlp, heads.
-VIT_SIZES = {
-    "Ti": (192, 12, 768, 3),
-    "S": (384, 12, 1536, 6),
-    "B": (768, 12, 3072, 12),
-    "L": (1024, 24, 4096, 16),
-    "H": (1280, 32, 5120, 16),
-    "g": (1408, 40, 6144, 16),
-}
 
 
 class TextTower(nn.Module):
@@ -118,17 +109,28 @@ class VitTextTower(TextTower):
     """The ViT-style text transformer of the LiT paper: pre-LayerNorm, bidirectional, learned positions.
 
     Every text has exactly `max_tokens` tokens (padded with the end token, not masked); the last one is pooled.
-    LayerNorm's epsilon is 1e-6, GELU is the tanh form, as in the official code.
+    LayerNorm's epsilon is 1e-6, GELU is the tanh form, as in the official code. Some official checkpoints have two
+    tables of positions (`second_positions`), which are added up.
     """
 
+    second_position_embedding: nn.Parameter | None
+
     def __init__(
-        self, size: str, vocab_size: int, max_tokens: int, pooling: str = "last", dropout: float = 0.0
+        self,
+        size: str,
+        vocab_size: int,
+        max_tokens: int,
+        pooling: str = "last",
+        dropout: float = 0.0,
+        second_positions: bool = False,
     ) -> None:
         super().__init__()
-        width, depth, mlp, heads = VIT_SIZES[size]
+        width, depth, mlp, heads = vit_size(size)
         self.width, self.pooling, self.layout, self.max_positions = width, pooling, "sticky_eos", max_tokens
         self.token_embedding: nn.Module = nn.Embedding(vocab_size, width)
         self.position_embedding = nn.Parameter(torch.empty(max_tokens, width))
+        second = nn.Parameter(torch.zeros(max_tokens, width)) if second_positions else None
+        self.register_parameter("second_position_embedding", second)
         self.blocks = nn.ModuleList(_Block(width, mlp, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.architecture = {
@@ -138,6 +140,8 @@ class VitTextTower(TextTower):
             "max_tokens": max_tokens,
             "pooling": pooling,
         }
+        if second_positions:
+            self.architecture["second_positions"] = True
         self.reset()
 
     def reset(self) -> None:
@@ -154,7 +158,10 @@ class VitTextTower(TextTower):
 
     def forward(self, packed: Packed) -> Float[Tensor, "N W"]:
         """Pooled float32 vectors [N, width]."""
-        x = self.token_embedding(packed.ids) + self.position_embedding[packed.positions]
+        positions: Tensor = self.position_embedding
+        if self.second_position_embedding is not None:
+            positions = positions + self.second_position_embedding
+        x = self.token_embedding(packed.ids) + positions[packed.positions]
         for block in self.blocks:
             x = block(x, packed)
         return pool(self.norm(x), packed, self.pooling)
@@ -199,7 +206,7 @@ class TextSpec:
     @property
     def tokenizer(self) -> str | None:
         """Where the tower's own tokenizer is; None for towers that bring none."""
-        return self.name if self.kind == "hf" else None
+        return None if self.kind == "vit" else self.name
 
 
 def _minilm() -> str:
@@ -211,7 +218,7 @@ def _minilm() -> str:
 
 
 PACKAGED: dict[str, Callable[[], str]] = {"minilm": _minilm}
-KINDS = ("hf", "vit")
+KINDS = ("hf", "vit", "run")
 USE_M3 = "use-m3"
 """The one tower that is always locked (see `litune.towers.use_m3`)."""
 
@@ -231,11 +238,13 @@ def parse_text_spec(spec: str) -> TextSpec:
         return TextSpec(spec, "hf", PACKAGED[head](), init == "pretrained")
     kind, found, name = head.partition(":")
     if not found or kind not in KINDS or not name:
-        choices = [*PACKAGED, USE_M3, "hf:NAME_OR_FOLDER", *(f"vit:{s}" for s in VIT_SIZES)]
+        choices = [*PACKAGED, USE_M3, "hf:NAME_OR_FOLDER", *(f"vit:{s}" for s in VIT_SIZES), "run:RUN"]
         raise TowerError(f"unknown text tower {spec!r}: {nearest(spec, choices, 2)}; known: {', '.join(choices)}")
-    if kind == "vit" and name not in VIT_SIZES:
-        raise TowerError(f"{spec!r} has an unknown size {name!r}: known: {', '.join(VIT_SIZES)}")
-    return TextSpec(spec, kind, name, kind == "hf" and init == "pretrained")
+    if kind == "vit":
+        check_vit_size(spec, name)
+    if kind == "run" and init == "random":
+        raise TowerError(f"{spec!r} has an unknown option: a run's text tower is taken as it was tuned")
+    return TextSpec(spec, kind, name, kind != "vit" and init == "pretrained")
 
 
 def text_layout(spec: TextSpec) -> Layout:
@@ -365,7 +374,11 @@ def build_text_tower(architecture: dict[str, Any]) -> TextTower:
     kind = architecture.get("kind")
     if kind == "vit":
         return VitTextTower(
-            architecture["size"], architecture["vocab_size"], architecture["max_tokens"], architecture["pooling"]
+            architecture["size"],
+            architecture["vocab_size"],
+            architecture["max_tokens"],
+            architecture["pooling"],
+            second_positions=architecture.get("second_positions", False),
         )
     if kind == "hf":
         from transformers import CONFIG_MAPPING
