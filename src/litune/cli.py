@@ -20,6 +20,8 @@ from litune.config import (
     CompareConfig,
     EmbedConfig,
     EvalConfig,
+    ExportConfig,
+    PushConfig,
     QuickstartConfig,
     SearchConfig,
     TuneConfig,
@@ -40,6 +42,8 @@ COMMANDS: dict[str, tuple[type[Any], str]] = {
     "compare": (CompareConfig, "litune.commands.compare:compare"),
     "classify": (ClassifyConfig, "litune.commands.classify:classify"),
     "search": (SearchConfig, "litune.commands.search:search"),
+    "export": (ExportConfig, "litune.commands.export:export"),
+    "push": (PushConfig, "litune.commands.push:push"),
 }
 
 # Those that several processes do together, under torchrun.
@@ -200,9 +204,25 @@ def show_found(config: SearchConfig, results: Sequence[Any]) -> None:
         print(f"{one.score:.4f}  {one.path}")
 
 
+def show_export(config: ExportConfig, about: dict[str, Any]) -> None:
+    """Print what the export could not take over, and what 8-bit integers cost."""
+    for note in about.get("notes", []):
+        print(note)
+    if found := about.get("int8"):
+        sizes = found["bytes"]
+        print(f"text.int8.onnx: {sizes['text.int8.onnx'] / 1e6:.1f} MB instead of {sizes['text.onnx'] / 1e6:.1f} MB")
+        if "recall" not in found:
+            print(f"cosines with the float32 features: least {found['cosine']['least']:.4f}; give --store for recall@k")
+        else:
+            before, after = found["recall"]["float32"], found["recall"]["int8"]
+            for way, name in (("text_to_image", "text → image"), ("image_to_text", "image → text")):
+                print(f"{name:16}" + "  ".join(f"{k} {before[way][k]:.1%} → {after[way][k]:.1%}" for k in before[way]))
+
+
 SHOW: dict[type[Any], Callable[[Any, Any], None]] = {
     EvalConfig: show_eval,
     CompareConfig: show_compare,
     ClassifyConfig: show_classified,
     SearchConfig: show_found,
+    ExportConfig: show_export,
 }

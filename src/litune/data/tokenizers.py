@@ -49,9 +49,11 @@ class Tokenizer:
         backend.no_padding()
         self.backend, self.layout, self.max_tokens = backend, layout, max_tokens
         if layout == "bert":
-            self._first = _special(backend, ("[CLS]", "<s>", "<cls>"))
+            self.first_token = _special(backend, ("[CLS]", "<s>", "<cls>"))
+            self._first = backend.token_to_id(self.first_token)
         if layout == "sticky_eos":
-            self._end = _special(backend, ("</s>", "<eos>", "[SEP]", "<|endoftext|>"))
+            self.end_token = _special(backend, ("</s>", "<eos>", "[SEP]", "<|endoftext|>"))
+            self._end = backend.token_to_id(self.end_token)
 
     @property
     def vocab_size(self) -> int:
@@ -121,9 +123,8 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> tokenizers.Toke
     return tokenizer
 
 
-def _special(backend: tokenizers.Tokenizer, names: Sequence[str]) -> int:
+def _special(backend: tokenizers.Tokenizer, names: Sequence[str]) -> str:
     for name in names:
-        found = backend.token_to_id(name)
-        if found is not None:
-            return int(found)
+        if backend.token_to_id(name) is not None:
+            return name
     raise ConfigError(f"the tokenizer has none of the tokens {', '.join(names)} that the text tower needs")
