@@ -457,7 +457,7 @@ class ExportConfig:
     """The run folder."""
     to: Literal["onnx", "open_clip", "hf", "sentence-transformers"]
     """What to write: both towers as ONNX; a folder for open_clip; one for transformers' VisionTextDualEncoderModel; one
-    for sentence-transformers (the text side)."""
+    for sentence-transformers, whose encode takes texts and pictures."""
     out: Path | None = None
     """The folder to write; by default the run's name with the target's behind it, beside the run."""
     int8: bool = False

@@ -83,8 +83,15 @@ def _hf(model: LiT, config: ExportConfig, out: Path) -> dict[str, Any]:
     return export_hf(model, config.run, out)
 
 
+def _sentence_transformers(model: LiT, config: ExportConfig, out: Path) -> dict[str, Any]:
+    from litune.interop.sentence_transformers import export_sentence_transformers
+
+    return export_sentence_transformers(model, config.run, out)
+
+
 TARGETS: dict[str, Target] = {
     "onnx": _onnx,
     "open_clip": _open_clip,
     "hf": _hf,
+    "sentence-transformers": _sentence_transformers,
 }

@@ -49,11 +49,9 @@ class Tokenizer:
         backend.no_padding()
         self.backend, self.layout, self.max_tokens = backend, layout, max_tokens
         if layout == "bert":
-            self.first_token = _special(backend, ("[CLS]", "<s>", "<cls>"))
-            self._first = backend.token_to_id(self.first_token)
+            self.first_token, self._first = _special(backend, ("[CLS]", "<s>", "<cls>"))
         if layout == "sticky_eos":
-            self.end_token = _special(backend, ("</s>", "<eos>", "[SEP]", "<|endoftext|>"))
-            self._end = backend.token_to_id(self.end_token)
+            self.end_token, self._end = _special(backend, ("</s>", "<eos>", "[SEP]", "<|endoftext|>"))
 
     @property
     def vocab_size(self) -> int:
@@ -123,8 +121,9 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> tokenizers.Toke
     return tokenizer
 
 
-def _special(backend: tokenizers.Tokenizer, names: Sequence[str]) -> str:
+def _special(backend: tokenizers.Tokenizer, names: Sequence[str]) -> tuple[str, int]:
     for name in names:
-        if backend.token_to_id(name) is not None:
-            return name
+        found = backend.token_to_id(name)
+        if found is not None:
+            return name, int(found)
     raise ConfigError(f"the tokenizer has none of the tokens {', '.join(names)} that the text tower needs")

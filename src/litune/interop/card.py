@@ -145,8 +145,8 @@ def _metrics(run: Path, manifest: dict[str, Any], config: dict[str, Any]) -> str
     store, split = manifest.get("store", {}).get("path", config.get("store")), manifest.get("tuned_on", {}).get("split")
     said = (
         f"Retrieval on the {_count(found.get('images'))} held-out images with {_count(found.get('captions'))} "
-        "captions, at the end of tuning (all held-out images and captions are candidates; figures of selections of another size "
-        "can't be compared)."
+        "captions, at the end of tuning (all held-out images and captions are candidates; figures of selections of "
+        "another size can't be compared)."
     )
     if split is None:
         return f"{table}\n\n{said} They were held out by the run itself: `{METRICS}` has them for every evaluation."

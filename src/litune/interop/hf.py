@@ -41,8 +41,8 @@ def export_hf(model: LiT, run: Path, folder: Path) -> dict[str, Any]:
     from transformers import VisionTextDualEncoderConfig, VisionTextDualEncoderModel, VisionTextDualEncoderProcessor
 
     tower = model.load_image_tower()
-    vision, vision_state, visual_projection = _vision(model, tower)
     text, text_state, text_projection = _text(model)
+    vision, vision_state, visual_projection = _vision(model, tower)
     config = VisionTextDualEncoderConfig(vision_config=vision, text_config=text, projection_dim=model.dim)
     state = {f"vision_model.{name}": value for name, value in vision_state.items()}
     state |= {f"text_model.{name}": value for name, value in text_state.items()}
@@ -89,10 +89,21 @@ def _use(name: str) -> str:
     )
 
 
+def save_vision(tower: ImageTower, folder: Path, target: str) -> None:
+    """Write an image tower as a folder that transformers' AutoModel and AutoImageProcessor load.
+
+    Raises `ExportError`, on behalf of `target`, for a tower that is not timm: or hf:.
+    """
+    network = _wrapped(tower, target) if isinstance(tower.preprocess, ImageTransform) else _pooling(tower, target)
+    network.save_pretrained(folder)
+    _save_processor(tower, folder)
+
+
 def _vision(model: LiT, tower: ImageTower) -> tuple[Any, dict[str, Tensor], Tensor]:
     """Config, weights and projection of the image side."""
     affine = image_affine(model, TARGET)
-    network = _wrapped(tower) if isinstance(tower.preprocess, ImageTransform) else _pooling(tower)
+    transformed = isinstance(tower.preprocess, ImageTransform)
+    network = _wrapped(tower, TARGET) if transformed else _pooling(tower, TARGET)
     config = network.config
     if getattr(config, "hidden_size", None) != model.image_width:
         raise ExportError(
@@ -111,15 +122,15 @@ def _vision(model: LiT, tower: ImageTower) -> tuple[Any, dict[str, Tensor], Tens
     return config, {name: value.clone() for name, value in network.state_dict().items()}, weight
 
 
-def _wrapped(tower: ImageTower) -> Any:
+def _wrapped(tower: ImageTower, target: str) -> Any:
     """A copy of a timm tower inside transformers' wrapper."""
     from transformers import TimmWrapperConfig, TimmWrapperModel
 
-    model = timm_model(tower, TARGET)
+    model = timm_model(tower, target)
     transform = tower.preprocess
     assert isinstance(transform, ImageTransform)
     sized = {"img_size": list(transform.size)} if hasattr(model, "set_input_size") else None
-    config = TimmWrapperConfig(architecture=timm_name(model), model_args=sized, num_labels=0)
+    config = TimmWrapperConfig(architecture=timm_name(model), model_args=sized)
     config.hidden_size = model.num_features
     with quiet_transformers():
         made = TimmWrapperModel(config).eval()
@@ -127,13 +138,13 @@ def _wrapped(tower: ImageTower) -> Any:
     return made
 
 
-def _pooling(tower: ImageTower) -> Any:
+def _pooling(tower: ImageTower, target: str) -> Any:
     """A copy of a transformers tower whose pooler gives what the run's features are made of."""
     from transformers import AutoModel
 
     model: Any = getattr(tower.network, "model", None)
     if getattr(model, "config", None) is None:
-        raise ExportError(f"{TARGET} takes timm: and hf: image towers, not {tower.spec}: export to onnx instead")
+        raise ExportError(f"{target} takes timm: and hf: image towers, not {tower.spec}: export to onnx instead")
     config = model.config.__class__.from_dict(model.config.to_dict())
     if getattr(tower.network, "pooling", "") == "first token" and config.model_type in _VIT_POOLERS:
         config.pooler_act, config.pooler_output_size = "linear", config.hidden_size
@@ -146,7 +157,7 @@ def _pooling(tower: ImageTower) -> Any:
             nn.init.zeros_(made.pooler.dense.bias)
         missing = [name for name in missing if not name.startswith("pooler.")]
     if missing or unexpected or not _gives_pooled(made, tower):
-        raise ExportError(f"{TARGET} pools {config.model_type} in another way than the run: export to onnx instead")
+        raise ExportError(f"{target} pools {config.model_type} in another way than the run: export to onnx instead")
     return made
 
 
@@ -198,10 +209,11 @@ def _save_processor(tower: ImageTower, folder: Path) -> None:
         processor: Any = getattr(tower.preprocess, "processor", None)
         processor.save_pretrained(folder)
         return
-    # The wrapper's processor reads timm's settings from config.json, and not from a file of its own.
+    # The wrapper's processor reads timm's settings from config.json, not from its own file, which says its class alone.
     t = tower.preprocess
     about = read_json(folder / "config.json", ExportError)
     about["architecture"] = timm_name(timm_model(tower, TARGET))
+    about["image_processor_type"] = "TimmWrapperImageProcessor"
     about["pretrained_cfg"] = {
         "input_size": [3, *t.size],
         "mean": list(t.mean),
@@ -211,4 +223,4 @@ def _save_processor(tower: ImageTower, folder: Path) -> None:
         "interpolation": t.interpolation,
     }
     write_json(folder / "config.json", about)
-    write_json(folder / "preprocessor_config.json", {"image_processor_type": "TimmWrapperImageProcessor"})
+    write_json(folder / "preprocessor_config.json", {"image_processor_type": about["image_processor_type"]})
