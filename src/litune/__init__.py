@@ -1,7 +1,7 @@
 """litune: give any image model a language, by locked-image tuning (LiT, arXiv 2111.07991).
 
-The commands are functions of the same names (`embed`, `tune`, `eval`, `compare`, `classify`, `search`,
-`quickstart`); `load` opens a run. Names are imported when they are first used, so that `import litune` is quick.
+The commands are functions of the same names (`embed`, `tune`, `eval`, `compare`, `classify`, `search`, `export`,
+`push`, `quickstart`); `load` opens a run. Names are imported when they are first used: `import litune` is quick.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from litune.commands.compare import compare as compare
     from litune.commands.embed import embed as embed
     from litune.commands.evaluate import evaluate as eval  # noqa: F401
+    from litune.commands.export import export as export
+    from litune.commands.push import push as push
     from litune.commands.quickstart import quickstart as quickstart
     from litune.commands.search import search as search
     from litune.commands.tune import tune as tune
@@ -38,7 +40,9 @@ _HOME = {
     "compare": "litune.commands.compare",
     "embed": "litune.commands.embed",
     "eval": "litune.commands.evaluate",
+    "export": "litune.commands.export",
     "load": "litune.checkpoint",
+    "push": "litune.commands.push",
     "quickstart": "litune.commands.quickstart",
     "search": "litune.commands.search",
     "sigmoid_loss": "litune.losses",

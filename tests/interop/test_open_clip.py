@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from timm.data import create_transform
 
 open_clip = pytest.importorskip("open_clip", reason="the export to open_clip needs the extra open_clip")
 
@@ -56,7 +57,14 @@ def test_a_crop_that_it_has_not(make_run: MakeRun) -> None:
     """A CNN with a crop share: equal features of equal pixels, and a note with the transform to use."""
     run = make_run()
     about = export(run, to="open_clip", out=run / "x")
-    assert "crop_pct=0.875" in about["notes"][1]
+    assert "timm.data.create_transform" in about["notes"][1]
+    transform = create_transform(**json.loads((run / "x" / "litune.json").read_text())["timm_transform"])
+    loaded = open_clip.create_model_and_transforms(f"local-dir:{run / 'x'}")[0].eval()
+    with torch.no_grad():
+        found = loaded.encode_image(torch.stack([transform(p) for p in pictures()]), normalize=True)
+    np.testing.assert_allclose(
+        found.numpy(), litune.load(run, device="cpu").encode_image(pictures()).numpy(), atol=1e-5
+    )
     config = json.loads((run / "x" / "open_clip_config.json").read_text())
     assert config["model_cfg"]["vision_cfg"]["timm_proj_bias"] is True
 

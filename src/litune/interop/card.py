@@ -34,12 +34,13 @@ def write_card(run: Path) -> Path | None:
     return file
 
 
-def card(run: Path, *, library: str = "litune", use: str | None = None, files: str | None = None) -> str:
+def card(run: Path, *, library: str = "litune", use: str | None = None) -> str:
     """The card's text: the hub's front matter, then towers, data, settings, metrics with their commands, licences.
 
-    `use` replaces the section on how to load the run, `files` says what an export consists of.
+    An export's card names its `library` and says its `use`.
     """
-    manifest, config = read_json(run / "manifest.json", RunError), read_json(run / "config.json", RunError)
+    manifest = read_json(run / "manifest.json", RunError)
+    config = read_json(run / "config.json", RunError) if (run / "config.json").exists() else {}
     parts = [
         _front_matter(library),
         MARK,
@@ -48,9 +49,8 @@ def card(run: Path, *, library: str = "litune", use: str | None = None, files: s
         "([LiT](https://arxiv.org/abs/2111.07991)): images are classified and searched by free-form text.",
         "## Use",
         use or _use(run),
-        *([files] if files else []),
         "## Towers",
-        _towers(manifest),
+        _towers(manifest, whole=library != "litune"),
         "## Data",
         _data(manifest, config),
         "## Settings",
@@ -78,10 +78,12 @@ def _use(run: Path) -> str:
     )
 
 
-def _towers(manifest: dict[str, Any]) -> str:
+def _towers(manifest: dict[str, Any], *, whole: bool) -> str:
     model = manifest.get("model", {})
     image, text = model.get("image_tower") or {}, model.get("text_tower") or {}
     pooling, tokens = text.get("pooling"), model.get("tokenizer", {}).get("max_tokens")
+    tuned = "tuned" if model.get("image_tuned") else "locked"
+    there = whole or bool(model.get("image_tuned"))
     rows = [
         ("", "image", "text"),
         ("---", "---", "---"),
@@ -93,11 +95,7 @@ def _towers(manifest: dict[str, Any]) -> str:
         ),
         ("pooling", image.get("pooling", "unknown"), f"{pooling}, at most {tokens} tokens"),
         ("head", model.get("image_head", "none"), model.get("text_head", "none")),
-        (
-            "weights",
-            "tuned, in this folder" if model.get("image_tuned") else "locked, not in this folder",
-            "in this folder",
-        ),
+        ("weights", f"{tuned}, {'in this folder' if there else 'not in this folder'}", "in this folder"),
     ]
     shared = (
         f"Shared dimension: {model.get('dim', '?')}. Fixed map of the image features: {model.get('image_map', 'none')}."
@@ -191,8 +189,9 @@ def _package_licence(package: str) -> str:
     except PackageNotFoundError:
         return "not declared"
     classified = [c.split("::")[-1].strip() for c in about.get_all("Classifier") or [] if c.startswith("License ::")]
-    text = about.get("License-Expression") or (about.get("License") or "").strip().splitlines()[:1] or classified[:1]
-    found = text if isinstance(text, str) else (text[0] if text else "")
+    lines = (about.get("License") or "").strip().splitlines()
+    stated = [about.get("License-Expression"), lines[0] if lines else None, *classified]
+    found = next((text for text in stated if text and text != "UNKNOWN"), None)
     return f"{found} (package {package})" if found else "not declared"
 
 

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
@@ -54,26 +53,36 @@ def export_open_clip(model: LiT, folder: Path) -> dict[str, Any]:
     write_json(folder / CONFIG, config)
     with atomic(folder / WEIGHTS) as temporary:
         save_file({name: value.clone() for name, value in _weights(model, tower).items()}, temporary)
-    notes = _notes(tower)
     with _quiet():
         loaded, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     loaded.eval()
     _check_tokens(model, tokenizer)
 
-    @torch.no_grad()
-    def images(pictures: list[Image.Image]) -> Float[Tensor, "B D"]:
-        if _same_pictures(tower):
-            return target_length(loaded.encode_image(torch.stack([transform(p) for p in pictures])))
-        pixels = torch.from_numpy(np.stack([tower.preprocess(p) for p in pictures]))
-        pixels = (pixels.float() - tower.get_buffer("mean")) / tower.get_buffer("std")
-        return target_length(loaded.encode_image(pixels))
+    notes = [
+        "open_clip's tokenizer mends texts (ftfy, HTML entities) before it reads them; litune takes them as they are"
+    ]
+    facts: dict[str, Any] = {"notes": notes}
+    if not _same_pictures(tower):
+        from timm.data import create_transform
+
+        assert isinstance(tower.preprocess, ImageTransform)
+        facts["timm_transform"] = _timm_transform(tower.preprocess)
+        transform = create_transform(**facts["timm_transform"])
+        notes.append(
+            "open_clip's own transform can't cut pictures as the tower wants them: prepare them with "
+            "timm.data.create_transform(**settings), the settings being `timm_transform` in litune.json"
+        )
 
     @torch.no_grad()
-    def texts(texts: Sequence[str]) -> Float[Tensor, "N D"]:
-        return target_length(loaded.encode_text(tokenizer(list(texts))))
+    def images(found: list[Image.Image]) -> Float[Tensor, "B D"]:
+        return target_length(loaded.encode_image(torch.stack([transform(one) for one in found])))
 
-    return {"largest_difference": compare("open_clip", model, images=images, texts=texts), "notes": notes}
+    @torch.no_grad()
+    def texts(found: Sequence[str]) -> Float[Tensor, "N D"]:
+        return target_length(loaded.encode_text(tokenizer(list(found))))
+
+    return facts | {"largest_difference": compare("open_clip", model, images=images, texts=texts)}
 
 
 def _package() -> Any:
@@ -151,20 +160,16 @@ def _same_pictures(tower: ImageTower) -> bool:
     )
 
 
-def _notes(tower: ImageTower) -> list[str]:
-    notes = [
-        "open_clip's tokenizer repairs texts (ftfy, HTML entities) before it reads them; litune reads them as they are"
-    ]
-    if not _same_pictures(tower):
-        t = tower.preprocess
-        assert isinstance(t, ImageTransform)
-        notes.append(
-            f"open_clip's own transform can't crop as the tower does ({t.crop_mode}, {t.crop_pct}, {t.interpolation}): "
-            "its features were compared on the tower's pixels; prepare pictures with timm.data.create_transform("
-            f"{t.size[0]}, crop_pct={t.crop_pct}, crop_mode={t.crop_mode!r}, interpolation={t.interpolation!r}, "
-            "mean=…, std=…)"
-        )
-    return notes
+def _timm_transform(t: ImageTransform) -> dict[str, Any]:
+    """The settings of `timm.data.create_transform` that prepare pictures as the tower does."""
+    return {
+        "input_size": [3, *t.size],
+        "mean": list(t.mean),
+        "std": list(t.std),
+        "crop_pct": t.crop_pct,
+        "crop_mode": t.crop_mode,
+        "interpolation": t.interpolation,
+    }
 
 
 def _text_config(model: LiT, folder: Path) -> dict[str, Any]:
