@@ -30,7 +30,8 @@ def export(config: ExportConfig) -> dict[str, Any]:
     features differ by more than 1e-5 (then nothing is left behind), `OutputExistsError` where something is there.
     """
     model = load(config.run, image_tower=config.image_tower, device="cpu")
-    out = config.out or config.run.with_name(f"{config.run.resolve().name}-{config.to}")
+    beside = config.run if config.run.name not in ("", "..") else config.run.resolve()
+    out = config.out or beside.with_name(f"{beside.name}-{config.to}")
     clear_output(out, (out / ABOUT).is_file(), "export", config.overwrite)
     out.mkdir(parents=True, exist_ok=True)
     about = {
