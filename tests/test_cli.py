@@ -136,6 +136,9 @@ def test_the_way(photos: Path, class_tree: Path, tower_module: str, tiny_bert: P
         (["search", "nowhere", "s", " "], "the query is empty"),
         (["search", "nowhere", "s", "x", "--device", "cpu"], "there is no feature store at s"),
         (["classify", "nowhere", "x.jpg", "--labels", "a", "b"], "there is no run at nowhere"),
+        (["export", "nowhere", "--to", "onnx"], "there is no run at nowhere"),
+        (["export", "nowhere", "--to", "hf", "--int8"], "--int8 is for --to onnx"),
+        (["push", "nowhere", "me/run"], "nowhere is no finished run or export"),
     ],
 )
 def test_bad_input_is_one_line(

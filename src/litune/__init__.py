@@ -1,8 +1,8 @@
 """litune: give any image model a language, by locked-image tuning (LiT, arXiv 2111.07991).
 
 The commands are functions of the same names (`embed`, `tune`, `eval`, `compare`, `classify`, `search`, `inspect`,
-`import_`, `quickstart`); `load` opens a run. Names are imported when they are first used, so that `import litune` is
-quick.
+`import_`, `export`, `push`, `quickstart`); `load` opens a run. Names are imported when they are first used: `import
+litune` is quick.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from litune.commands.compare import compare as compare
     from litune.commands.embed import embed as embed
     from litune.commands.evaluate import evaluate as eval  # noqa: F401
+    from litune.commands.export import export as export
     from litune.commands.import_ import import_ as import_
     from litune.commands.inspect_ import inspect as inspect
+    from litune.commands.push import push as push
     from litune.commands.quickstart import quickstart as quickstart
     from litune.commands.search import search as search
     from litune.commands.tune import tune as tune
@@ -43,7 +45,9 @@ _HOME = {
     "eval": "litune.commands.evaluate",
     "inspect": "litune.commands.inspect_",
     "import_": "litune.commands.import_",
+    "export": "litune.commands.export",
     "load": "litune.checkpoint",
+    "push": "litune.commands.push",
     "quickstart": "litune.commands.quickstart",
     "search": "litune.commands.search",
     "sigmoid_loss": "litune.losses",

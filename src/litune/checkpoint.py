@@ -5,6 +5,7 @@
     model.safetensors   text tower, heads, temperature, centre
     tokenizer.json      the tokenizer (and pieces.model, where it was made from one)
     metrics.jsonl       one JSON object per logged step and per evaluation
+    README.md           the model card
     state.safetensors   weights, optimizer moments and step while tuning goes on; gone when it is done
     best/               a run folder of its own: the model as it was best on the held-out pairs
 

@@ -20,8 +20,10 @@ from litune.config import (
     CompareConfig,
     EmbedConfig,
     EvalConfig,
+    ExportConfig,
     ImportConfig,
     InspectConfig,
+    PushConfig,
     QuickstartConfig,
     SearchConfig,
     TuneConfig,
@@ -44,6 +46,8 @@ COMMANDS: dict[str, tuple[type[Any], str]] = {
     "search": (SearchConfig, "litune.commands.search:search"),
     "inspect": (InspectConfig, "litune.commands.inspect_:inspect"),
     "import": (ImportConfig, "litune.commands.import_:import_"),
+    "export": (ExportConfig, "litune.commands.export:export"),
+    "push": (PushConfig, "litune.commands.push:push"),
 }
 
 # Those that several processes do together, under torchrun.
@@ -220,10 +224,26 @@ def show_found(config: SearchConfig, results: Sequence[Any]) -> None:
         print(f"{one.score:.4f}  {one.path}")
 
 
+def show_export(config: ExportConfig, about: dict[str, Any]) -> None:
+    """Print what the export could not take over, and what 8-bit integers cost."""
+    for note in about.get("notes", []):
+        print(note)
+    if found := about.get("int8"):
+        sizes = found["bytes"]
+        print(f"text.int8.onnx: {sizes['text.int8.onnx'] / 1e6:.1f} MB instead of {sizes['text.onnx'] / 1e6:.1f} MB")
+        if "recall" not in found:
+            print(f"cosines with the float32 features: least {found['cosine']['least']:.4f}; give --store for recall@k")
+        else:
+            before, after = found["recall"]["float32"], found["recall"]["int8"]
+            for way, name in (("text_to_image", "text → image"), ("image_to_text", "image → text")):
+                print(f"{name:16}" + "  ".join(f"{k} {before[way][k]:.1%} → {after[way][k]:.1%}" for k in before[way]))
+
+
 SHOW: dict[type[Any], Callable[[Any, Any], None]] = {
     EvalConfig: show_eval,
     CompareConfig: show_compare,
     ClassifyConfig: show_classified,
     SearchConfig: show_found,
     InspectConfig: show_inspected,
+    ExportConfig: show_export,
 }

@@ -503,6 +503,55 @@ class InspectConfig:
             _at_least("images", self.images, 1)
 
 
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a run for another library, load the result with that library, and compare its features with the run's.
+
+    Where a library can't express a run exactly, one line says why; nothing approximate is written.
+    """
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """The run folder."""
+    to: Literal["onnx", "open_clip", "hf", "sentence-transformers", "npz"]
+    """What to write: both towers as ONNX; a folder for open_clip; one for transformers' VisionTextDualEncoderModel; one
+    for sentence-transformers, whose encode takes texts and pictures; a .npz file as the released LiT checkpoints are."""
+    out: Path | None = None
+    """The folder to write; by default the run's name with the target's behind it, beside the run."""
+    int8: bool = False
+    """With onnx: also write the text tower in 8-bit integers, and what that costs."""
+    store: Path | None = None
+    """With --int8: measure the cost in recall@k on the pairs of this feature store."""
+    split: str | None = None
+    """With --store: on the pairs of this split; by default, of the whole store."""
+    image_tower: str | None = None
+    """The image tower, where the run does not name one that can be loaded."""
+    overwrite: bool = False
+    """Remove an export that is already at --out."""
+
+    def __post_init__(self) -> None:
+        _choices(self)
+        if self.int8 and self.to != "onnx":
+            raise ConfigError(f"--int8 is for --to onnx, not for {self.to}")
+        if self.store is not None and not self.int8:
+            raise ConfigError("--store measures what --int8 costs: give both, or neither")
+        if self.split is not None and self.store is None:
+            raise ConfigError("--split is of a --store: give both, or neither")
+
+
+@dataclass(frozen=True)
+class PushConfig:
+    """Upload a run folder, or an export of one, to a repository on the Hugging Face Hub."""
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """The run folder, or a folder that litune export wrote."""
+    repo: Annotated[Positional[str], arg(metavar="REPO")]
+    """The repository, as NAME or OWNER/NAME; made if it is not there."""
+    private: bool = False
+    """Make the repository private."""
+    endpoint: str | None = None
+    """The address of another hub; by default that of HF_ENDPOINT, or huggingface.co."""
+
+
 def _choices(config: Any) -> None:
     """Check settings of few choices, as the command line does, for those who call from Python."""
     for name, hint in get_type_hints(type(config)).items():

@@ -6,6 +6,7 @@
     ├── TowerError              a tower is unknown, incomplete or can't be loaded
     ├── StoreError              a feature store is missing, incomplete or of another tower
     ├── RunError                a run folder is missing, incomplete or of another version
+    ├── ExportError             a run can't be expressed by the target of an export
     ├── OutputExistsError       the output is there already and overwriting was not asked for
     └── MissingExtraError       an optional package is not installed
 
@@ -40,6 +41,10 @@ class StoreError(LituneError):
 
 class RunError(LituneError):
     """A run folder is missing, incomplete or of another version."""
+
+
+class ExportError(LituneError):
+    """A run can't be expressed by the target of an export."""
 
 
 class OutputExistsError(LituneError):

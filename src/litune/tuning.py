@@ -28,6 +28,7 @@ from litune.evaluation.retrieval import retrieval
 from litune.features import FeatureStore, Selection, library_versions
 from litune.files import sweep_temporaries, write_text
 from litune.gradient_cache import Encoded, Part
+from litune.interop.card import write_card
 from litune.losses import Ids, MoreImages, sigmoid_loss, softmax_loss
 from litune.model import LiT
 from litune.optim import make_optimizer, parameter_groups, rate_of, set_rate, stepping
@@ -574,6 +575,7 @@ class Tuning:
             if distributed.is_main():
                 save_model(self.config.out, self.model, self.manifest())
                 (self.config.out / STATE).unlink(missing_ok=True)
+                write_card(self.config.out)
         distributed.barrier()
         say(f"wrote {self.config.out}" + self._recall_note())
 

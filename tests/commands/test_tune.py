@@ -47,7 +47,7 @@ def test_learns(tune_config: TuneConfig) -> None:
     assert manifest["seed"] == 0
     assert json.loads((tune_config.out / "config.json").read_text()) == to_json(tune_config)
     assert sorted(p.name for p in tune_config.out.iterdir()) == [
-        "best", "config.json", "manifest.json", "metrics.jsonl", "model.safetensors", "tokenizer.json",
+        "README.md", "best", "config.json", "manifest.json", "metrics.jsonl", "model.safetensors", "tokenizer.json",
     ]  # fmt: skip
 
 

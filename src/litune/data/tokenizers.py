@@ -53,9 +53,9 @@ class Tokenizer:
         backend.no_padding()
         self.backend, self.layout, self.max_tokens = backend, layout, max_tokens
         if layout == "bert":
-            self._first = _special(backend, ("[CLS]", "<s>", "<cls>"))
+            self.first_token, self._first = _special(backend, ("[CLS]", "<s>", "<cls>"))
         if layout == "sticky_eos":
-            self._end = _special(backend, ("</s>", "<eos>", "[SEP]", "<|endoftext|>"))
+            self.end_token, self._end = _special(backend, ("</s>", "<eos>", "[SEP]", "<|endoftext|>"))
 
     @property
     def vocab_size(self) -> int:
@@ -165,9 +165,9 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> tokenizers.Toke
     return tokenizer
 
 
-def _special(backend: Backend, names: Sequence[str]) -> int:
+def _special(backend: Backend, names: Sequence[str]) -> tuple[str, int]:
     for name in names:
         found = backend.token_to_id(name)
         if found is not None:
-            return int(found)
+            return name, int(found)
     raise ConfigError(f"the tokenizer has none of the tokens {', '.join(names)} that the text tower needs")

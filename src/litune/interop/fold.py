@@ -1,0 +1,80 @@
+"""A run's fixed maps and linear heads as one affine map, and affine maps where a library has only a matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from litune.errors import ExportError
+from litune.model import LiT
+
+Affine = tuple[Float[Tensor, "D W"], Float[Tensor, " D"]]
+
+
+def image_affine(model: LiT, target: str) -> Affine:
+    """Weight [D, W] and bias [D], float64, of everything between the image tower and the normalisation."""
+    weight, bias = _head(model.image_head, model.image_width, "image", target)
+    if model.whitening is not None:
+        weight = weight @ model.whitening.detach().cpu().double().T
+    return weight, bias - weight @ model.center.detach().cpu().double()
+
+
+def text_affine(model: LiT, target: str) -> Affine:
+    """Weight [D, W] and bias [D], float64, of the text head."""
+    return _head(model.text_head, model.text.width, "text", target)
+
+
+def _head(head: nn.Module, width: int, side: str, target: str) -> Affine:
+    if isinstance(head, nn.Identity):
+        return torch.eye(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
+    if isinstance(head, nn.Linear):
+        return head.weight.detach().cpu().double(), head.bias.detach().cpu().double()
+    raise ExportError(f"{target} has no {side} head of several layers like the run's: export to onnx instead")
+
+
+def without_bias(norm: Any, affine: Affine) -> Float[Tensor, "D W"] | None:
+    """A matrix that does what an affine map does to a tower's output, where that comes from the LayerNorm `norm`.
+
+    Normalised values n sum to zero, so that the output h = γ·n + β has one constant in it: the sum of h/γ is that of
+    β/γ, for every token and every mean of tokens. A matrix reads the bias off this constant. `norm`'s own bias is moved
+    along γ, which makes the constant about the tower's width and keeps rounding small; the matrix makes up for it. None
+    where a γ is too small for that, then nothing is changed.
+    """
+    weight, bias = affine
+    if not bias.abs().max() > 0:
+        return weight
+    gain, shift = norm.weight.detach().cpu().double(), norm.bias.detach().cpu().double()
+    if gain.abs().min() < 1e-3 * gain.abs().max():
+        return None
+    constant = (shift / gain).sum()
+    moved = gain if constant >= 0 else -gain
+    with torch.no_grad():
+        norm.bias.copy_(shift + moved)
+    exactly = norm.bias.detach().cpu().double()  # as float32 has it
+    moved, constant = exactly - shift, (exactly / gain).sum()
+    found: Tensor = weight + torch.outer(bias - weight @ moved, 1 / gain) / constant
+    return found
+
+
+def last_norm(tower: nn.Module, width: int, pooled: Callable[[], Tensor]) -> nn.LayerNorm | None:
+    """The LayerNorm whose outputs, or means of them, the pooled output is; None where there is none.
+
+    `pooled` runs the tower and gives [B, W]. The tower is left as it was.
+    """
+    for norm in reversed([m for m in tower.modules() if isinstance(m, nn.LayerNorm)]):
+        if norm.bias is None or norm.bias.shape != (width,):
+            continue
+        kept, step = norm.bias.detach().clone(), torch.linspace(-1, 1, width)
+        with torch.no_grad():
+            before = pooled()
+            norm.bias.add_(step)
+            after = pooled()
+            norm.bias.copy_(kept)
+        sums = ((before - kept) / norm.weight).sum(1)
+        if torch.allclose(after - before, step.expand_as(before), atol=1e-4) and sums.abs().max() < 1e-2:
+            return norm
+    return None

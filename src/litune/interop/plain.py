@@ -1,0 +1,113 @@
+"""The two halves of a run as plain modules: padded token ids, or pixels, to features. What other runtimes are given.
+
+Training packs texts into rows and skips padding (`litune.towers.packing`); here a batch is a rectangle with a mask,
+as every other library has it. Both give the same features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from litune.errors import ExportError
+from litune.losses import normalize
+from litune.model import LiT
+from litune.towers.image import ImageTower
+from litune.towers.text import HfTextTower, TextTower, VitTextTower
+
+
+def plain_text(model: LiT) -> PlainText:
+    """The text half. Raises `ExportError` for a kind of tower that has no plain form."""
+    if not isinstance(model.text, HfTextTower | VitTextTower):
+        kind = model.text.architecture.get("kind")
+        raise ExportError(f"a text tower of the kind {kind!r} can't be exported: export runs of hf: and vit: towers")
+    return PlainText(model.text, model.text_head).eval()
+
+
+def plain_image(model: LiT) -> PlainImage:
+    """The image half. Raises `ExportError` where the tower is no torch module, `TowerError` where it is not found."""
+    tower = model.load_image_tower()
+    if not isinstance(tower.network, nn.Module):
+        raise ExportError(
+            f"the image tower {tower.spec} is no torch module: it can't be exported, encode pictures with litune"
+        )
+    return PlainImage(tower, model).eval()
+
+
+class PlainText(nn.Module):
+    """Padded texts to features. `fixed_length` is the number of tokens that every text must have; None: any."""
+
+    def __init__(self, tower: TextTower, head: nn.Module) -> None:
+        super().__init__()
+        self.tower: Any = tower
+        self.head = head
+        self.fixed_length = tower.max_positions if isinstance(tower, VitTextTower) else None
+
+    def hidden(self, input_ids: Int[Tensor, "N T"], attention_mask: Int[Tensor, "N T"]) -> Float[Tensor, "N T W"]:
+        """The last hidden states; those of padding mean nothing."""
+        if isinstance(self.tower, VitTextTower):
+            return vit_hidden(self.tower, input_ids)
+        found: Tensor = self.tower.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return found
+
+    def forward(
+        self, input_ids: Int[Tensor, "N T"], attention_mask: Int[Tensor, "N T"] | None = None
+    ) -> Float[Tensor, "N D"]:
+        """Features of length one. The mask is 1 for tokens, 0 for padding on the right; without it there is none."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        hidden = self.hidden(input_ids, attention_mask)
+        return normalize(self.head(pool_padded(hidden, attention_mask, self.tower.pooling)))
+
+
+def pool_padded(hidden: Float[Tensor, "N T W"], mask: Int[Tensor, "N T"], how: str) -> Float[Tensor, "N W"]:
+    """One vector per text: its first token, its last, or the mean of all."""
+    if how == "first":
+        return hidden[:, 0]
+    if how == "last":
+        last = (mask.sum(1) - 1)[:, None, None].expand(-1, 1, hidden.shape[2])
+        return hidden.gather(1, last)[:, 0]
+    weights = mask[:, :, None].to(hidden.dtype)
+    return (hidden * weights).sum(1) / weights.sum(1)
+
+
+def vit_hidden(tower: VitTextTower, ids: Int[Tensor, "N T"]) -> Float[Tensor, "N T W"]:
+    """The last hidden states of the ViT-style text transformer, for texts of its full length."""
+    x = tower.token_embedding(ids) + tower.position_embedding
+    for block in tower.blocks:
+        y = block.norm1(x)  # type: ignore[operator]
+        heads = [
+            layer(y).unflatten(-1, (block.heads, -1)).transpose(1, 2)  # type: ignore[operator]
+            for layer in (block.query, block.key, block.value)
+        ]
+        mixed = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        x = x + block.out(mixed)  # type: ignore[operator]
+        x = x + block.down(F.gelu(block.up(block.norm2(x)), approximate="tanh"))  # type: ignore[operator]
+    found: Tensor = tower.norm(x)
+    return found
+
+
+class PlainImage(nn.Module):
+    """Pictures to features. `raw_pixels` says whether pixels are 0 to 255, or what the tower's own processor gives."""
+
+    def __init__(self, tower: ImageTower, model: LiT) -> None:
+        super().__init__()
+        assert isinstance(tower.network, nn.Module)
+        self.network, self.head, self.raw_pixels = tower.network, model.image_head, tower.normalize
+        self.register_buffer("mean", tower.get_buffer("mean"))
+        self.register_buffer("std", tower.get_buffer("std"))
+        self.register_buffer("center", model.center)
+        self.register_buffer("whitening", model.whitening)
+
+    def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
+        """Features of length one."""
+        if self.raw_pixels:
+            pixels = (pixels - self.get_buffer("mean")) / self.get_buffer("std")
+        mapped = self.network(pixels) - self.get_buffer("center")
+        if self.whitening is not None:
+            mapped = mapped @ self.get_buffer("whitening")
+        return normalize(self.head(mapped))
