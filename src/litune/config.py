@@ -514,7 +514,7 @@ class ExportConfig:
     """The run folder."""
     to: Literal["onnx", "open_clip", "hf", "sentence-transformers", "npz"]
     """What to write: both towers as ONNX; a folder for open_clip; one for transformers' VisionTextDualEncoderModel; one
-    for sentence-transformers, whose encode takes texts and pictures; a .npz file as the released LiT checkpoints are."""
+    for sentence-transformers, whose encode takes texts and pictures; a .npz file like the released LiT checkpoints."""
     out: Path | None = None
     """The folder to write; by default the run's name with the target's behind it, beside the run."""
     int8: bool = False

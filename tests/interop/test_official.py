@@ -210,7 +210,7 @@ def test_released_sizes(name: str, wordpieces: Path, monkeypatch: pytest.MonkeyP
     assert {entry.key: entry.shape for entry in found} == shapes
     assert len(found) == len(shapes)
     assert design.parameters == COUNTS[name]
-    monkeypatch.setattr("litune.towers.image.weights_hash", lambda module: "")
+    monkeypatch.setattr("litune.towers.timm_image.weights_hash", lambda module: "")
     with torch.device("meta"):
         model = build(design, Tokenizer(wordpiece(wordpieces), "bert", 16))
     assert model.image_provenance is not None

@@ -73,7 +73,7 @@ def export_hf(model: LiT, run: Path, folder: Path) -> dict[str, Any]:
 
     differences = compare("hf", model, images=images, texts=texts)
     write_text(folder / "README.md", card(run, library="transformers", use=_use(folder.name)))
-    notes = ["load it in float32 or bfloat16: float16 is too coarse for the text pooler's small numbers"]
+    notes = ["load it in float32 or bfloat16: in float16 the text projection overflows"]
     if model.logit_bias is not None:
         notes.append(f"{TARGET} has no bias on its scores: add `bias` of litune.json to them for sigmoids")
     return {"largest_difference": differences, "notes": notes}
