@@ -125,7 +125,7 @@ def test_the_way(photos: Path, class_tree: Path, tower_module: str, tiny_bert: P
         (["embed", "empty.csv", "--image-tower", "efficientnet-lite0", "--out", "s"], "empty.csv is empty"),
         (["embed", "t.csv", "--image-tower", "x", "--out", "s", "--caption-column", "words"], "has no column 'words'"),
         (
-            ["embed", "t.csv", "--image-tower", "efficientnet-lite", "--out", "s"],
+            ["embed", "t.csv", "--image-tower", "eficientnet-lite0", "--out", "s"],
             "perhaps you meant 'efficientnet-lite0'",
         ),
         (["embed", "t.csv", "--image-tower", "efficientnet-lite0", "--out", "full"], "not a feature store of litune"),

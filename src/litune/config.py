@@ -35,8 +35,8 @@ class EmbedConfig:
     """Where the pairs are: a folder of images with a table of captions in it or beside it, the table itself
     (.csv, .tsv, .jsonl, .parquet), a tree with one folder per class, or a folder of images without captions."""
     image_tower: str
-    """The image tower: efficientnet-lite0, timm:NAME, hf:NAME_OR_FOLDER, onnx:FILE, python:MODULE:FUNCTION, or run:RUN
-    (the image tower that a run has trained)."""
+    """The image tower: efficientnet-lite0, timm:NAME, hf:NAME_OR_FOLDER, open_clip:NAME/TAG, onnx:FILE,
+    python:MODULE:FUNCTION, or run:RUN (the image tower that a run has trained)."""
     out: Path
     """The feature store to write (a folder)."""
     images: Path | None = None
@@ -96,9 +96,9 @@ class TuneConfig:
     store: Annotated[Positional[Path], arg(metavar="STORE")]
     """A feature store that `litune embed` wrote, or a folder that clip-retrieval wrote."""
     text_tower: str
-    """The text tower: minilm, hf:NAME_OR_FOLDER (pre-trained), hf:NAME_OR_FOLDER?init=random (the same
-    architecture from scratch), vit:Ti, S, B, L, H, g (from scratch), or run:RUN (that of a run, with its tokenizer
-    and those of its heads that fit)."""
+    """The text tower: minilm, use-m3 (always locked), hf:NAME_OR_FOLDER (pre-trained), hf:NAME_OR_FOLDER?init=random
+    (the same architecture from scratch), vit:Ti, S, B, L, H, g (from scratch), or run:RUN (that of a run, with its
+    tokenizer and those of its heads that fit)."""
     out: Path
     """The run folder to write."""
 

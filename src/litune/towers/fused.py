@@ -120,7 +120,7 @@ def matmul(x: Float[Tensor, "S W"], *weights: Float[Tensor, "_ W"]) -> Float[Ten
 
 
 def branch(x: Float[Tensor, "S W"], *weights: Float[Tensor, "_ W"]) -> tuple[Tensor, Tensor]:
-    """x and `matmul` of it. Of what goes on with this x the gradient is added where matmul's is made, in place."""
+    """X and `matmul` of it. Of what goes on with this x the gradient is added where matmul's is made, in place."""
     found: tuple[Tensor, Tensor] = _Matmul.apply(x, *weights)
     return found
 
