@@ -55,6 +55,21 @@ def test_tune_memory(tiny_bert: Path, captions: Path) -> None:
     assert {"cpu", "threads", "torch", "precision", "micro_batch"} <= found.keys()
 
 
+def test_embed_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    spec = "timm:test_resnet.r160_in1k?init=random&size=64"
+    found = run("embed_speed.py", "--count", "40", "--rounds", "1", "--towers", spec)
+    (tower,) = found["towers"].values()
+    assert found["images"] == 40
+    assert tower["images_per_second"] > 0
+    parts = 1 / tower["ready_tensors_per_second"] + 1 / tower["decoded_per_second"]
+    assert tower["limit_images_per_second"] == pytest.approx(1 / parts)
+    assert tower["share_of_limit"] == pytest.approx(tower["images_per_second"] / tower["limit_images_per_second"])
+    assert tower["times_plain_torch"] == pytest.approx(tower["images_per_second"] / tower["plain_torch_per_second"])
+    assert tower["runtime"] == "torch float32"  # fewer pictures than are worth trying
+    assert "torch float32" in tower["agreeing"]
+
+
 def test_fit_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from tune_memory import fit_line
