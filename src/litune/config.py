@@ -158,8 +158,9 @@ class TuneConfig:
     """The contrastive loss: cross-entropy both ways over the batch, or SigLIP's binary one over all its pairs."""
     image_to_text: float = 0.5
     """The weight λ of the image→text direction of the softmax loss; text→image has 1 − λ."""
-    logit_scale: float = 2.302585092994046
-    """The temperature's start: the logarithm of the scale, ln 10 as in the paper."""
+    logit_scale: float | None = None
+    """The temperature's start, the logarithm of the scale: by default that of a run whose text tower is tuned on
+    (--text-tower run:RUN), else ln 10 as in the paper."""
     logit_bias: float = -10.0
     """The start of the sigmoid loss's bias."""
     negatives: Literal["global", "local"] = "global"

@@ -260,7 +260,6 @@ def test_the_run_is_an_ordinary_one(
         evaluations=0,
         batch_size=8,
         precision="float32",
-        logit_scale=math.log(12.5),
         temperature_rate=0,
     )
     assert torch.allclose(further.encode_text(TEXTS), litune.load(run).encode_text(TEXTS), atol=1e-5), "it went on"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,8 @@ from litune.towers.use_m3 import use_tokenizer
 from litune.tuning import OnLog, Tuning
 
 HOLDOUT_MOST = 1000
+LOG_10 = math.log(10)
+"""The paper's start of the temperature."""
 
 
 @command(TuneConfig)
@@ -215,7 +218,7 @@ def make_model(
         tokenizer,
         image_width=image_width,
         dim=dim,
-        logit_scale=config.logit_scale,
+        logit_scale=_start_of_scale(config, start),
         logit_bias=config.logit_bias if config.loss == "sigmoid" else None,
         image_map=image_map,
         image_provenance=store.tower if image is None else image.provenance,
@@ -229,6 +232,12 @@ def make_model(
         if model.whitening is not None:
             model.whitening.copy_(torch.from_numpy(whitening(covariance, config.shrinkage)))
     return model
+
+
+def _start_of_scale(config: TuneConfig, start: LiT | None) -> float:
+    if config.logit_scale is not None:
+        return config.logit_scale
+    return LOG_10 if start is None else start.logit_scale.item()
 
 
 def keep_heads(spec: TextSpec, start: LiT, model: LiT) -> None:
