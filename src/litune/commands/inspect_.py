@@ -137,7 +137,10 @@ def describe_run(run: Path) -> dict[str, Any]:
         "path": str(run),
         "parameters": _parameters(model),
         "parts": _model_parts(model),
-        "locked": [] if model.image_tuned else ["image tower"],
+        "locked": [
+            *([] if model.image_tuned else ["image tower"]),
+            *([] if _parameters(model.text) else ["text tower"]),
+        ],
         "image_tower": {"spec": image.get("spec"), "width": model.image_width, "in_the_run": model.image_tuned}
         | {name: image.get(name) for name in ("pooling", "preprocess")}
         | {"fingerprint": image.get("weights")},

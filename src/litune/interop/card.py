@@ -91,7 +91,7 @@ def _towers(manifest: dict[str, Any], *, whole: bool) -> str:
         (
             "width",
             model.get("image_width", "?"),
-            (text.get("config") or {}).get("hidden_size") or text.get("size") or "?",
+            (text.get("config") or {}).get("hidden_size") or text.get("width") or text.get("size") or "?",
         ),
         ("pooling", image.get("pooling", "unknown"), f"{pooling}, at most {tokens} tokens"),
         ("head", model.get("image_head", "none"), model.get("text_head", "none")),

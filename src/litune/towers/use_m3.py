@@ -34,7 +34,7 @@ class UseTextTower(TextTower):
     def __init__(self) -> None:
         super().__init__()
         self.width, self.layout, self.pooling, self.max_positions = 512, "own", "the encoder's own", 1 << 30
-        self.architecture = {"kind": "use-m3"}
+        self.architecture = {"kind": "use-m3", "width": self.width, "pooling": self.pooling}
         use_files()
 
     @cached_property
