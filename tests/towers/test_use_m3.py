@@ -81,7 +81,7 @@ def test_a_run_tunes_its_head(tune_config: TuneConfig) -> None:
     again = litune.load(config.out)
     assert torch.equal(again.encode_text(["a red box", "box in red", "blue ring"]), features)
     manifest = json.loads((config.out / "manifest.json").read_text())
-    assert manifest["model"]["text_tower"] == {"kind": "use-m3"}
+    assert manifest["model"]["text_tower"] == {"kind": "use-m3", "width": 512, "pooling": "the encoder's own"}
     steps = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in steps if "loss" in line]
     assert losses[-1] < losses[0]

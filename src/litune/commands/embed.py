@@ -192,9 +192,9 @@ def _begun_with(out: Path) -> tuple[str, str] | None:
         return None
     there = read_json(out / MANIFEST, StoreError)
     tower = there.get("tower") or {}
-    if there.get("complete") or "runtime" not in tower:
+    if there.get("complete") or "precision" not in tower:
         return None
-    return tower["runtime"], tower["precision"]
+    return tower.get("runtime", "torch"), tower["precision"]
 
 
 def _encode(

@@ -113,6 +113,12 @@ class ImageTransform:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
+def timm_settings(transform: ImageTransform) -> dict[str, Any]:
+    """The settings of `timm.data.create_transform` that prepare pictures as the tower does."""
+    settings = transform.describe()
+    return {"input_size": [3, *settings.pop("size")], **settings}
+
+
 def resize_tensorflow(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     """A picture scaled to height and width `size` as TF2's tf.image.resize does it, cast to uint8: [3, H, W].
 

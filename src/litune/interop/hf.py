@@ -13,7 +13,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from litune.data.images import ImageTransform
+from litune.data.images import ImageTransform, timm_settings
 from litune.errors import ExportError
 from litune.files import read_json, write_json, write_text
 from litune.interop.card import card
@@ -210,17 +210,9 @@ def _save_processor(tower: ImageTower, folder: Path) -> None:
         processor.save_pretrained(folder)
         return
     # The wrapper's processor reads timm's settings from config.json, not from its own file, which says its class alone.
-    t = tower.preprocess
     about = read_json(folder / "config.json", ExportError)
     about["architecture"] = timm_name(timm_model(tower, TARGET))
     about["image_processor_type"] = "TimmWrapperImageProcessor"
-    about["pretrained_cfg"] = {
-        "input_size": [3, *t.size],
-        "mean": list(t.mean),
-        "std": list(t.std),
-        "crop_pct": t.crop_pct,
-        "crop_mode": t.crop_mode,
-        "interpolation": t.interpolation,
-    }
+    about["pretrained_cfg"] = timm_settings(tower.preprocess)
     write_json(folder / "config.json", about)
     write_json(folder / "preprocessor_config.json", {"image_processor_type": about["image_processor_type"]})

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from litune.data.images import ImageTransform
+from litune.data.images import ImageTransform, timm_settings
 from litune.errors import ExportError, MissingExtraError
 from litune.files import atomic, write_json
 from litune.interop.fold import Affine, image_affine, text_affine, without_bias
@@ -67,7 +67,7 @@ def export_open_clip(model: LiT, folder: Path) -> dict[str, Any]:
         from timm.data import create_transform
 
         assert isinstance(tower.preprocess, ImageTransform)
-        facts["timm_transform"] = _timm_transform(tower.preprocess)
+        facts["timm_transform"] = timm_settings(tower.preprocess)
         transform = create_transform(**facts["timm_transform"])
         notes.append(
             "open_clip's own transform can't cut pictures as the tower wants them: prepare them with "
@@ -158,18 +158,6 @@ def _same_pictures(tower: ImageTower) -> bool:
         and t.interpolation in ("bilinear", "bicubic")
         and ((t.crop_mode == "center" and square) or t.crop_mode == "squash")
     )
-
-
-def _timm_transform(t: ImageTransform) -> dict[str, Any]:
-    """The settings of `timm.data.create_transform` that prepare pictures as the tower does."""
-    return {
-        "input_size": [3, *t.size],
-        "mean": list(t.mean),
-        "std": list(t.std),
-        "crop_pct": t.crop_pct,
-        "crop_mode": t.crop_mode,
-        "interpolation": t.interpolation,
-    }
 
 
 def _text_config(model: LiT, folder: Path) -> dict[str, Any]:

@@ -6,8 +6,6 @@ parameters here: what is tuned is the head on top of it.
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,9 +15,10 @@ import numpy as np
 import tokenizers
 import torch
 from jaxtyping import Float
-from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
+from tokenizers import processors
 from torch import Tensor, nn
 
+from litune.data.pieces import convert
 from litune.errors import MissingExtraError, TowerError
 from litune.towers.packing import Packed
 from litune.towers.text import TextTower
@@ -84,46 +83,7 @@ def use_tokenizer() -> tokenizers.Tokenizer:
     A run of characters that no piece covers is one unknown token, as in SentencePiece itself (the package's own
     tokenizer makes one of each character).
     """
-    pieces: list[tuple[str, float]] = []
-    charsmap = b""
-    for number, value in _fields((use_files() / "sp.model").read_bytes()):
-        if number == 1:
-            piece = dict(_fields(value))
-            pieces.append((piece[1].decode(), struct.unpack("<f", piece.get(2, bytes(4)))[0]))
-        elif number == 3:
-            charsmap = dict(_fields(value)).get(2, b"")
-    tokenizer = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Precompiled(charsmap), normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
-    ends = [(pieces[i][0], i) for i in (BEGIN, END)]
+    tokenizer = convert((use_files() / "sp.model").read_bytes(), "the vocabulary of use-m3")
+    ends = [(tokenizer.id_to_token(i), i) for i in (BEGIN, END)]
     tokenizer.post_processor = processors.TemplateProcessing(f"{ends[0][0]} $A {ends[1][0]}", special_tokens=ends)
     return tokenizer
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Number and value of every field of a protocol buffers message; numbers of a fixed size as bytes."""
-    place = 0
-    while place < len(data):
-        tag, place = _number(data, place)
-        kind = tag & 7
-        if kind == 0:
-            value: Any
-            value, place = _number(data, place)
-        else:
-            length = {1: 8, 5: 4}.get(kind)
-            if length is None:
-                length, place = _number(data, place)
-            value, place = data[place : place + length], place + length
-        yield tag >> 3, value
-
-
-def _number(data: bytes, place: int) -> tuple[int, int]:
-    """A number in groups of seven bits, the last one without the eighth bit, and the place after it."""
-    found = shift = 0
-    while True:
-        found |= (data[place] & 127) << shift
-        place, shift = place + 1, shift + 7
-        if data[place - 1] < 128:
-            return found, place
