@@ -161,7 +161,12 @@ def _onnxruntime(tower: ImageTower, precision: str, pixels: Tensor) -> Runtime:
 
 
 def export_onnx(network: nn.Module, example: Tensor, file: Path) -> None:
-    """Write a network from one tensor `pixels` [B, …] to `features` [B, W] as ONNX, with any B."""
+    """Write a network from one tensor `pixels` [B, …] to `features` [B, W] as ONNX, with any B.
+
+    Raises `MissingExtraError` where the package onnx is not installed.
+    """
+    if find_spec("onnx") is None:
+        raise MissingExtraError("another runtime than torch", "onnx", "onnx")
     with warnings.catch_warnings(), torch.no_grad(), redirect_stdout(None):
         warnings.simplefilter("ignore")  # the exporter speaks of itself
         torch.onnx.export(
@@ -178,8 +183,6 @@ def export_onnx(network: nn.Module, example: Tensor, file: Path) -> None:
 
 def _quantized(file: Path, pixels: Tensor) -> Path:
     """The network with int8 weights and activations, whose ranges are those that these pictures give."""
-    if find_spec("onnx") is None:
-        raise MissingExtraError("--precision int8", "onnx", "onnx")
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -241,7 +244,8 @@ def candidates(tower: ImageTower, name: str, precision: str) -> list[tuple[str, 
     if name != "auto":
         names = [name]
     elif device.type == "cpu":
-        names = [n for n in ("torch", "onnxruntime", "openvino") if n == "torch" or find_spec(n) is not None]
+        others = [n for n in ("onnxruntime", "openvino") if find_spec(n) is not None and find_spec("onnx") is not None]
+        names = ["torch", *others]
     else:
         names = ["torch", "compile"]
     found = [(n, p) for n in names for p in PRECISIONS[n] if precision in (p, "auto")]
