@@ -541,7 +541,8 @@ def test_best(short: TuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def scripted(self: Tuning) -> dict[str, Any]:
         states.append(state_of(self.model))
         folders.append(self.config.out.joinpath("best").stat().st_ino if states[1:] else 0)
-        self.last_evaluation = {"text_to_image": {"recall@10": next(recalls)}}
+        found = {"recall@10": next(recalls)}
+        self.last_evaluation = {"text_to_image": found, "image_to_text": found}
         return self.last_evaluation
 
     monkeypatch.setattr(Tuning, "evaluate", scripted)
