@@ -157,3 +157,18 @@ def test_what_cannot_run(tower: ImageTower, pixels: Tensor, monkeypatch: pytest.
     monkeypatch.setitem(runtimes.BUILDERS, "torch", lambda *_: 1 / 0)
     with pytest.raises(TowerError, match=r"can't run in torch \(float32\): division by zero"):
         runtimes.build(tower, "torch", "float32", pixels)
+
+
+def test_a_runtime_that_is_asked_for_and_not_there(
+    tower: ImageTower, pixels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With more than one precision to try, too."""
+
+    def build(*_: Any) -> runtimes.Runtime:
+        raise MissingExtraError("--runtime tensorrt", "tensorrt", "onnx")
+
+    monkeypatch.setitem(runtimes.BUILDERS, "tensorrt", build)
+    monkeypatch.setitem(runtimes.PRECISIONS, "tensorrt", ("float32", "bfloat16"))
+    monkeypatch.setattr(runtimes, "fast_bfloat16", lambda device: True)
+    with pytest.raises(TowerError, match=r"pip install 'litune\[onnx\]'"):
+        runtimes.fastest(tower, pixels, name="tensorrt")

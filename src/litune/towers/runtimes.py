@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -350,12 +350,19 @@ def _key(tower: ImageTower, wanted: Sequence[tuple[str, str]], pixels: Tensor) -
         "weights": tower.provenance["weights"],
         "pixels": [*pixels.shape, str(pixels.dtype)],
         "wanted": list(wanted),
-        "versions": {name: version(name) for name in {n if n != "compile" else "torch" for n, _ in wanted}},
+        "versions": {name: _version(name) for name in ("onnx", "onnxruntime", "openvino", "torch")},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cores": processor_cores(),
         "host": os.uname().nodename if hasattr(os, "uname") else "",
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _read(file: Path) -> dict[str, Any]:
