@@ -11,7 +11,7 @@ import pytest
 import torch
 from timm.data import create_transform
 
-open_clip = pytest.importorskip("open_clip", reason="the export to open_clip needs the extra open_clip")
+open_clip = pytest.importorskip("open_clip", reason="the export to open_clip needs the extra open-clip")
 
 import litune
 from litune.commands.export import export

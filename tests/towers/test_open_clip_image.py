@@ -94,5 +94,5 @@ def test_bad_specs(open_clip: Any, tmp_path: Path) -> None:
 
 def test_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "open_clip", None)
-    with pytest.raises(MissingExtraError, match=r"needs the package 'open_clip_torch'.*litune\[open_clip\]"):
+    with pytest.raises(MissingExtraError, match=r"needs the package 'open_clip_torch'.*litune\[open-clip\]"):
         load_image_tower("open_clip:ViT-B-32/openai")

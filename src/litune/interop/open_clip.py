@@ -90,7 +90,7 @@ def _package() -> Any:
         with _quiet():
             import open_clip
     except ImportError:
-        raise MissingExtraError("the export to open_clip", "open_clip_torch", "open_clip") from None
+        raise MissingExtraError("the export to open_clip", "open_clip_torch", "open-clip") from None
     return open_clip
 
 

@@ -45,7 +45,7 @@ def open_clip_tower(spec: str, name: str, options: dict[str, str]) -> ImageTower
     try:
         import open_clip
     except ImportError:
-        raise MissingExtraError("an open_clip: tower", "open_clip_torch", "open_clip") from None
+        raise MissingExtraError("an open_clip: tower", "open_clip_torch", "open-clip") from None
     checkpoint = options.pop("checkpoint", None)
     random = random_asked(spec, options)
     no_more(spec, options, ["checkpoint", "init"])
