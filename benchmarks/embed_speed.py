@@ -25,7 +25,7 @@ from litune.commands.embed import embed
 from litune.data.images import ImageTransform
 from litune.devices import processor_cores
 from litune.towers.image import ImageTower, load_image_tower
-from litune.towers.runtimes import agrees, candidates, images_per_second, measure
+from litune.towers.runtimes import agrees, build, candidates, images_per_second, measure
 
 TOWERS = ("efficientnet-lite0", "timm:vit_small_patch16_224?init=random")
 BATCH = 32
@@ -102,7 +102,6 @@ def measure_tower(spec: str, pictures: Path, count: int, rounds: int, work: Path
     ready = np.stack([tower.preprocess(Image.open(io.BytesIO(data)).convert("RGB")) for data in files[:BATCH]])
     pixels = torch.from_numpy(ready)
     _, trials = measure(tower, candidates(tower, "auto", "auto"), pixels)
-    exact = [trial for trial in trials if agrees(trial.cosine)]
     found: list[dict[str, float]] = []
     for i in range(rounds + 1):  # one after the other, so that whatever else the machine does hits all of them alike
         torch.manual_seed(0)
@@ -132,14 +131,12 @@ def measure_tower(spec: str, pictures: Path, count: int, rounds: int, work: Path
         "plain_torch_per_second": medians["plain_torch"],
         "runtime": " ".join(runtime),
         "trials": {f"{t.name} {t.precision}": [t.images_per_second, t.cosine] for t in trials},
-        "agreeing": [f"{t.name} {t.precision}" for t in exact],
+        "agreeing": [f"{t.name} {t.precision}" for t in trials if agrees(t.cosine)],
     }
 
 
 def rate_alone(tower: ImageTower, runtime: tuple[str, str], pixels: torch.Tensor) -> float:
     """The bare rate of the chosen runtime on ready tensors, with all cores."""
-    from litune.towers.runtimes import build
-
     return images_per_second(build(tower, *runtime, pixels), pixels, seconds=2.0)
 
 

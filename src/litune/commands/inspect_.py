@@ -22,6 +22,7 @@ from litune.interop.official import Checkpoint
 from litune.model import LiT
 from litune.towers.heads import make_head
 from litune.towers.image import ImageTower
+from litune.towers.specs import reason
 from litune.towers.text import TextTower, make_text_tower, parse_text_spec
 
 PER_TUNED = 16
@@ -73,9 +74,7 @@ def _names_text(spec: str) -> bool:
         try:
             config = AutoConfig.from_pretrained(head.removeprefix("hf:"))
         except Exception as why:
-            raise TowerError(
-                f"{spec!r} can't be loaded: {(str(why).splitlines() or [type(why).__name__])[0]}"
-            ) from None
+            raise TowerError(reason(f"{spec!r} can't be loaded", why)) from None
         return not any(hasattr(config, name) for name in ("vision_config", "image_size", "num_channels"))
     try:
         parse_text_spec(spec)
@@ -224,16 +223,16 @@ def _plan(found: dict[str, Any], text: TextTower, config: InspectConfig) -> dict
     images = config.images or found.get("images")
     head = make_head("linear", text.width, width)
     tuned = sum(p.numel() for part in (text, head) for p in part.parameters()) + 1
-    stored = None if images is None else 2 * width * images
+    features = 4 * width * config.batch_size
     return {
         "tuned_parameters": tuned,
         "locked_parameters": found.get("parameters"),
         "dim": width,
         "bytes_of_weights_gradients_and_moments": PER_TUNED * tuned,
-        "bytes_of_the_batch": 2 * 4 * width * config.batch_size * 2,
+        "bytes_of_the_batch": 4 * features,  # of both sides, and their gradients
         "bytes_stored_per_image": 2 * width,
         "images": images,
-        "bytes_stored": stored,
+        "bytes_stored": None if images is None else 2 * width * images,
     }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from litune.data.batches import Batch
-from litune.data.images import Decoded, ImageTransform, decode_file, map_ahead
+from litune.data.images import Decoded, ImageTransform, Preprocess, decode_file, map_ahead
 from litune.data.pairs import Damage
 from litune.errors import DataError, TowerError
 
@@ -29,8 +29,6 @@ AREA = (0.05, 1.0)
 ASPECT = (3 / 4, 4 / 3)
 """The crop's width over its height."""
 TRIES = 10
-
-Preprocess = Callable[[Image.Image], np.ndarray]
 
 
 class PixelLoader:

@@ -13,7 +13,7 @@ from urllib.parse import parse_qsl
 from litune.errors import TowerError, nearest
 from litune.towers import packaged
 from litune.towers.hf_image import hf_tower
-from litune.towers.image_tower import ImageTower, Preprocess, differences, is_convolutional, weights_hash
+from litune.towers.image_tower import ImageTower, differences, is_convolutional, weights_hash
 from litune.towers.onnx_image import onnx_tower
 from litune.towers.open_clip_image import open_clip_tower
 from litune.towers.python_image import python_tower
@@ -24,7 +24,6 @@ __all__ = [
     "KINDS",
     "PACKAGED",
     "ImageTower",
-    "Preprocess",
     "differences",
     "is_convolutional",
     "load_image_tower",

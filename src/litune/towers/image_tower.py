@@ -10,18 +10,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor, nn
 
-from litune.data.images import ImageTransform
+from litune.data.images import ImageTransform, Preprocess
 from litune.errors import TowerError
 from litune.towers.locking import eval_locked, lock
 from litune.towers.specs import reason
-
-Preprocess = Callable[[Image.Image], np.ndarray]
 
 
 class ImageTower(nn.Module):

@@ -33,6 +33,7 @@ from litune.errors import LituneError, MissingExtraError, TowerError
 from litune.files import cache_folder, write_text
 from litune.progress import say
 from litune.towers.image import ImageTower
+from litune.towers.specs import reason
 
 AGREEMENT = 0.9999
 """The least mean cosine of a runtime's features with those of torch in float32."""
@@ -104,13 +105,12 @@ def build(tower: ImageTower, name: str, precision: str, pixels: Tensor) -> Runti
     except (LituneError, KeyboardInterrupt):
         raise
     except Exception as why:
-        reason = str(why).strip().splitlines() or [type(why).__name__]
-        raise TowerError(f"{tower.spec} can't run in {name} ({precision}): {reason[0][:200]}") from why
+        raise TowerError(reason(f"{tower.spec} can't run in {name} ({precision})", why)) from why
 
 
 def _torch(tower: ImageTower, precision: str, pixels: Tensor) -> Runtime:
     if not isinstance(tower.network, nn.Module):
-        return Runtime("torch", precision, lambda x: tower.encode(x).cpu())
+        return Runtime("torch", "float32", lambda x: tower.encode(x).cpu())  # whatever is asked: it runs by itself
     if precision == "bfloat16":
         tower = copy.deepcopy(tower)
         for layer in tower.modules():

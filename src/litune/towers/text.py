@@ -25,6 +25,7 @@ from litune.towers.bert import BERT_LIKE, ROBERTA_LIKE, bert_encode, runs_fused
 from litune.towers.dropout import dropout
 from litune.towers.packing import Packed, attention, pool
 from litune.towers.quiet import quiet_transformers
+from litune.towers.specs import reason
 from litune.towers.vit import VIT_SIZES, check_vit_size, vit_size
 from litune.towers.vocabulary import TunedRows
 
@@ -266,12 +267,7 @@ def _hf_config(spec: TextSpec) -> Any:
     try:
         return AutoConfig.from_pretrained(spec.name)
     except Exception as why:
-        raise TowerError(_reason(spec, why)) from None
-
-
-def _reason(spec: TextSpec, why: Exception) -> str:
-    lines = [line.strip() for line in str(why).splitlines() if line.strip()]
-    return f"the text tower {spec.spec!r} can't be loaded: {lines[0] if lines else type(why).__name__}"
+        raise TowerError(reason(f"the text tower {spec.spec!r} can't be loaded", why)) from None
 
 
 def make_text_tower(
@@ -316,7 +312,7 @@ def _load_hf(spec: TextSpec, pooling: str, dropout: float | None) -> HfTextTower
                 spec.name, config=config, dtype=torch.float32, output_loading_info=True, **extra
             )
     except Exception as why:
-        raise TowerError(_reason(spec, why)) from None
+        raise TowerError(reason(f"the text tower {spec.spec!r} can't be loaded", why)) from None
     missing = sorted(report["missing_keys"])
     if missing:
         raise TowerError(f"{spec.spec} lacks {len(missing)} of the tower's weights, {missing[0]!r} first")
