@@ -36,27 +36,23 @@ def _head(head: nn.Module, width: int, side: str, target: str) -> Affine:
     raise ExportError(f"{target} has no {side} head of several layers like the run's: export to onnx instead")
 
 
-def without_bias(norm: Any, affine: Affine) -> Float[Tensor, "D W"] | None:
+def without_bias(norm: Any, affine: Affine) -> Float[Tensor, "D W"]:
     """A matrix that does what an affine map does to a tower's output, where that comes from the LayerNorm `norm`.
 
-    Normalised values n sum to zero, so that the output h = γ·n + β has one constant in it: the sum of h/γ is that of
-    β/γ, for every token and every mean of tokens. A matrix reads the bias off this constant. `norm`'s own bias is moved
-    along γ, which makes the constant about the tower's width and keeps rounding small; the matrix makes up for it. None
-    where a γ is too small for that, then nothing is changed.
+    The output is h = γ·n + β, and normalised values n sum to zero, for every token and every mean of tokens. Gain and
+    shift go into the map, and `norm` gets ones for both: its output n + 1 then sums to the width W, always, and the
+    matrix reads the bias off that sum. An affine map without a bias needs none of this, and `norm` is left.
     """
     weight, bias = affine
     if not bias.abs().max() > 0:
         return weight
     gain, shift = norm.weight.detach().cpu().double(), norm.bias.detach().cpu().double()
-    if gain.abs().min() < 1e-3 * gain.abs().max():
-        return None
-    constant = (shift / gain).sum()
-    moved = gain if constant >= 0 else -gain
+    scaled = weight * gain
+    constant = bias + weight @ shift - scaled.sum(1)
     with torch.no_grad():
-        norm.bias.copy_(shift + moved)
-    exactly = norm.bias.detach().cpu().double()  # as float32 has it
-    moved, constant = exactly - shift, (exactly / gain).sum()
-    found: Tensor = weight + torch.outer(bias - weight @ moved, 1 / gain) / constant
+        norm.weight.fill_(1)
+        norm.bias.fill_(1)
+    found: Tensor = scaled + constant[:, None] / len(gain)
     return found
 
 

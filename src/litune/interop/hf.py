@@ -191,9 +191,6 @@ def _text(model: LiT) -> tuple[Any, dict[str, Tensor], Tensor]:
     made.load_state_dict(tower.model.state_dict(), strict=False)
     norm = last_layer_norm(made)
     weight = without_bias(norm, text_affine(model, TARGET))
-    if weight is None:
-        raise ExportError(f"{TARGET} projects without a bias, and the text tower's last LayerNorm has gains near zero "
-                          "that can't stand in for it: export to onnx instead")  # fmt: skip
     # |LayerNorm's output| ≤ √width · |gain| + |bias|; tanh(x) differs from x by the share x² / 3 < 2⁻²⁵ where x < 2⁻¹².
     gain, shift = (float(p.detach().abs().max()) for p in (norm.weight, norm.bias))
     bound = math.sqrt(tower.width) * gain + shift

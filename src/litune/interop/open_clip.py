@@ -216,14 +216,10 @@ def _weights(model: LiT, tower: ImageTower) -> dict[str, Tensor]:
 
 def _hf_weights(tower: Any, affine: Affine) -> dict[str, Tensor]:
     norm = last_layer_norm(tower.model)
-    kept = norm.bias.detach().clone()
+    kept = {name: value.clone() for name, value in norm.state_dict().items()}
     weight = without_bias(norm, affine)
-    if weight is None:
-        raise ExportError("open_clip's text projection has no bias, and the tower's last LayerNorm has gains near zero "
-                          "that can't stand in for it: export to onnx instead")  # fmt: skip
     found = {f"text.transformer.{name}": value.clone() for name, value in tower.model.state_dict().items()}
-    with torch.no_grad():
-        norm.bias.copy_(kept)
+    norm.load_state_dict(kept)
     return found | {"text.proj.weight": weight.float()}
 
 
