@@ -32,7 +32,8 @@ def test_card_of_a_tuned_run(tune_config: TuneConfig) -> None:
     (block,) = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     command = parse(shlex.split(block)[1:])
     assert isinstance(command, EvalConfig)
-    assert (command.store, command.split, command.lang) == (tune_config.store, "val", ("en",))
+    assert (command.store, command.split, command.lang) == (Path(tune_config.store.name), "val", ("en",))
+    assert str(tune_config.store.parent) not in text, "a card is published: it doesn't say where things lay"
 
 
 def test_an_edited_card_stays(tune_config: TuneConfig) -> None:

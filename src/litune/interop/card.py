@@ -112,12 +112,17 @@ def _data(manifest: dict[str, Any], config: dict[str, Any]) -> str:
         + (f", split {_code(tuned['split'])}" if tuned.get("split") else "")
         + (f", languages {', '.join(config['lang'])}" if config.get("lang") else "")
         + f"; {_count(tuned.get('held_out_images'))} images held out.",
-        f"- Feature store {_code(store.get('path', config.get('store', 'unknown')))}"
+        f"- Feature store {_code(_store_name(manifest, config))}"
         + (f": {pairs['source']}." if pairs.get("source") else "."),
     ]
     if pairs.get("fingerprint"):
         lines.append(f"- Fingerprint of the pairs: `{pairs['fingerprint']}`.")
     return "\n".join(lines)
+
+
+def _store_name(manifest: dict[str, Any], config: dict[str, Any]) -> str:
+    """The store's folder without its place: a card is published, and where things lay is nobody's business."""
+    return Path(manifest.get("store", {}).get("path") or config.get("store") or "unknown").name
 
 
 def _settings(manifest: dict[str, Any], config: dict[str, Any]) -> str:
@@ -140,7 +145,7 @@ def _metrics(run: Path, manifest: dict[str, Any], config: dict[str, Any]) -> str
         if "chance" in found:
             rows.append([f"{name}, chance", *(f"{found['chance'][way][k]:.1%}" for k in ks)])
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    store, split = manifest.get("store", {}).get("path", config.get("store")), manifest.get("tuned_on", {}).get("split")
+    store, split = _store_name(manifest, config), manifest.get("tuned_on", {}).get("split")
     said = (
         f"Retrieval on the {_count(found.get('images'))} held-out images with {_count(found.get('captions'))} "
         "captions, at the end of tuning (all held-out images and captions are candidates; figures of selections of "
@@ -163,7 +168,7 @@ def _licences(manifest: dict[str, Any], config: dict[str, Any]) -> str:
     rows = [
         ("image tower", image or "unknown", declared_licence(image)),
         ("text tower", manifest.get("text_tower", "unknown"), declared_licence(manifest.get("text_tower"))),
-        ("data", str(manifest.get("store", {}).get("path", config.get("store", "unknown"))), "not declared"),
+        ("data", _store_name(manifest, config), "not declared"),
     ]
     table = ["| part | what | licence, as declared |", "| --- | --- | --- |"]
     table += [f"| {part} | {_code(what)} | {licence} |" for part, what, licence in rows]
