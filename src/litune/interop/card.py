@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ def _data(manifest: dict[str, Any], config: dict[str, Any]) -> str:
         + (f", languages {', '.join(config['lang'])}" if config.get("lang") else "")
         + f"; {_count(tuned.get('held_out_images'))} images held out.",
         f"- Feature store {_code(_store_name(manifest, config))}"
-        + (f": {pairs['source']}." if pairs.get("source") else "."),
+        + (f": {_without_folders(pairs['source'])}." if pairs.get("source") else "."),
     ]
     if pairs.get("fingerprint"):
         lines.append(f"- Fingerprint of the pairs: `{pairs['fingerprint']}`.")
@@ -123,6 +124,11 @@ def _data(manifest: dict[str, Any], config: dict[str, Any]) -> str:
 def _store_name(manifest: dict[str, Any], config: dict[str, Any]) -> str:
     """The store's folder without its place: a card is published, and where things lay is nobody's business."""
     return Path(manifest.get("store", {}).get("path") or config.get("store") or "unknown").name
+
+
+def _without_folders(text: str) -> str:
+    """A text in which the last part of a path stands for the path."""
+    return re.sub(r"(?<!\S)/\S+", lambda path: Path(path[0]).name, text)
 
 
 def _settings(manifest: dict[str, Any], config: dict[str, Any]) -> str:
