@@ -42,20 +42,25 @@ METRICS, STATE = "metrics.jsonl", "state.safetensors"
 
 
 def model_state(model: LiT) -> dict[str, Tensor]:
-    """What a run keeps of a model: everything but a locked image tower."""
-    return {
-        name: value.detach().cpu().contiguous()
-        for name, value in model.state_dict().items()
-        if model.image_tuned or not name.startswith("image.")
-    }
+    """What a run keeps of a model: all but a locked image tower. Tied weights are one tensor by several names."""
+    kept = {n: v for n, v in model.state_dict().items() if model.image_tuned or not n.startswith("image.")}
+    held = {_place(value): value.detach().cpu().contiguous() for value in kept.values()}
+    return {name: held[_place(value)] for name, value in kept.items()}
+
+
+def _place(value: Tensor) -> tuple[Any, ...]:
+    return value.device, value.data_ptr(), value.shape, value.stride(), value.dtype
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Write tensors and JSON facts as one safetensors file, atomically."""
+    """Write tensors and JSON facts as one safetensors file, atomically; what has several names is written once."""
+    first: dict[tuple[Any, ...], str] = {}
+    also = {k: name for k, v in tensors.items() if v.numel() and (name := first.setdefault(_place(v), k)) != k}
+    about = {"litune": json.dumps(facts | ({"also": also} if also else {}))}
     with atomic(path) as temporary:
         try:
-            # Tied weights would share memory, which safetensors refuses.
-            save_file({k: v.clone() for k, v in tensors.items()}, temporary, {"litune": json.dumps(facts)})
+            # Views of one memory that are not the same tensor safetensors refuses: hence the clones.
+            save_file({k: v.clone() for k, v in tensors.items() if k not in also}, temporary, about)
         except SafetensorError as why:
             # safetensors hides the system's error in its message: a full disk should say so.
             code = re.search(r"os error (\d+)", str(why))
@@ -69,7 +74,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {}).get("litune", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors | {k: tensors[name] for k, name in facts.pop("also", {}).items()}, facts
     except FileNotFoundError:
         raise RunError(f"{path} is missing: the run folder is incomplete") from None
     except (SafetensorError, json.JSONDecodeError) as why:
