@@ -1,9 +1,9 @@
 # %% [markdown]
 # # From tower to search
 #
-# An image tower that has learned to tell a thousand kinds of things apart can't be asked anything: it gives 1,280 numbers
-# for a picture, and no words. In the next minutes it gets a language: we store what it sees in 1,914 emoji, teach a text
-# tower to read that from their names, and then sort and search 300 emoji that it was never shown.
+# An image tower that has learned to tell a thousand kinds of things apart can't be asked anything: it gives 1,280
+# numbers for a picture, and no words. In the next minutes it gets a language: we store what it sees in 1,914 emoji,
+# teach a text tower to read that from their names, and then sort and search 300 emoji that it was never shown.
 #
 # A processor with two cores will do. Everything comes as packages.
 
@@ -24,8 +24,9 @@ FOLDER = "tower-to-search"
 # %% [markdown]
 # ## Pairs
 #
-# All that is needed is pictures with captions. Here they are emoji, drawn by [OpenMoji](https://openmoji.org) (CC BY-SA
-# 4.0), and their names. On disk they are what your own pairs would be: a folder of images, and a table beside it.
+# All that is needed is pictures with captions. Here they are emoji, drawn by [OpenMoji](https://openmoji.org) (CC
+# BY-SA 4.0), and their names. On disk they are what your own pairs would be: a folder of images, and a table beside
+# it.
 
 # %%
 from itertools import islice
@@ -43,6 +44,7 @@ render(emoji, folder / "emoji", rendered=lambda: None)
 print((folder / "emoji" / "captions.csv").read_text()[:160], "…", sep="")
 
 # %%
+from IPython.display import display
 from PIL import Image, ImageDraw
 
 
@@ -59,8 +61,8 @@ row_of([folder / "emoji" / "images" / one.key for one in emoji[-8:]])
 # %% [markdown]
 # ## The locked tower looks once
 #
-# EfficientNet-Lite0, trained on ImageNet, encodes every picture. Its weights will never change, so this is done once: whatever
-# we try later reads the stored features.
+# EfficientNet-Lite0, trained on ImageNet, encodes every picture. Its weights will never change, so this is done once:
+# whatever we try later reads the stored features.
 
 # %%
 import litune
@@ -70,8 +72,9 @@ print(store)
 print(store.features([0])[0, :6], "…")
 
 # %% [markdown]
-# The features know a lot already. Subtract their mean (those of this network are all positive), and the nearest neighbours
-# of a picture are pictures of similar things. But one has to ask with a picture: there is no word for anything yet.
+# The features know a lot already. Subtract their mean (those of this network are all positive), and the nearest
+# neighbours of a picture are pictures of similar things. But one has to ask with a picture: there is no word for
+# anything yet.
 
 # %%
 import numpy as np
@@ -87,9 +90,9 @@ row_of([paths[i] for i in nearest])
 # %% [markdown]
 # ## A text tower learns to read it
 #
-# MiniLM, a small pre-trained text encoder, is tuned so that each name's feature lies near that of its picture and far from
-# those of the others in the batch. No pictures are read: only the store, and text. (These settings are the quickstart's; with
-# more pairs than a few thousand the defaults are good.)
+# MiniLM, a small pre-trained text encoder, is tuned so that each name's feature lies near that of its picture and far
+# from those of the others in the batch. No pictures are read: only the store, and text. (These settings are the
+# quickstart's; with more pairs than a few thousand the defaults are good.)
 
 # %%
 log = []
@@ -111,8 +114,8 @@ for line in (steps[0], steps[len(steps) // 2], steps[-1]):
 # %% [markdown]
 # ## How well does it read?
 #
-# Each held-out name is asked for among the held-out pictures. R@1: how often its own picture comes first; R@10: how often it
-# is among the first ten. Chance stands beside it.
+# Each held-out name is asked for among the held-out pictures. R@1: how often its own picture comes first; R@10: how
+# often it is among the first ten. Chance stands beside it.
 
 # %%
 found = litune.eval(folder / "run", store=folder / "features", split="val")["retrieval"]
@@ -123,7 +126,8 @@ for k in (1, 5, 10):
 # %% [markdown]
 # ## Classes out of words
 #
-# A class is a text. Each held-out picture goes to the text that is nearest to it; none of these texts was any picture's name.
+# A class is a text. Each held-out picture goes to the text that is nearest to it; none of these texts was any
+# picture's name.
 
 # %%
 held_out = [i for i, split in enumerate(store.metadata["split"].to_pylist()) if split == "val"]
@@ -133,7 +137,7 @@ probabilities = classifier.probabilities(pictures)  # [300, 5]
 for i, name in enumerate(classifier.class_names):
     surest = probabilities[:, i].argsort(descending=True)[:8].tolist()
     print(f"{name}: " + ", ".join(f"{probabilities[j, i]:.0%}" for j in surest))
-    display(row_of([paths[held_out[j]] for j in surest]))  # noqa: F821
+    display(row_of([paths[held_out[j]] for j in surest]))
 
 # %% [markdown]
 # ## Search by free-form text
@@ -157,7 +161,8 @@ for i, query in enumerate(queries):
 sheet
 
 # %% [markdown]
-# Hits and misses are shown as they come. 1,614 names are few; a few thousand photos with captions of your own go much further.
+# Hits and misses are shown as they come. 1,614 names are few; a few thousand photos with captions of your own go much
+# further.
 #
 # The run is a folder of plain files. `litune.load` opens it again, and all of this works from the command line too:
 #

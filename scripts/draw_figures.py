@@ -39,7 +39,14 @@ def text(
 ) -> str:
     """Words with their baseline at y."""
     weight = ' font-weight="600"' if bold else ""
-    return f'<text x="{x:g}" y="{y:g}" font-size="{size}" fill="{color}" text-anchor="{anchor}"{weight}>{escape(words)}</text>'
+    place = f'x="{x:g}" y="{y:g}" text-anchor="{anchor}"'
+    return f'<text {place} font-size="{size}" fill="{color}"{weight}>{escape(words)}</text>'
+
+
+def bar(x: float, y: float, width: float, height: float, fill: str, *, edge: str = "none", line: float = 1) -> str:
+    """A plain rectangle."""
+    size = f'x="{x:g}" y="{y:g}" width="{width:.4g}" height="{height:g}"'
+    return f'<rect {size} fill="{fill}" stroke="{edge}" stroke-width="{line:g}"/>'
 
 
 def box(x: float, y: float, width: float, height: float, fill: str, *lines: str) -> str:
@@ -125,17 +132,17 @@ def loss() -> str:
             own, same = i == j, CAPTIONS[i] == caption
             fill = TUNED if own else STORE if same else "white"
             x, y = left + side * j, top + side * i
-            parts.append(f'<rect x="{x}" y="{y}" width="{side}" height="{side}" fill="{fill}" stroke="{LINE}"/>')
+            parts.append(bar(x, y, side, side, fill, edge=LINE))
             mark, tone = ("pair", TUNED_EDGE) if own else ("left out", MUTED) if same else ("−", MUTED)
             parts.append(text(x + side / 2, y + side / 2 + 5, mark, size=13 if own else 11, color=tone, bold=own))
     right, bottom = left + side * 5, top + side * 5
     parts += [
-        f'<rect x="{left}" y="{top + side}" width="{side * 5}" height="{side}" fill="none" stroke="{LOCKED_EDGE}" stroke-width="2.5"/>',
+        bar(left, top + side, side * 5, side, "none", edge=LOCKED_EDGE, line=2.5),
         arrow((right + 34, top + side * 1.5), (right + 4, top + side * 1.5)),
         text(right + 40, top + side * 1.5 - 6, "image → text:", anchor="start", bold=True),
         text(right + 40, top + side * 1.5 + 12, "which of these texts", size=12, color=MUTED, anchor="start"),
         text(right + 40, top + side * 1.5 + 28, "is this image's?", size=12, color=MUTED, anchor="start"),
-        f'<rect x="{left + side * 4}" y="{top}" width="{side}" height="{side * 5}" fill="none" stroke="{SCRATCH_EDGE}" stroke-width="2.5"/>',
+        bar(left + side * 4, top, side, side * 5, "none", edge=SCRATCH_EDGE, line=2.5),
         arrow((left + side * 4.5, bottom + 32), (left + side * 4.5, bottom + 4)),
         text(
             left + side * 4.5, bottom + 48, "text → image: which of these images is this text's?", size=12, color=MUTED
@@ -205,21 +212,20 @@ def cost() -> str:
     for i, (name, shape) in enumerate(IMAGE_TOWERS.items()):
         y, image = 62 + 84 * i, products(*shape)
         stored, run = PUBLISHED[name]
-        bar = f'<rect x="{left}" y="{{}}" width="{scale * texts:.1f}" height="24" fill="{TUNED_EDGE}"/>'
         parts += [
             text(left - 12, y + 34, name, anchor="end", bold=True),
-            bar.format(y),
+            bar(left, y, scale * texts, 24, TUNED_EDGE),
             text(left + scale * texts + 8, y + 17, f"{texts:.1f}   stored features", size=12, anchor="start"),
             text(690, y + 17, f"{stored:,}", size=13),
-            bar.format(y + 30),
-            f'<rect x="{left + scale * texts:.1f}" y="{y + 30}" width="{scale * image:.1f}" height="24" fill="{LOCKED_EDGE}"/>',
+            bar(left, y + 30, scale * texts, 24, TUNED_EDGE),
+            bar(left + scale * texts, y + 30, scale * image, 24, LOCKED_EDGE),
             text(left + scale * (texts + image) + 8, y + 47, f"{texts + image:.1f}", size=12, anchor="start"),
             text(690, y + 47, f"{run:,}", size=13),
         ]
     parts += [
-        f'<rect x="{left}" y="318" width="12" height="12" fill="{TUNED_EDGE}"/>',
+        bar(left, 318, 12, 12, TUNED_EDGE),
         text(left + 18, 329, "text tower, forward and backward", size=12, color=MUTED, anchor="start"),
-        f'<rect x="{left + 230}" y="318" width="12" height="12" fill="{LOCKED_EDGE}"/>',
+        bar(left + 230, 318, 12, 12, LOCKED_EDGE),
         text(
             left + 248, 329, "locked image tower, forward, if run in every step", size=12, color=MUTED, anchor="start"
         ),

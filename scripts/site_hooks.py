@@ -1,7 +1,7 @@
 """What MkDocs builds besides docs/: pages that live elsewhere in the repository, and the notebook as a page.
 
-Links are written as paths in the repository, so that they work wherever its files are shown; here they become links of the
-site.
+Links are written as paths in the repository, so that they work wherever its files are shown; here they become links of
+the site.
 """
 
 from __future__ import annotations

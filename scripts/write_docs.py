@@ -1,4 +1,4 @@
-"""Write what is generated: the references of the commands and of Python, and the list of options that the tests compare.
+"""Write what is generated: the references of the commands and of Python, and the options that the tests compare.
 
 Run from the repository's root; with --check nothing is written and a difference exits with 1.
 """
@@ -77,12 +77,12 @@ def api() -> str:
     commands = {name: found for name, found in public.items() if isinstance(found, Command)}
     parts = [
         "# Python\n",
-        "Written by `scripts/write_docs.py` from signatures and docstrings. All names are those of `import litune`, which is",
-        "quick: what is behind a name is imported at its first use. Shapes: B images in a batch, N texts, D shared dimension,",
-        "C classes. A quick tour is on [its own page](python.md).\n",
+        "Written by `scripts/write_docs.py` from signatures and docstrings. `import litune` is quick: what is behind a",
+        "name is imported at its first use. Shapes: B images in a batch, N texts, D shared dimension, C classes. A",
+        "quick tour is on [its own page](python.md).\n",
         "## Commands\n",
-        "Each takes the settings of its [command line](reference.md) as arguments, `-` written as `_`, strings where paths are",
-        "expected.\n",
+        "Each takes the settings of its [command line](reference.md) as arguments, `-` written as `_`, strings where",
+        "paths are expected.\n",
     ]
     for name, found in commands.items():
         parts += [*heading(f"litune.{name}", command_signature(found)), docstring(found), ""]
@@ -114,7 +114,7 @@ def command_signature(found: Command[..., Any, Any]) -> str:
 
 
 def signature(found: Any) -> str:
-    """The arguments and the result of a function, or of a class's constructor; one argument a line where they are long."""
+    """The arguments and the result of a function, or of a class's constructor; one a line where they are long."""
     call = inspect.signature(found)
     arguments, keyword_only = [], False
     for p in call.parameters.values():

@@ -1,7 +1,7 @@
 """Write examples/from_tower_to_search.ipynb from the script of the same name, and run it.
 
-Run from the repository's root, after a change of the script; it takes some minutes. What cells print and the pictures they show are
-kept in the notebook (the gallery of a reader who does not run it); progress and times are left out.
+Run from the repository's root, after a change of the script; it takes some minutes. What cells print and the pictures
+they show are kept in the notebook, for readers who don't run it; progress and times are left out.
 """
 
 from __future__ import annotations

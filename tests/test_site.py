@@ -1,0 +1,90 @@
+"""The docs site builds without a warning, and a built page asks nothing of other servers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urldefrag
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FETCHED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
+
+
+class Loaded(HTMLParser):
+    """What a browser fetches by itself for a page, and the ids that it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.links: list[str] = []
+        self.ids: set[str] = set()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        values = {name: value or "" for name, value in attributes}
+        if tag in FETCHED and values.get("rel") not in ("canonical", "next", "prev"):
+            self.addresses.append(values.get(FETCHED[tag], ""))
+        if tag == "a":
+            self.links.append(values.get("href", ""))
+        self.ids.add(values.get("id", ""))
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)],
+        cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pages(site: Path) -> dict[Path, Loaded]:
+    found = {}
+    for file in site.rglob("*.html"):
+        found[file] = Loaded()
+        found[file].feed(file.read_text(encoding="utf-8"))
+    return found
+
+
+def test_every_page_is_built(site: Path) -> None:
+    names = {file.stem for file in (ROOT / "docs").glob("*.md")} - {"index"}
+    assert names <= {file.stem for file in site.glob("*.html")}
+    assert (site / "tutorial.html").exists()
+
+
+def test_no_request_leaves_the_site(site: Path, pages: dict[Path, Loaded]) -> None:
+    for file, page in pages.items():
+        outside = [a for a in page.addresses if re.match(r"(https?:)?//", a)]
+        assert not outside, f"{file.name} fetches {outside}"
+    for style in site.rglob("*.css"):
+        assert not re.search(r"(url\(|@import\s)[\"']?(https?:)?//", style.read_text(encoding="utf-8")), style
+
+
+def test_links_in_the_built_pages_lead_somewhere(site: Path, pages: dict[Path, Loaded]) -> None:
+    for file, page in pages.items():
+        if file.name == "404.html":
+            continue
+        for link in page.links:
+            if not link or re.match(r"[a-z]+:", link):
+                continue
+            path, anchor = urldefrag(unquote(link))
+            target = (file.parent / path).resolve() if path else file
+            target = target / "index.html" if target.is_dir() else target
+            assert target.exists(), f"{file.name} links to {link}"
+            if anchor and target in pages and anchor != "__codelineno":
+                assert anchor in pages[target].ids, f"{file.name} links to {link}"
+
+
+def test_search_finds_every_page(site: Path) -> None:
+    index = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))
+    found = {urldefrag(entry["location"])[0] for entry in index["docs"]}
+    assert {"photos.html", "method.html", "api.html", "tutorial.html", "benchmarks/index.html"} <= found
