@@ -21,7 +21,9 @@ PAGES = sorted(
     ]
 )
 
-NAME = lambda page: page.relative_to(ROOT).as_posix()  # noqa: E731
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -41,7 +43,7 @@ def commands(page: Path) -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize("page", PAGES, ids=NAME)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -56,13 +58,13 @@ def test_links(page: Path) -> None:
             assert anchor in slugs, f"{page.name} links to {target}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=NAME)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_parse(page: Path) -> None:
     for arguments in commands(page):
         parse(arguments)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=NAME)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_and_settings_in_running_text_exist(page: Path) -> None:
     """`litune X …` and `--setting` between backticks: the command, and a setting of some command."""
     options = set((ROOT / "tests" / "cli_options.txt").read_text().split()) | {"--help"}
@@ -109,7 +111,7 @@ def test_troubleshooting_quotes_messages_that_litune_gives() -> None:
         assert any(re.search(pattern, text) for text in known), f"litune never says: {message}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=NAME)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_python_names_exist(page: Path) -> None:
     for block in blocks(page.read_text(encoding="utf-8"), "python"):
         for node in ast.walk(ast.parse(block)):
