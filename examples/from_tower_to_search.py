@@ -12,7 +12,7 @@ import importlib.util
 import subprocess
 import sys
 
-LITUNE = "litune[quickstart]"  # or the path of a clone: "./litune[quickstart]"
+LITUNE = "litune[quickstart]"  # or a clone's path, "./litune[quickstart]", or "litune[quickstart] @ git+https://…"
 if importlib.util.find_spec("litune") is None:
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", LITUNE], check=True)
 

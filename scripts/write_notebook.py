@@ -1,13 +1,16 @@
 """Write examples/from_tower_to_search.ipynb from the script of the same name, and run it.
 
 Run from the repository's root, after a change of the script; it takes some minutes. What cells print and the pictures
-they show are kept in the notebook, for readers who don't run it; progress and times are left out.
+they show are kept in the notebook, for readers who don't run it; progress and times are left out. With --words nothing
+is run and the outputs stay: for changes that leave the code as it was.
 """
 
 from __future__ import annotations
 
+import ast
 import base64
 import io
+import sys
 import tempfile
 from pathlib import Path
 
@@ -61,8 +64,27 @@ def shown(output: NotebookNode) -> NotebookNode | None:
     return None
 
 
+def with_outputs(book: NotebookNode, of: NotebookNode) -> NotebookNode:
+    """The notebook with the outputs of another one of the same code."""
+    code, known = ([cell for cell in one.cells if cell.cell_type == "code"] for one in (book, of))
+    if [code_of(cell) for cell in code] != [code_of(cell) for cell in known]:
+        sys.exit("the code has changed, not only words: run it, without --words")
+    for cell, old in zip(code, known, strict=True):
+        cell.outputs = old.outputs
+    return book
+
+
+def code_of(cell: NotebookNode) -> str:
+    """A cell's code as Python sees it, without comments."""
+    return ast.dump(ast.parse(cell.source))
+
+
 if __name__ == "__main__":
-    book = notebook()
-    with tempfile.TemporaryDirectory() as folder:
-        run(book, Path(folder))
-    nbformat.write(tidy(book), SCRIPT.with_suffix(".ipynb"))
+    book, file = notebook(), SCRIPT.with_suffix(".ipynb")
+    if "--words" in sys.argv[1:]:
+        with_outputs(book, nbformat.read(file, as_version=4))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            run(book, Path(folder))
+        tidy(book)
+    nbformat.write(book, file)
