@@ -32,6 +32,7 @@ OUTSIDE = (
 # Pages of the repository that the site has under another name.
 INSTEAD = {"README.md": "index.md", "examples/from_tower_to_search.ipynb": "tutorial.md"}
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
+CODE = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -55,7 +56,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         target = INSTEAD.get(target, target.removeprefix("docs/"))
         return posixpath.relpath(target, posixpath.dirname(here) or ".")
 
-    return LINK.sub(link, markdown)
+    words_and_code = CODE.split(markdown)  # words at even places
+    words_and_code[::2] = [LINK.sub(link, words) for words in words_and_code[::2]]
+    return "".join(words_and_code)
 
 
 def notebook_page(notebook: Any) -> tuple[str, dict[str, bytes]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -9,9 +10,13 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from urllib.parse import unquote, urldefrag
 
 import pytest
+from nbformat import v4
+from scripts.site_hooks import notebook_page, on_page_markdown
 
 ROOT = Path(__file__).parent.parent
 FETCHED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
@@ -88,3 +93,35 @@ def test_search_finds_every_page(site: Path) -> None:
     index = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))
     found = {urldefrag(entry["location"])[0] for entry in index["docs"]}
     assert {"photos.html", "method.html", "api.html", "tutorial.html", "benchmarks/index.html"} <= found
+
+
+@pytest.mark.parametrize(
+    ("page", "written", "built"),
+    [
+        ("method.md", "[a](design.md#layers)", "[a](design.md#layers)"),
+        ("method.md", "[a](../benchmarks/README.md#x)", "[a](benchmarks/README.md#x)"),
+        ("quickstart.md", "[a](../examples/from_tower_to_search.ipynb)", "[a](tutorial.md)"),
+        ("CONTRIBUTING.md", "[a](docs/design.md)", "[a](design.md)"),
+        ("benchmarks/designs/README.md", "[a](../../docs/results.md) [b](heads.toml)", "[a](../../results.md) [b](heads.toml)"),
+        ("method.md", "[a](https://x.org/../y) [b](#c)", "[a](https://x.org/../y) [b](#c)"),
+        ("method.md", "```python\nKINDS[kind](../spec)\n```", "```python\nKINDS[kind](../spec)\n```"),
+    ],
+)  # fmt: skip
+def test_paths_in_the_repository_become_links_of_the_site(page: str, written: str, built: str) -> None:
+    here: Any = SimpleNamespace(file=SimpleNamespace(src_uri=page))
+    nothing: Any = None
+    assert on_page_markdown(written, here, nothing, nothing) == built
+
+
+def test_a_notebook_becomes_a_page_with_its_pictures() -> None:
+    picture = base64.b64encode(b"png").decode()
+    outputs = [
+        v4.new_output("stream", name="stdout", text="R@1 28%\n"),
+        v4.new_output("display_data", data={"image/png": picture, "text/plain": "<Image>"}),
+    ]
+    book = v4.new_notebook(cells=[v4.new_markdown_cell("# Words"), v4.new_code_cell("print(1)", outputs=outputs)])
+    page, pictures = notebook_page(book)
+    assert page == (
+        "# Words\n\n```python\nprint(1)\n```\n\n```text\nR@1 28%\n```\n\n![What the cell shows](tutorial-0.png)\n"
+    )
+    assert pictures == {"tutorial-0.png": b"png"}
