@@ -28,8 +28,8 @@ DEFINITIONS = {
         "2210.01738). Nothing is trained."
     ),
     "linear": (
-        "linear recall@k: text→image retrieval after a ridge regression from text features to image features, in closed "
-        "form, its strength chosen on a fifth of the example pairs. Ties count against it, as in litune eval."
+        "linear recall@k: text→image retrieval after a ridge regression from text features to image features, in "
+        "closed form, its strength chosen on a fifth of the example pairs. Ties count against it, as in litune eval."
     ),
 }
 
@@ -60,7 +60,7 @@ def relative(features: Float[Tensor, "N D"], anchors: Float[Tensor, "A D"]) -> F
 
 
 def ridge_map(texts: Float[Tensor, "N W"], images: Float[Tensor, "N D"], strength: float) -> Float[Tensor, "W D"]:
-    """The matrix M with the least |texts · M − images|² + λ|M|², where λ is `strength` times texts' mean variance × N."""
+    """The matrix M with the least |texts · M − images|² + λ|M|²; λ is `strength` times the texts' mean sum of squares."""
     x, y = texts.double(), images.double()
     gram = x.T @ x
     penalty = strength * gram.diagonal().mean()
