@@ -60,7 +60,10 @@ def relative(features: Float[Tensor, "N D"], anchors: Float[Tensor, "A D"]) -> F
 
 
 def ridge_map(texts: Float[Tensor, "N W"], images: Float[Tensor, "N D"], strength: float) -> Float[Tensor, "W D"]:
-    """The matrix M with the least |texts · M − images|² + λ|M|²; λ is `strength` times the texts' mean sum of squares."""
+    """The matrix M with the least |texts · M − images|² + λ|M|².
+
+    λ is `strength` times the mean over the text dimensions of their sums of squares.
+    """
     x, y = texts.double(), images.double()
     gram = x.T @ x
     penalty = strength * gram.diagonal().mean()

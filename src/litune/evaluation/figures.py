@@ -121,10 +121,9 @@ def _check(result: Result) -> None:
     if result.metric not in result.values:
         raise DataError(f"{result.task} has no figure {result.metric!r}, which it is to be measured by")
     for name, outcomes in result.outcomes.items():
-        if name in result.groups and len(result.groups[name]) != len(outcomes):
-            raise DataError(
-                f"{result.task}: {name} has {len(outcomes):,} outcomes in {len(result.groups[name]):,} groups"
-            )
+        groups = result.groups.get(name, outcomes)
+        if len(groups) != len(outcomes):
+            raise DataError(f"{result.task}: {name} has {len(outcomes):,} outcomes and {len(groups):,} groups")
 
 
 def figures(result: Result) -> dict[str, Figure]:

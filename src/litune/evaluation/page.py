@@ -1,4 +1,4 @@
-"""The report as one HTML page: figures with their intervals, what was found and what was not, nothing from elsewhere."""
+"""The report as one HTML page: figures with their intervals, hits and misses; it needs nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -98,8 +98,9 @@ def table(caption: str, head: Sequence[str], rows: Iterable[tuple[str, Sequence[
     for kind, (first, *others) in rows:
         cells = "".join(f"<td>{cell}</td>" for cell in others)
         body.append(f'<tr{f" class={kind!r}" if kind else ""}><th scope="row">{first}</th>{cells}</tr>')
+    region = f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(name)}">'
     return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(name)}"><table><caption>{caption}</caption>'
+        f"{region}<table><caption>{caption}</caption>"
         f"<thead><tr>{top}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
 
@@ -193,7 +194,7 @@ def _counts(result: Result) -> str:
 
 def _chart(report: Report, task: str, figure: str, entries: dict[str, Entry]) -> str:
     """One line per run and per published system: dot, interval, chance, and the figure in words."""
-    chance = next(iter(entries.values())).figures.get(figure, Figure(0, None, None, None, 0)).chance
+    chance = next(entry.figures[figure].chance for entry in entries.values() if figure in entry.figures)
     mark = "" if chance is None else f'<i class="chance" style="left:{100 * chance:.2f}%"></i>'
     lines = []
     for run, entry in entries.items():
@@ -291,9 +292,7 @@ def _calibration(found: dict[str, Any] | None) -> str:
     if not found:
         return ""
     side = found["temperature"]
-    judged = (
-        "too sure of itself" if side > 1.05 else "not sure enough" if side < 0.95 else "about as sure as it is right"
-    )
+    judged = "too sure of itself" if side > 1.05 else "not sure enough" if side < 0.95 else "rightly sure"
     head = ["", "calibration error", "temperature"]
     rows = [
         ("", ["as it is", f"{100 * found['ece_before']:.1f}", "1"]),

@@ -28,7 +28,8 @@ DEFINITIONS = {
     "ridge": (
         "k images of each class, drawn by the seed; features standardised by them, a large constant for the bias; "
         "least squares to targets of +1 for the own class and −1 for all others with an L2 term, in closed form, as "
-        "the official code's few-shot evaluation does it (big_vision, fewshot_lsr). The term's strength is chosen from 2^-10 … 2^19 on a fifth of those images, then all are used; with one image a class it is 2^10."
+        "the official code's few-shot evaluation does it (big_vision, fewshot_lsr). The term's strength is chosen from "
+        "2^-10 … 2^19 on a fifth of those images, then all are used; with one image a class it is 2^10."
     ),
     "linear": (
         "Multinomial logistic regression on standardised features by L-BFGS (as in CLIP, arXiv 2103.00020); "

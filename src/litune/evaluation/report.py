@@ -138,8 +138,14 @@ def markdown(report: Report) -> str:
         lines = [["task", "figure", "run", "difference in points", "95% interval", ""]]
         for one in report.differences:
             lines.append(
-                [one.task, words(one.figure), f"{one.run} − {one.base}", points(one.value)]
-                + [f"{points(one.low)} to {points(one.high)}", "clear" if one.clear else "none to be told"]
+                [
+                    one.task,
+                    words(one.figure),
+                    f"{one.run} − {one.base}",
+                    points(one.value),
+                    f"{points(one.low)} to {points(one.high)}",
+                    "clear" if one.clear else "can't be told apart",
+                ]
             )
         parts += ["## Runs compared, example by example", _grid(lines)]
     if report.not_paired:
