@@ -34,7 +34,7 @@ from litune.evaluation.published import SYSTEMS
 from litune.evaluation.result import Result
 from litune.files import write_text
 
-SHOWN, QUERIES, CLASSES = 8, 4, 12
+SHOWN, QUERIES, CLASSES = 6, 4, 12
 """Pictures of hits and of misses, captions of each, lines of the table of classes."""
 PIXELS = 160
 COLORS = 5
@@ -80,12 +80,12 @@ def _lede(report: Report) -> str:
 
 def _warnings(report: Report) -> str:
     found = [
-        f'<p class="warning" role="note"><strong>{escape(task)}, {escape(run)}:</strong> {escape(warning(entry))}</p>'
+        f"<li><strong>{escape(task)}, {escape(run)}:</strong> {escape(warning(entry))}</li>"
         for task in report.tasks
         for run, entry in report.entries(task).items()
         if warning(entry)
     ]
-    return "\n".join(found)
+    return f'<ul class="warning" role="note" aria-label="Warnings">{"".join(found)}</ul>' if found else ""
 
 
 # Summary and comparisons
