@@ -20,7 +20,7 @@ from litune.errors import DataError, StoreError
 from litune.features import FeatureStore
 from litune.progress import track
 
-THRESHOLD = 0.9
+THRESHOLD = 0.8
 """Cosine from which two images count as copies (see docs/results-evaluation.md for how it was set)."""
 BLOCK = 4096
 
