@@ -110,7 +110,7 @@ def _labelled(shares: np.ndarray, names: list[str]) -> Image.Image:
     top, side = wide + 30, cell * len(names)
     picture = Image.new("RGB", (wide + side + 24, top + side + 24), PAPER)
     draw = ImageDraw.Draw(picture)
-    draw.text((8, 8), "own class ↓   taken for →", fill=FAINT, font=_font(13))
+    draw.text((8, 8), "rows: own class, columns: taken for", fill=FAINT, font=_font(13))
     colors = _colors(shares)
     for i, label in enumerate(labels):
         middle = top + i * cell + cell // 2
@@ -147,7 +147,7 @@ def _field(shares: np.ndarray, counts: np.ndarray, names: list[str]) -> Image.Im
     left, top, words = 170, 60, 520
     picture = Image.new("RGB", (left + side + 30 + words, top + max(side, 40 + 28 * LINES) + 30), PAPER)
     draw = ImageDraw.Draw(picture)
-    draw.text((8, 10), f"{len(names):,} classes: own class ↓   taken for →", fill=FAINT, font=_font(18))
+    draw.text((8, 10), f"{len(names):,} classes; rows: own class, columns: taken for", fill=FAINT, font=_font(18))
     field = Image.fromarray(colors).resize((side, side), Image.Resampling.NEAREST)
     picture.paste(field, (left, top))
     draw.rectangle((left - 1, top - 1, left + side, top + side), outline=FAINT)
@@ -156,9 +156,9 @@ def _field(shares: np.ndarray, counts: np.ndarray, names: list[str]) -> Image.Im
         draw.line((left - 6, y, left - 1, y), fill=FAINT)
         draw.text((left - 10, y), _shortened(names[i], 22), fill=INK, font=_font(14), anchor="rm")
     x = left + side + 30
-    draw.text((x, top), "Commonest confusions", fill=INK, font=_font(22))
+    draw.text((x, top), "Commonest confusions, images", fill=INK, font=_font(22))
     for line, (own, taken, images) in enumerate(commonest(counts, LINES)):
-        text = f"{_shortened(names[own], 25)} → {_shortened(names[taken], 25)}"
+        text = f"{_shortened(names[own], 25)} as {_shortened(names[taken], 25)}"
         draw.text((x, top + 40 + 28 * line), f"{images:,}", fill=FAINT, font=_font(16))
         draw.text((x + 52, top + 40 + 28 * line), text, fill=INK, font=_font(16))
     return picture

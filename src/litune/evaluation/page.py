@@ -100,7 +100,7 @@ def table(caption: str, head: Sequence[str], rows: Iterable[tuple[str, Sequence[
         body.append(f'<tr{f" class={kind!r}" if kind else ""}><th scope="row">{first}</th>{cells}</tr>')
     region = f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(name)}">'
     return (
-        f"{region}<table><caption>{caption}</caption>"
+        f"{region}<table><caption><span>{caption}</span></caption>"
         f"<thead><tr>{top}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
 
@@ -178,7 +178,7 @@ def _task(report: Report, task: str, place: str, folder: Path, thumbnails: Thumb
     for run, entry in entries.items():
         parts.append(_examples(entry, thumbnails, f" by {run}" if len(report.runs) > 1 else ""))
     for run, entry in entries.items():
-        parts += _more(entry, f", {run}" if len(report.runs) > 1 else "", folder)
+        parts += _more(entry, f" · {run}" if len(report.runs) > 1 else "", folder)
     parts.append(_details("What these figures are", f"<p>{escape(result.definition)}</p>"))
     return "\n".join(parts) + "</section>"
 
@@ -320,7 +320,7 @@ def _reliability(rows: list[dict[str, float]]) -> str:
     )
     said = "; ".join(f"{100 * r['confidence']:.0f}% sure, {100 * r['accuracy']:.0f}% right" for r in rows)
     return (
-        f'<svg viewBox="0 0 220 215" width="260" role="img" aria-label="{escape(said)}">'
+        f'<svg viewBox="0 0 236 215" width="280" role="img" aria-label="{escape(said)}">'
         '<rect x="40" y="10" width="170" height="170" fill="none" stroke="var(--line)"/>'
         '<line x1="40" y1="180" x2="210" y2="10" stroke="var(--soft)" stroke-dasharray="3 4"/>'
         f'{dots}<text x="40" y="195">0</text><text x="190" y="195">100%</text><text x="95" y="211">confidence</text>'
