@@ -91,7 +91,8 @@ def _colors(shares: np.ndarray) -> np.ndarray:
     """White to green on the diagonal, white to red off it: [C, C, 3] bytes. Small shares are still seen."""
     strength = np.sqrt(shares)[..., None]
     hue = np.where(np.eye(len(shares), dtype=bool)[..., None], RIGHT, WRONG)
-    return (255 - strength * (255 - hue)).astype(np.uint8)
+    colors: np.ndarray = (255 - strength * (255 - hue)).astype(np.uint8)
+    return colors
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
