@@ -23,6 +23,7 @@ from litune.config import (
     ExportConfig,
     ImportConfig,
     InspectConfig,
+    ProbeConfig,
     PushConfig,
     QuickstartConfig,
     SearchConfig,
@@ -45,6 +46,7 @@ COMMANDS: dict[str, tuple[type[Any], str]] = {
     "classify": (ClassifyConfig, "litune.commands.classify:classify"),
     "search": (SearchConfig, "litune.commands.search:search"),
     "inspect": (InspectConfig, "litune.commands.inspect_:inspect"),
+    "probe": (ProbeConfig, "litune.commands.probe:probe"),
     "import": (ImportConfig, "litune.commands.import_:import_"),
     "export": (ExportConfig, "litune.commands.export:export"),
     "push": (PushConfig, "litune.commands.push:push"),
@@ -218,6 +220,11 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def show_probe(config: ProbeConfig, results: dict[str, Any]) -> None:
+    """Print the table, best first, with what it means."""
+    print(importlib.import_module("litune.commands.probe").table(results))
+
+
 def show_found(config: SearchConfig, results: Sequence[Any]) -> None:
     """Print scores and paths, best first."""
     for one in results:
@@ -245,5 +252,6 @@ SHOW: dict[type[Any], Callable[[Any, Any], None]] = {
     ClassifyConfig: show_classified,
     SearchConfig: show_found,
     InspectConfig: show_inspected,
+    ProbeConfig: show_probe,
     ExportConfig: show_export,
 }

@@ -505,6 +505,51 @@ class InspectConfig:
 
 
 @dataclass(frozen=True)
+class ProbeConfig:
+    """Say how promising a locked image tower is for a set of pairs, before anything is tuned.
+
+    Compares its features with those of a frozen text tower: do images and captions have the same neighbours, does a
+    linear map read them, do a few example pairs suffice to match others; and what storing and tuning would take. Give
+    the stores of several towers to rank them.
+    """
+
+    stores: Annotated[Positional[tuple[Path, ...]], arg(metavar="STORE...")]
+    """The feature stores, of the same pairs if they are to be compared."""
+    text_tower: str = "minilm"
+    """The frozen text tower: minilm, use-m3 or hf:NAME_OR_FOLDER."""
+    split: str = "train"
+    """Learn from the pairs of this split, where a store has splits."""
+    val_split: str = "val"
+    """Measure on the pairs of this split, where a store has splits; otherwise on a held-out part."""
+    holdout: float = 0.05
+    """The share of the images held out where a store has no splits: the same images as litune tune holds out."""
+    lang: tuple[str, ...] = ()
+    """Use only captions in these languages."""
+    train_images: int = 2000
+    """Images to learn from, at most, drawn by the seed."""
+    val_images: int = 500
+    """Images to measure on, at most, drawn by the seed."""
+    max_tokens: int = 16
+    """Tokens of a caption that are read, at most."""
+    seed: int = 0
+    """The seed of what is drawn."""
+    json: Path | None = None
+    """Also write everything to this file."""
+    device: Device = "auto"
+    """Where the text tower runs."""
+
+    def __post_init__(self) -> None:
+        _choices(self)
+        if not self.stores:
+            raise ConfigError("no feature store was given")
+        if not 0 < self.holdout < 1:
+            raise ConfigError(f"--holdout is {self.holdout}, it must be more than 0 and less than 1")
+        _at_least("train-images", self.train_images, 50)
+        _at_least("val-images", self.val_images, 20)
+        _at_least("max-tokens", self.max_tokens, 2)
+
+
+@dataclass(frozen=True)
 class ExportConfig:
     """Write a run for another library, load the result with that library, and compare its features with the run's.
 

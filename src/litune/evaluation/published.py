@@ -1,0 +1,45 @@
+"""Published figures to stand beside one's own, in percent as printed.
+
+Sources: LiT (arXiv 2111.07991; v3, and where it says so v1), CLIP (2103.00020) and ALIGN (2102.05918) as the LiT paper
+cites them.
+"""
+
+from __future__ import annotations
+
+LIT_G, LIT_G1 = "LiT g/14, private 4B (v3)", "LiT g/14, private 4B (v1)"
+LIT_L = "LiT L/16, public CC12M+YFCC"
+CLIP, ALIGN = "CLIP", "ALIGN"
+
+_COLUMNS = (
+    ("imagenet1k", "accuracy"),
+    ("imagenet-v2", "accuracy"),
+    ("imagenet-r", "accuracy"),
+    ("imagenet-a", "accuracy"),
+    ("objectnet", "accuracy"),
+    ("imagenet-real", "accuracy"),
+    ("vtab-natural", "accuracy"),
+    ("coco", "image_to_text recall@1"),
+    ("coco", "text_to_image recall@1"),
+)
+_ROWS: dict[str, tuple[float | None, ...]] = {
+    LIT_G: (85.2, 79.8, 94.9, 81.8, 82.5, 88.6, 74.7, 59.3, 41.9),
+    LIT_G1: (84.5, 78.7, 93.9, 79.4, 81.1, 88.0, 72.6, None, None),
+    LIT_L: (75.7, 66.6, 60.4, 37.8, 54.5, 82.1, 63.1, 48.5, 31.2),
+    CLIP: (76.2, 70.1, 88.9, 77.2, 72.3, None, None, None, None),
+    ALIGN: (76.4, 70.1, 92.2, 75.8, None, None, None, None, None),
+}
+SYSTEMS = tuple(_ROWS)
+
+
+def published(task: str, lang: str = "") -> dict[str, dict[str, float]]:
+    """System → figure → percent, for one task; none for other languages than English.
+
+    >>> published("coco")["LiT L/16, public CC12M+YFCC"]
+    {'image_to_text recall@1': 48.5, 'text_to_image recall@1': 31.2}
+    """
+    found: dict[str, dict[str, float]] = {}
+    for system, values in _ROWS.items():
+        for (name, figure), value in zip(_COLUMNS, values, strict=True):
+            if name == task and lang in ("", "en") and value is not None:
+                found.setdefault(system, {})[figure] = value
+    return found
