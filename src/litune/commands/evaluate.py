@@ -110,9 +110,7 @@ def evaluate_tasks(subject: Subject, config: EvalConfig, tasks: Sequence[Task]) 
     for task in tasks:
         found = run_task(task, subject, protocol, config.data, features)
         for one in found:
-            say(
-                f"{subject.name}: {task.name}{f' {one.lang}' if one.lang else ''}: {one.metric} {one.values[one.metric]:.1%}"
-            )
+            say(f"{subject.name}: {' '.join([task.name, one.lang])}: {one.metric} {one.values[one.metric]:.1%}")
         results += found
     return results
 
@@ -165,9 +163,9 @@ def evaluate_retrieval(
     reported: list[Result] = []
 
     def measured(lang: str) -> dict[str, Any]:
-        ranks, result = rank_pairs(images, texts, pairs, lang, {**about, "temperature": float(model.scale)})
+        found, result = rank_pairs(images, texts, pairs, lang, {**about, "temperature": float(model.scale.detach())})
         reported.append(result)
-        return ranks
+        return found
 
     def measure() -> dict[str, Any]:
         found = measured("") | about | {"definition": retrieval_metrics.DEFINITION}

@@ -41,7 +41,8 @@ Kind = Literal["classification", "retrieval"]
 class Picture(Protocol):
     """Where a picture's bytes are: a `Path`, or a part of a larger file."""
 
-    def read_bytes(self) -> bytes: ...
+    def read_bytes(self) -> bytes:
+        """The picture, encoded."""
 
 
 @dataclass(frozen=True)
@@ -109,12 +110,12 @@ class EvalSet:
 
 
 def _stamp(picture: Picture) -> str:
-    if isinstance(picture, Path):
-        try:
-            return str(picture.stat().st_size)
-        except OSError:
-            return "missing"
-    return str(getattr(picture, "stamp", ""))
+    if not isinstance(picture, Path):
+        return str(getattr(picture, "stamp", ""))
+    try:
+        return str(picture.stat().st_size)
+    except OSError:
+        return "missing"
 
 
 def picture_path(picture: Picture) -> str:
@@ -188,12 +189,14 @@ class TarMember:
     size: int
 
     def read_bytes(self) -> bytes:
+        """The picture, encoded."""
         with open(self.file, "rb") as tar:
             tar.seek(self.offset)
             return tar.read(self.size)
 
     @property
     def stamp(self) -> str:
+        """What a fingerprint takes for the content."""
         return str(self.size)
 
 
@@ -319,6 +322,7 @@ class PixelRow:
 
     @property
     def stamp(self) -> str:
+        """What a fingerprint takes for the content."""
         return hashlib.sha256(self.values.tobytes()).hexdigest()[:16]
 
 
@@ -364,6 +368,7 @@ class ParquetImages:
 
     @cached_property
     def stamp(self) -> str:
+        """What a fingerprint takes for the content."""
         state = self.file.stat()
         return f"{state.st_size}-{state.st_mtime_ns}"
 
@@ -382,11 +387,13 @@ class ParquetCell:
     row: int
 
     def read_bytes(self) -> bytes:
+        """The picture, encoded."""
         found: bytes = self.images.group(self.group)[self.row].as_py()
         return found
 
     @property
     def stamp(self) -> str:
+        """What a fingerprint takes for the content."""
         return f"{self.images.stamp}-{self.group}-{self.row}"
 
 

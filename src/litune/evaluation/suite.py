@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,7 +32,6 @@ from litune.features import MANIFEST, FeatureStore, StoreWriter, library_version
 from litune.files import read_json
 from litune.model import LiT
 from litune.progress import say, track
-from litune.towers.image_tower import ImageTower
 
 BATCH = 32  # images
 SHARD_SECONDS = 5.0
@@ -189,8 +188,8 @@ def _write_store(place: Path, found: EvalSet, subject: Subject, max_damaged: flo
 def _check_damage(damaged: int, images: int, max_damaged: float, place: Path) -> None:
     if damaged > max_damaged * images:
         raise DataError(
-            f"{damaged:,} of {images:,} images can't be read (at most {max_damaged:.1%} may): {place / 'damaged.jsonl'} "
-            "names them; mend them and remove that folder, or raise --max-damaged"
+            f"{damaged:,} of {images:,} images can't be read (at most {max_damaged:.1%} may): "
+            f"{place / 'damaged.jsonl'} names them; mend them and remove that folder, or raise --max-damaged"
         )
 
 
@@ -234,7 +233,7 @@ class _Shard:
 
 
 def stored_set(path: Path, kind: str, split: str | None = None, lang: Sequence[str] = ()) -> tuple[EvalSet, Embedded]:
-    """A feature store as an evaluation set: its classes (a column `label`) or its captions, its features as they are."""
+    """A feature store as an evaluation set, by its column `label` or its captions, with its features as they are."""
     store = FeatureStore(path)
     table = store.metadata
     layout = f"the feature store {path}" + (f", split {split}" if split else "")
@@ -330,7 +329,7 @@ def classify(
         before = subject.vectors.texts
         weights = subject.vectors(truth.names, templates, canonical=protocol.canonical)
     model = subject.model
-    scale = float(model.scale)
+    scale = float(model.scale.detach())
     with _timed(seconds, "scores"):
         outcomes = zero_shot.classify(embedded.blocks(model), weights, accepted, scale)
     labels = np.array([p if p in one else one[0] for p, one in zip(outcomes.predicted, accepted, strict=True)])
@@ -518,7 +517,7 @@ def _protocol(
         "features": str(embedded.store.path),
         "image_tower": tower.get("spec", "unknown"),
         "text_precision": "bfloat16" if protocol.bfloat16 else "float32",
-        "temperature": float(subject.model.scale),
+        "temperature": float(subject.model.scale.detach()),
     }
     if task.subset:
         facts["class_subset"] = task.subset

@@ -189,7 +189,9 @@ _ALL = [
 
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 GROUPS: dict[str, tuple[str, ...]] = {
-    "imagenet": ("imagenet1k", "imagenet-v2", "imagenet-r", "imagenet-a", "imagenet-sketch", "objectnet", "imagenet-real"),
+    "imagenet": (
+        "imagenet1k", "imagenet-v2", "imagenet-r", "imagenet-a", "imagenet-sketch", "objectnet", "imagenet-real",
+    ),
     "vtab-natural": ("caltech101", "cifar100", "dtd", "flowers102", "pets", "sun397", "svhn"),
     "vtab-specialized": ("eurosat", "resisc45", "patch_camelyon", "diabetic_retinopathy"),
     "vtab-structured": (

@@ -44,8 +44,8 @@ def accuracy(scores: Float[Tensor, "B C"], labels: Int[Tensor, " B"]) -> dict[st
 class Outcomes:
     """What a classifier did with each of B images.
 
-    `ahead` [B] is how many wrong classes score at least as high as the best right one: 0 is a hit. `predicted` [B] is the
-    class with the highest score, a wrong one where it ties with the right one; `confidence` [B] its probability.
+    `ahead` [B] is how many wrong classes score at least as high as the best right one: 0 is a hit. `predicted` [B] is
+    the class with the highest score, a wrong one where it ties with the right one; `confidence` [B] its probability.
     """
 
     ahead: np.ndarray
