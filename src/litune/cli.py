@@ -205,8 +205,7 @@ def show_tasks(rows: Sequence[dict[str, Any]], means: dict[str, Any]) -> None:
         asked = one["protocol"]
         about = f"{asked['captions']:,} captions" if "captions" in asked else f"{asked['classes']:,} classes"
         prompts = f", {asked['templates']} templates ({asked['template_set']})" if "templates" in asked else ""
-        name = one["task"] if one["lang"] in ("", *one["task"].split(":")[1:]) else f"{one['task']} {one['lang']}"
-        print(f"{name}: {one['images']:,} images, {about}{prompts}")
+        print(f"{one['name']}: {one['images']:,} images, {about}{prompts}")
         for figure, value in one["values"].items():
             chance = f"   chance {one['chance'][figure]:.1%}" if figure in one["chance"] else ""
             print(f"  {figure:26}{value:>7.1%}{chance}")

@@ -110,15 +110,20 @@ def evaluate_tasks(subject: Subject, config: EvalConfig, tasks: Sequence[Task]) 
     for task in tasks:
         found = run_task(task, subject, protocol, config.data, features)
         for one in found:
-            say(f"{subject.name}: {' '.join([task.name, one.lang])}: {one.metric} {one.values[one.metric]:.1%}")
+            say(f"{subject.name}: {heading(one)}: {one.metric} {one.values[one.metric]:.1%}")
         results += found
     return results
+
+
+def heading(result: Result) -> str:
+    """The task, and the language where its name does not say it."""
+    return result.task if result.lang in ("", *result.task.split(":")[1:]) else f"{result.task} {result.lang}"
 
 
 def plain(result: Result) -> dict[str, Any]:
     """The figures of a result as plain JSON values, without the examples."""
     kept = ("task", "kind", "metric", "lang", "values", "chance", "definition", "images", "protocol", "extras")
-    return {name: getattr(result, name) for name in kept}
+    return {"name": heading(result)} | {name: getattr(result, name) for name in kept}
 
 
 def tuned_on(run: Path) -> tuple[FeatureStore, np.ndarray] | None:

@@ -324,7 +324,8 @@ def classify(
     embedded = embedded.of(truth.rows)
     accepted_of = dict(zip(truth.rows.tolist(), truth.accepted, strict=True))
     accepted = [accepted_of[int(row)] for row in embedded.rows]
-    templates = protocol.templates or prompts.pick_templates(protocol.template_set, tasks.task_templates(task, found))
+    written = protocol.templates or (task.templates if isinstance(task.templates, tuple) else ())
+    templates = written or prompts.pick_templates(protocol.template_set, tasks.task_templates(task, found))
     with _timed(seconds, "texts"):
         before = subject.vectors.texts
         weights = subject.vectors(truth.names, templates, canonical=protocol.canonical)
@@ -366,7 +367,7 @@ def classify(
         protocol=_protocol(task, found, embedded, subject, protocol)
         | {
             "templates": len(templates),
-            "template_set": "own" if protocol.templates else protocol.template_set,
+            "template_set": "own" if written else protocol.template_set,
             "example": templates[0],
             "canonical_names": protocol.canonical,
             "classes": len(truth.names),

@@ -505,9 +505,7 @@ def _objectnet(task: Task, found: EvalSet) -> Truth:
 
 
 def task_templates(task: Task, found: EvalSet) -> tuple[str, ...]:
-    """A task's own templates: those it brings, the package's, or those in the set's files."""
-    if isinstance(task.templates, tuple):
-        return task.templates
+    """The templates of a dataset: the package's, or those in the set's files."""
     if task.name.startswith("babel-imagenet"):
         return prompts.babel(task.lang)[2]
     if task.templates is None and found.templates:
