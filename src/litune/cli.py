@@ -168,6 +168,18 @@ def quiet_libraries() -> None:
 
 def show_eval(config: EvalConfig, results: dict[str, Any]) -> None:
     """Print the figures beside chance, with what they mean."""
+    for name, found in results.get("runs", {"": results}).items():
+        if name:
+            print(f"\n{name}")
+        show_run(found)
+    if config.json:
+        print(f"written to {config.json}")
+    if config.out:
+        print(f"reports in {config.out}")
+
+
+def show_run(results: dict[str, Any]) -> None:
+    """Print the figures of one run."""
     if found := results.get("retrieval"):
         print(f"retrieval: {found['images']:,} images, {found['captions']:,} captions")
         ks = list(found["text_to_image"])
@@ -175,6 +187,9 @@ def show_eval(config: EvalConfig, results: dict[str, Any]) -> None:
         for way, name in (("text_to_image", "text → image"), ("image_to_text", "image → text")):
             print(f"{name:16}" + "".join(f"{found[way][k]:>11.1%} " for k in ks))
             print(f"{'  chance':16}" + "".join(f"{found['chance'][way][k]:>11.1%} " for k in ks))
+        for lang, one in found.get("by_lang", {}).items():
+            shares = "  ".join(f"{k} {one['text_to_image'][k]:.1%} / {one['image_to_text'][k]:.1%}" for k in ks)
+            print(f"{lang:4}{one['images']:>8,} images {one['captions']:>8,} captions  {shares}")
         print(found["definition"])
     if found := results.get("zero_shot"):
         print(f"zero-shot: {found['images']:,} images, {found['classes']:,} classes, templates {found['templates']}")
@@ -182,8 +197,33 @@ def show_eval(config: EvalConfig, results: dict[str, Any]) -> None:
             if name in found:
                 print(f"{name:16}{found[name]:>11.1%}")
         print(found["definition"])
-    if config.json:
-        print(f"written to {config.json}")
+    if rows := results.get("tasks"):
+        show_tasks(rows, results["means"])
+
+
+def show_tasks(rows: Sequence[dict[str, Any]], means: dict[str, Any]) -> None:
+    """Print each task's figures, what was published, and each definition once."""
+    for one in rows:
+        asked = one["protocol"]
+        about = f"{asked['captions']:,} captions" if "captions" in asked else f"{asked['classes']:,} classes"
+        prompts = f", {asked['templates']} templates ({asked['template_set']})" if "templates" in asked else ""
+        print(f"{one['name']}: {one['images']:,} images, {about}{prompts}")
+        for figure, value in one["values"].items():
+            chance = f"   chance {one['chance'][figure]:.1%}" if figure in one["chance"] else ""
+            print(f"  {figure:26}{value:>7.1%}{chance}")
+        for system, row in one["extras"].get("published", {}).items():
+            print(f"    {system}: " + ", ".join(f"{figure} {value:.1%}" for figure, value in row.items()))
+        for probe, learned in one["extras"].get("probes", {}).items():
+            print(f"  {probe + ' probe':26}{learned['accuracy']:>7.1%}   from {learned['train_images']:,} images")
+        if warning := one["extras"].get("contamination", {}).get("warning"):
+            print(f"  {warning}")
+    for group, mean in means.items():
+        print(
+            f"{group}: {mean['mean']:.1%} over {mean['sets']} sets",
+            *(f"{k} {v:.1%}" for k, v in mean["published"].items()),
+        )
+    for definition in dict.fromkeys(one["definition"] for one in rows):
+        print(definition)
 
 
 def show_compare(config: CompareConfig, results: dict[str, Any]) -> None:

@@ -336,21 +336,55 @@ def parse_rates(rates: Sequence[str]) -> list[tuple[str, float]]:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Measure a run: retrieval on a store's pairs, zero-shot classification on a tree of class folders."""
+    """Measure runs: on the field's evaluation sets or your own, on a store's pairs, on a tree of class folders."""
 
     run: Annotated[Positional[Path], arg(metavar="RUN")]
     """The run folder."""
+    others: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN...")] = ()
+    """Further runs, to compare with it."""
     store: Path | None = None
     """A feature store whose pairs are retrieved."""
     split: str | None = None
     """Evaluate the pairs of this split; by default, of the whole store."""
     lang: tuple[str, ...] = ()
     """Use only captions in these languages."""
+    by_lang: bool = False
+    """Also one row per language of the captions."""
     classes: Path | None = None
     """A tree with one folder of images per class, classified zero-shot (also a store made from such a tree)."""
     templates: Annotated[tuple[str, ...], UseAppendAction] = ()
     """A template that puts a class name into a sentence, as in "a photo of a {}."; repeat for several, or give
-    a text file with one per line. By default the bare name and "a photo of a {}."."""
+    a text file with one per line. By default the bare name and "a photo of a {}.", for --tasks the --template-set."""
+
+    # Evaluation sets
+    tasks: tuple[str, ...] = ()
+    """Evaluation sets: names (imagenet1k, coco, …), NAME:LANG, groups (imagenet, vtab, vtab-natural, vtab-specialized,
+    vtab-structured, retrieval), YAML files that describe your own, or available: all that are in --data."""
+    data: Path | None = None
+    """The folder with the evaluation sets, each under its name. Nothing is downloaded."""
+    features: Path | None = None
+    """Where the sets' features are kept, once per set and image tower; by default in the user's cache."""
+    template_set: Literal["lit", "clip", "short", "bare"] = "lit"
+    """The templates of --tasks: clip takes the set's own (80 for ImageNet), lit these and the bare name, as the LiT
+    paper; short eight for all sets; bare the name alone."""
+    canonical: bool = True
+    """Write class names in lower case without punctuation."""
+    text_precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the text tower for --tasks. bfloat16 is faster where the processor has units for it, and moves a
+    few images of a thousand."""
+    kshot: int = 0
+    """Also learn a ridge regression on the image features from this many training images per class."""
+    probes: bool = False
+    """Also learn a linear probe and nearest neighbours on the image features from the set's training images."""
+    calibration: bool = True
+    """Measure how far the probabilities of --tasks can be believed."""
+    contamination: bool = True
+    """Look for the images of --tasks in the store that the run was tuned on, where it is still there."""
+    out: Path | None = None
+    """A folder for the reports on --tasks and --store: tables, intervals, what was confused with what."""
+    overwrite: bool = False
+    """Replace the reports that are already in --out."""
+
     image_tower: str | None = None
     """The image tower, where the run does not name one that can be loaded."""
     json: Path | None = None
@@ -362,8 +396,15 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         _choices(self)
-        if self.store is None and self.classes is None:
-            raise ConfigError("nothing to evaluate: give --store for retrieval, --classes for classification, or both")
+        if self.store is None and self.classes is None and not self.tasks:
+            raise ConfigError(
+                "nothing to evaluate: give --store for retrieval, --classes for classification, or --tasks"
+            )
+        if self.out is not None and self.classes is not None:
+            raise ConfigError("--out reports on --tasks and --store: give the folder of --classes as a task in YAML")
+        if self.out is not None and self.store is None and not self.tasks:
+            raise ConfigError("--out reports on --tasks and --store: give one of both")
+        _at_least("kshot", self.kshot, 0)
         _share("max-damaged", self.max_damaged)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from litune.errors import DataError
-from litune.evaluation.retrieval import chance, retrieval
+from litune.evaluation.retrieval import chance, rank, retrieval
 
 
 def by_sorting(images: np.ndarray, texts: np.ndarray, owner: np.ndarray, k: int) -> tuple[float, float]:
@@ -88,3 +88,21 @@ def test_not_finite() -> None:
 def test_image_without_caption() -> None:
     with pytest.raises(DataError, match="no caption"):
         retrieval(torch.eye(3), torch.eye(3), torch.tensor([0, 0, 1]))
+
+
+def test_as_clip_benchmark() -> None:
+    """Every caption and every image, both ways, with any number of captions."""
+    from clip_benchmark.metrics.zeroshot_retrieval import recall_at_k
+
+    random = torch.Generator().manual_seed(0)
+    images, texts = torch.randn(40, 8, generator=random), torch.randn(130, 8, generator=random)
+    owner = torch.cat([torch.arange(40), torch.randint(0, 40, (90,), generator=random)])
+    ranks = rank(images, texts, owner, chunk=17)
+    scores = texts @ images.T
+    positive = torch.zeros_like(scores, dtype=torch.bool)
+    positive[torch.arange(130), owner] = True
+    hits = ranks.hits((1, 5, 10))
+    for k in (1, 5, 10):
+        assert (hits[f"text_to_image recall@{k}"] == (recall_at_k(scores, positive, k) > 0).numpy()).all()
+        assert (hits[f"image_to_text recall@{k}"] == (recall_at_k(scores.T, positive.T, k) > 0).numpy()).all()
+    assert (ranks.found == scores.topk(5, dim=1).indices.numpy()).all()

@@ -1,8 +1,9 @@
-"""Run → numbers: retrieval on a store's pairs, zero-shot classification on class folders."""
+"""Run → numbers: named evaluation sets, retrieval on a store's pairs, zero-shot classification on class folders."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,20 @@ import numpy as np
 import torch
 
 from litune import distributed
-from litune.checkpoint import check_store, load
-from litune.config import EvalConfig, command
-from litune.data.names import canonicalize
+from litune.checkpoint import CONFIG, check_store, load
+from litune.commands.tune import choose_pairs
+from litune.config import EvalConfig, TuneConfig, command
+from litune.data.names import canonicalize, read_templates
 from litune.data.pairs import class_folders
 from litune.encoding import encode_images, pick_runtime
-from litune.errors import DataError
+from litune.errors import ConfigError, DataError, LituneError, OutputExistsError
 from litune.evaluation import retrieval as retrieval_metrics
 from litune.evaluation import zero_shot as zero_shot_metrics
-from litune.features import MANIFEST, FeatureStore, library_versions
-from litune.files import write_json
+from litune.evaluation.result import Result
+from litune.evaluation.suite import Protocol, Subject, retrieval_result, run_task
+from litune.evaluation.tasks import Task, find_tasks, group_means
+from litune.features import MANIFEST, FeatureStore, Selection, library_versions
+from litune.files import cache_folder, read_json, write_json
 from litune.model import LiT
 from litune.progress import say, track
 from litune.towers.image import differences
@@ -30,35 +35,126 @@ BATCH = 32  # images
 
 @command(EvalConfig)
 def evaluate(config: EvalConfig) -> dict[str, Any]:
-    """Measure a run; returns (and writes to `config.json`) every figure, each metric's definition, and chance.
+    """Measure runs; returns (and writes to `config.json`) every figure, each metric's definition, and chance.
 
-    Under torchrun every process calls it alike and encodes its part; rank 0 measures and writes. Raises
-    `RunError`, `StoreError` or `DataError` for what can't be read.
+    Of several runs the figures are under `runs`, by name. Under torchrun every process calls it alike and encodes its
+    part; rank 0 measures and writes. Raises `RunError`, `StoreError` or `DataError` for what can't be read,
+    `OutputExistsError` where there are reports already.
     """
     distributed.start(config.device)
-    model = load(config.run, image_tower=config.image_tower, device=config.device)
-    results: dict[str, Any] = {"run": str(config.run)}
-    if config.store is not None:
-        results["retrieval"] = evaluate_retrieval(model, config, FeatureStore(config.store))
-    if config.classes is not None:
-        results["zero_shot"] = evaluate_classes(model, config, config.classes)
+    if config.tasks and distributed.world_size() > 1:
+        raise ConfigError("--tasks runs in one process: start it without torchrun")
+    tasks = find_tasks(config.tasks, config.data)
+    if config.out is not None and config.out.exists() and not config.overwrite:
+        raise OutputExistsError(f"{config.out} is there already: choose another --out, or give --overwrite")
+    names = run_names([config.run, *config.others])
+    found: dict[str, dict[str, Any]] = {}
+    reported: dict[str, list[Result]] = {}
+    for name, run in names.items():
+        found[name], reported[name] = measure(config, name, run, tasks)
+    results = found[next(iter(names))] if len(names) == 1 else {"runs": found}
     results["libraries"] = library_versions()
-    if config.json is not None and distributed.is_main():
-        write_json(config.json, results)
+    if distributed.is_main():
+        if config.json is not None:
+            write_json(config.json, results)
+        if config.out is not None:
+            from litune.evaluation.report import write_report
+
+            write_report(config.out, reported, overwrite=config.overwrite)
     return results
 
 
-def evaluate_retrieval(model: LiT, config: EvalConfig, store: FeatureStore) -> dict[str, Any]:
-    """Recall@k both ways on the pairs of a store."""
+def run_names(runs: Sequence[Path]) -> dict[str, Path]:
+    """What each run is called: its folder's name, or its path where two have the same."""
+    paths = list(dict.fromkeys(runs))
+    short = [path.absolute().name for path in paths]
+    return {name if short.count(name) == 1 else str(path): path for name, path in zip(short, paths, strict=True)}
+
+
+def measure(config: EvalConfig, name: str, run: Path, tasks: Sequence[Task]) -> tuple[dict[str, Any], list[Result]]:
+    """One run's figures, and what a report needs."""
+    model = load(run, image_tower=config.image_tower, device=config.device)
+    results: dict[str, Any] = {"run": str(run)}
+    reported: list[Result] = []
+    if config.store is not None:
+        results["retrieval"], more = evaluate_retrieval(model, config, run, FeatureStore(config.store))
+        reported += more
+    if config.classes is not None:
+        results["zero_shot"] = evaluate_classes(model, config, run, config.classes)
+    if tasks:
+        found = evaluate_tasks(
+            Subject(name, run, model, config.text_precision == "bfloat16", tuned_on(run)), config, tasks
+        )
+        results["tasks"] = [plain(one) for one in found]
+        results["means"] = group_means({one.task: one.values[one.metric] for one in found})
+        reported += found
+    return results, reported
+
+
+def evaluate_tasks(subject: Subject, config: EvalConfig, tasks: Sequence[Task]) -> list[Result]:
+    """The results of all tasks; one that can't be read says so before the others are lost."""
+    protocol = Protocol(
+        template_set=config.template_set,
+        templates=read_templates(config.templates) if config.templates else (),
+        canonical=config.canonical,
+        bfloat16=config.text_precision == "bfloat16",
+        calibration=config.calibration,
+        shots=config.kshot,
+        probes=config.probes,
+        contamination=config.contamination,
+        by_lang=config.by_lang,
+        max_damaged=config.max_damaged,
+    )
+    features = config.features or cache_folder() / "features"
+    results = []
+    for task in tasks:
+        found = run_task(task, subject, protocol, config.data, features)
+        for one in found:
+            say(f"{subject.name}: {heading(one)}: {one.metric} {one.values[one.metric]:.1%}")
+        results += found
+    return results
+
+
+def heading(result: Result) -> str:
+    """The task, and the language where its name does not say it."""
+    return result.task if result.lang in ("", *result.task.split(":")[1:]) else f"{result.task} {result.lang}"
+
+
+def plain(result: Result) -> dict[str, Any]:
+    """The figures of a result as plain JSON values, without the examples."""
+    kept = ("task", "kind", "metric", "lang", "values", "chance", "definition", "images", "protocol", "extras")
+    return {"name": heading(result)} | {name: getattr(result, name) for name in kept}
+
+
+def tuned_on(run: Path) -> tuple[FeatureStore, np.ndarray] | None:
+    """The store that a run was tuned on and its rows; None where it is not there any more."""
+    if not (run / CONFIG).is_file():
+        return None
+    try:
+        given = read_json(run / CONFIG, DataError)
+        known = {one.name: str(one.type) for one in fields(TuneConfig)}
+        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k in known}
+        paths = {k: Path(v) for k, v in settings.items() if "Path" in known[k] and isinstance(v, str)}
+        config = TuneConfig(**settings | paths)
+        store = FeatureStore(config.store)
+        return store, choose_pairs(store, config)[0].rows
+    except (LituneError, TypeError):
+        return None
+
+
+def evaluate_retrieval(
+    model: LiT, config: EvalConfig, run: Path, store: FeatureStore
+) -> tuple[dict[str, Any], list[Result]]:
+    """Recall@k both ways on the pairs of a store; with `config.by_lang`, also of each language by itself."""
     pairs = store.select(config.split, config.lang)
     damaged = 0
     if model.image_tuned and (store.tower is None or differences(model.image_provenance or {}, store.tower)):
-        say(f"{store.path} has the features of another tower: encoding its pictures with that of {config.run}")
+        say(f"{store.path} has the features of another tower: encoding its pictures with that of {run}")
         images, kept = encode_files(model, pairs.image_files, config.max_damaged)
         damaged = len(pairs) - len(kept)
         pairs = pairs.subset(kept)
     else:
-        check_store(config.run, model, store.path, store.width, store.tower)
+        check_store(run, model, store.path, store.width, store.tower)
         images = encode_stored(model, store, pairs.rows)
     captions = pairs.captions
     own = distributed.own_part(len(captions), CHUNK)
@@ -68,9 +164,58 @@ def evaluate_retrieval(model: LiT, config: EvalConfig, store: FeatureStore) -> d
             parts.append(model.encode_text(captions[start : min(start + CHUNK, own.stop)]))
             task.advance(len(parts[-1]))
     texts = distributed.gather_rows(torch.cat(parts))
-    found = distributed.from_main(lambda: retrieval_metrics.retrieval(images, texts, torch.from_numpy(pairs.owner)))
     about = {"store": str(store.path), "split": config.split, "lang": list(config.lang), "damaged": damaged}
-    return found | about | {"definition": retrieval_metrics.DEFINITION}
+    reported: list[Result] = []
+
+    def measured(lang: str) -> dict[str, Any]:
+        found, result = rank_pairs(images, texts, pairs, lang, {**about, "temperature": float(model.scale.detach())})
+        reported.append(result)
+        return found
+
+    def measure() -> dict[str, Any]:
+        found = measured("") | about | {"definition": retrieval_metrics.DEFINITION}
+        if config.by_lang:
+            found["by_lang"] = {lang: measured(lang) for lang in languages(pairs)}
+        return found
+
+    return distributed.from_main(measure), reported
+
+
+def languages(pairs: Selection) -> list[str]:
+    """The languages of the captions, sorted. Raises `DataError` where they have none."""
+    column = pairs.column("langs")
+    if column is None:
+        raise DataError(f"{pairs.store.path} has no languages, --by-lang asks for them: embed with a lang column")
+    return sorted({one for one in column.flatten().to_pylist() if one})
+
+
+def rank_pairs(
+    images: torch.Tensor, texts: torch.Tensor, pairs: Selection, lang: str, facts: dict[str, Any]
+) -> tuple[dict[str, Any], Result]:
+    """Figures and result of all captions, or of those in one language and their images alone."""
+    owner = pairs.owner
+    there = np.arange(len(owner))
+    column = pairs.column("langs")
+    if lang and column is not None:
+        there = np.flatnonzero(np.array(column.flatten().to_pylist()) == lang)
+    kept, own = np.unique(owner[there], return_inverse=True)
+    ranks = retrieval_metrics.rank(
+        images[torch.from_numpy(kept)], texts[torch.from_numpy(there)], torch.from_numpy(own)
+    )
+    pictures = pairs.image_files
+    hashes = pairs.column("sha256")
+    result = retrieval_result(
+        pairs.store.path.absolute().name,
+        ranks,
+        own,
+        [pairs.caption_array[int(i)].as_py() for i in there],
+        [pairs.keys[i] for i in kept],
+        [pictures[i] if Path(pictures[i]).is_file() else "" for i in kept],
+        [hashes[int(i)].as_py() for i in kept] if hashes is not None else [""] * len(kept),
+        facts,
+        lang,
+    )
+    return retrieval_metrics.figures(ranks, own), result
 
 
 def encode_stored(model: LiT, store: FeatureStore, rows: np.ndarray) -> torch.Tensor:
@@ -80,12 +225,12 @@ def encode_stored(model: LiT, store: FeatureStore, rows: np.ndarray) -> torch.Te
     return distributed.gather_rows(torch.cat([torch.empty(0, model.dim), *map(model.encode_features, blocks)]))
 
 
-def evaluate_classes(model: LiT, config: EvalConfig, where: Path) -> dict[str, Any]:
+def evaluate_classes(model: LiT, config: EvalConfig, run: Path, where: Path) -> dict[str, Any]:
     """Zero-shot accuracy on a tree of class folders, or on a feature store made from one."""
     damaged = 0
     if (where / MANIFEST).exists():
         store = FeatureStore(where)
-        check_store(config.run, model, where, store.width, store.tower)
+        check_store(run, model, where, store.width, store.tower)
         if "label" not in store.metadata.column_names:
             raise DataError(f"{where} has no classes: embed a tree with one folder of images per class")
         owners = store.metadata["label"].to_pylist()

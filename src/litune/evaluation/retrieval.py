@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import comb
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -20,14 +22,33 @@ DEFINITION = (
 )
 
 
-def retrieval(
+@dataclass(frozen=True)
+class Ranks:
+    """Where N captions and B images stand in each other's order.
+
+    `of_images` [N]: how many other images score at least as high with a caption as its own. `of_captions` [B]: how many
+    other images' captions score at least as high with an image as the best of its own. `found` [N, 5]: the images with
+    the highest scores for each caption, best first.
+    """
+
+    of_images: np.ndarray
+    of_captions: np.ndarray
+    found: np.ndarray
+
+    def hits(self, ks: Sequence[int]) -> dict[str, np.ndarray]:
+        """Whether each caption, or image, is found among the first k, by the figure's name."""
+        ways = {"text_to_image": self.of_images, "image_to_text": self.of_captions}
+        return {f"{way} recall@{k}": ranks < k for way, ranks in ways.items() for k in ks}
+
+
+def rank(
     images: Float[Tensor, "B D"],
     texts: Float[Tensor, "N D"],
     owner: Int[Tensor, " N"],
-    ks: Sequence[int] = (1, 5, 10),
     chunk: int = 1024,
-) -> dict[str, Any]:
-    """Recall@k, as shares of one, of N captions among B images and the other way round.
+    best: int = 5,
+) -> Ranks:
+    """The ranks of N captions among B images and the other way round, with the `best` images of each caption.
 
     `owner[j]` is the image that caption j belongs to; every image needs a caption. Memory is B × `chunk`. Raises
     `DataError` for an image without a caption or features that are not finite.
@@ -38,6 +59,7 @@ def retrieval(
     if len(torch.unique(owner)) != len(images):
         raise DataError("an image has no caption: retrieval needs at least one for each")
     text_ranks = torch.empty(len(texts), dtype=torch.int64)
+    found = torch.empty(len(texts), min(best, len(images)), dtype=torch.int64)
     best_own = images.new_full((len(images),), -torch.inf)
     for start in range(0, len(texts), chunk):
         part = slice(start, start + chunk)
@@ -45,6 +67,7 @@ def retrieval(
         own = scores.gather(1, owner[part, None])
         # The own image itself is among the scores ≥ its own: hence − 1.
         text_ranks[part] = (scores >= own).sum(1) - 1
+        found[part] = scores.topk(found.shape[1], dim=1).indices
         best_own.scatter_reduce_(0, owner[part], own[:, 0], "amax")
     ahead = torch.zeros(len(images), dtype=torch.int64)
     for start in range(0, len(texts), chunk):
@@ -52,12 +75,29 @@ def retrieval(
         scores = texts[part] @ images.T
         not_own = torch.ones_like(scores, dtype=torch.bool).scatter_(1, owner[part, None], False)
         ahead += ((scores >= best_own) & not_own).sum(0)
+    return Ranks(text_ranks.numpy(), ahead.numpy(), found.numpy())
+
+
+def retrieval(
+    images: Float[Tensor, "B D"],
+    texts: Float[Tensor, "N D"],
+    owner: Int[Tensor, " N"],
+    ks: Sequence[int] = (1, 5, 10),
+    chunk: int = 1024,
+) -> dict[str, Any]:
+    """Recall@k, as shares of one, of N captions among B images and the other way round (see `rank`)."""
+    return figures(rank(images, texts, owner, chunk), owner.numpy(), ks)
+
+
+def figures(ranks: Ranks, owner: np.ndarray, ks: Sequence[int] = (1, 5, 10)) -> dict[str, Any]:
+    """Recall@k out of ranks, beside chance."""
+    images = len(ranks.of_captions)
     return {
-        "text_to_image": {f"recall@{k}": _share(text_ranks < k) for k in ks},
-        "image_to_text": {f"recall@{k}": _share(ahead < k) for k in ks},
-        "chance": chance(len(images), torch.bincount(owner, minlength=len(images)).tolist(), ks),
-        "images": len(images),
-        "captions": len(texts),
+        "text_to_image": {f"recall@{k}": float((ranks.of_images < k).mean()) for k in ks},
+        "image_to_text": {f"recall@{k}": float((ranks.of_captions < k).mean()) for k in ks},
+        "chance": chance(images, np.bincount(owner, minlength=images).tolist(), ks),
+        "images": images,
+        "captions": len(ranks.of_images),
     }
 
 
@@ -77,7 +117,3 @@ def chance(images: int, captions: Sequence[int], ks: Sequence[int]) -> dict[str,
         "text_to_image": {f"recall@{k}": min(1.0, k / images) for k in ks},
         "image_to_text": {f"recall@{k}": hit[k] for k in ks},
     }
-
-
-def _share(hits: Tensor) -> float:
-    return float(hits.double().mean())

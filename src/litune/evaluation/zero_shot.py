@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -35,3 +38,58 @@ def accuracy(scores: Float[Tensor, "B C"], labels: Int[Tensor, " B"]) -> dict[st
     if classes > 5:
         found["top5"] = float((rank < 5).double().mean())
     return found | {"chance": 1 / classes, "images": len(labels), "classes": classes}
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What a classifier did with each of B images.
+
+    `ahead` [B] is how many wrong classes score at least as high as the best right one: 0 is a hit. `predicted` [B] is
+    the class with the highest score, a wrong one where it ties with the right one; `confidence` [B] its probability.
+    """
+
+    ahead: np.ndarray
+    predicted: np.ndarray
+    confidence: np.ndarray
+
+    @property
+    def hits(self) -> np.ndarray:
+        """Whether each image is classified rightly [B]."""
+        return self.ahead == 0
+
+
+def classify(
+    blocks: Iterable[Float[Tensor, "b D"]],
+    weights: Float[Tensor, "C D"],
+    accepted: Sequence[np.ndarray],
+    scale: float = 1.0,
+) -> Outcomes:
+    """The outcomes of images, whose features come in blocks, among C classes with these vectors.
+
+    `accepted[i]` are the classes that are right for image i. Scores exist for one block at a time. Classes with equal
+    vectors (ImageNet has two called "missile") have equal scores, whatever the order of the sums: they tie. Raises
+    `DataError` for features that are not finite.
+    """
+    if not weights.isfinite().all():
+        raise DataError("some class vectors are not finite: no accuracy can be told from them")
+    distinct, place = weights.unique(dim=0, return_inverse=True)
+    ahead, predicted, confidence = [], [], []
+    done = 0
+    for block in blocks:
+        if not block.isfinite().all():
+            raise DataError("some image features are not finite: no accuracy can be told from them")
+        scores = block @ weights.T if len(distinct) == len(weights) else (block @ distinct.T)[:, place]
+        right = accepted[done : done + len(block)]
+        done += len(block)
+        rows = torch.from_numpy(np.repeat(np.arange(len(right)), [len(one) for one in right]))
+        mask = torch.zeros(scores.shape, dtype=torch.bool)
+        mask[rows, torch.from_numpy(np.concatenate(right))] = True
+        own, best = scores.masked_fill(~mask, -torch.inf).max(1)
+        wrong = scores.masked_fill(mask, -torch.inf)
+        count = (wrong >= own[:, None]).sum(1)
+        chosen = best if mask.all() else torch.where(count == 0, best, wrong.argmax(1))
+        probability = (scale * scores).softmax(1).gather(1, chosen[:, None])[:, 0]
+        ahead.append(count)
+        predicted.append(chosen)
+        confidence.append(probability)
+    return Outcomes(*(torch.cat(part).numpy() for part in (ahead, predicted, confidence)))
