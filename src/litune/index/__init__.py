@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -66,6 +66,7 @@ class FoundCaption:
     score: float
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """What turns raw image features [B, W] into those that are compared [B, D], of length one."""
 
@@ -227,7 +228,11 @@ class Index:
         query = self.query(model, text, image, text_weight=text_weight, image_weight=image_weight)
         mask = select_rows(self.metadata, where) if where else None
         scores, rows = self.nearest(model, query[None], offset + top, mask=mask, exact=exact)
-        return _found(self.metadata, rows[0][offset:], scores[0][offset:])
+        return self.describe(rows[0][offset:], scores[0][offset:])
+
+    def describe(self, rows: Tensor, scores: Tensor) -> list[Found]:
+        """Rows and scores with the images' keys and paths."""
+        return _found(self.metadata, rows, scores)
 
     def search_captions(
         self,
