@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from litune.checkpoint import check_store, load
+from litune.checkpoint import CONFIG, check_store, load
 from litune.config import ServeConfig, command
-from litune.errors import LituneError, MissingExtraError, StoreError
+from litune.errors import LituneError, MissingExtraError, RunError, StoreError
+from litune.files import read_json
 from litune.index import Index
 from litune.model import LiT
 from litune.progress import say
@@ -30,7 +31,7 @@ def serve(config: ServeConfig) -> None:
     try:
         from litune.serve.app import make_app
         from litune.serve.engine import Engine
-        from litune.serve.server import listen, run
+        from litune.serve.server import listen, make_server
     except ModuleNotFoundError as why:
         raise MissingExtraError("litune serve", str(why.name), "serve") from None
     if config.token is None and os.environ.get(TOKEN):
@@ -40,7 +41,7 @@ def serve(config: ServeConfig) -> None:
         torch.set_num_threads(config.threads)
     model = load(config.run, image_tower=config.image_tower, device=config.device)
     index = None if config.images is None else open_images(config.run, config.images, model, config.index)
-    engine = Engine(model, index, config, Path(config.run).resolve().name, describe(model))
+    engine = Engine(model, index, config, Path(config.run).resolve().name, describe(config.run, model))
     shown = f"[{config.host}]" if ":" in config.host else config.host
     address = f"http://{shown}:{sock.getsockname()[1]}"
     images = "" if index is None else f", {len(index):,} images"
@@ -50,7 +51,7 @@ def serve(config: ServeConfig) -> None:
 
     if config.token is None and not is_loopback(config.host):
         say("anyone who reaches this address can ask: set a token in LITUNE_TOKEN to change that")
-    run(make_app(engine, known_hosts(config)), sock, config.body_seconds, announce)
+    make_server(make_app(engine, known_hosts(config)), config.body_seconds, announce).run(sockets=[sock])
     say("stopped")
 
 
@@ -63,7 +64,7 @@ def open_images(run: Path, path: Path, model: LiT, how: str) -> Index:
     return index
 
 
-def describe(model: LiT) -> dict[str, Any]:
+def describe(run: Path, model: LiT) -> dict[str, Any]:
     """What /v1/model says of the towers. The image tower is loaded here, so that the first request need not wait."""
     try:
         model.load_image_tower()
@@ -71,8 +72,9 @@ def describe(model: LiT) -> dict[str, Any]:
     except LituneError as why:
         say(f"pictures can't be encoded, only texts and stored images: {why}")
         can = False
+    settings = read_json(run / CONFIG, RunError) if (run / CONFIG).exists() else {}
     return {
-        "text_tower": model.text.architecture.get("kind"),
+        "text_tower": settings.get("text_tower") or model.text.architecture.get("kind"),
         "image_tower": (model.image_provenance or {}).get("spec"),
         "can_encode_images": can,
     }

@@ -200,7 +200,7 @@ class Index:
 
     def _image_feature(self, model: LiT, image: Picture | int | Tensor) -> Tensor:
         if isinstance(image, Tensor):
-            return normalize(image)
+            return normalize(image[None])[0]
         if isinstance(image, int):
             if not 0 <= image < self.rows:
                 raise DataError(f"there is no row {image}: the index has {self.rows:,}, counted from 0")
@@ -446,7 +446,7 @@ def combine(parts: Sequence[Float[Tensor, " D"]]) -> Float[Tensor, " D"]:
     total = torch.stack(list(parts)).sum(0)
     if not total.norm() > 1e-6:
         raise DataError("the weighted text and image cancel each other out: change the weights")
-    return normalize(total)
+    return normalize(total[None])[0]
 
 
 def shared(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:

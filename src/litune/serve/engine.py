@@ -182,7 +182,7 @@ class Engine:
                 422, f"features of an image are {self.model.dim} numbers that are not all zero", "features",
                 "send what /v1/encode/image gave",
             )  # fmt: skip
-        return normalize(found)
+        return normalize(found[None])[0]
 
     async def stored(self, rows: np.ndarray) -> Tensor:
         """Features [n, D] of these rows of the store."""

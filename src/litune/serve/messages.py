@@ -192,6 +192,7 @@ ANSWERS: list[type[BaseModel]] = [
 ]  # fmt: skip
 
 M = TypeVar("M", bound=Message)
+_FIELDS = {name for kind in (EncodeText, Match, Classify, Search, Row, Features, Part) for name in kind.model_fields}
 
 
 def read(kind: type[M], body: bytes) -> M:
@@ -199,8 +200,10 @@ def read(kind: type[M], body: bytes) -> M:
     try:
         return kind.model_validate_json(body)
     except ValidationError as why:
-        first: Any = why.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the body"
+        # Of what a choice of forms has to say, the deepest is about the form that was meant.
+        first: Any = max(why.errors(include_url=False, include_input=False), key=lambda one: len(one["loc"]))
+        path = [str(part) for part in first["loc"] if isinstance(part, int) or part in _FIELDS]
+        where = ".".join(path) or "the body"
         if first["type"] == "json_invalid":
             reason = first["ctx"]["error"] if "ctx" in first else first["msg"]
             raise Problem(400, f"the body is not valid JSON: {reason}", "the body", "send UTF-8 JSON") from None

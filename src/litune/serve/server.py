@@ -7,6 +7,7 @@ import json
 import logging
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -68,6 +69,9 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield  # signals go to the main thread
+            return
         before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -86,12 +90,17 @@ def listen(host: str, port: int) -> socket.socket:
         raise ConfigError(f"can't listen on {host}, port {port}: {reason}; choose another --host or --port") from None
 
 
-def run(app: ASGIApp, sock: socket.socket, body_seconds: float, on_start: Callable[[], None]) -> None:
-    """Serve until SIGINT or SIGTERM, then finish the requests that are running."""
-    logging.getLogger("uvicorn.error").addFilter(lambda record: "Invalid HTTP request" not in record.getMessage())
-    protocol = type("Protocol", (_Patient,), {"head_seconds": body_seconds})
+def make_server(app: ASGIApp, seconds: float, on_start: Callable[[], None]) -> _Server:
+    """A server of the application, that waits `seconds` for the head of a request."""
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
+    protocol = type("Protocol", (_Patient,), {"head_seconds": seconds})
     config = uvicorn.Config(
         app, http=protocol, ws="none", loop="asyncio", lifespan="on", log_level="warning", access_log=False,
         server_header=False, timeout_graceful_shutdown=GRACE,
     )  # fmt: skip
-    _Server(config, on_start).run(sockets=[sock])
+    return _Server(config, on_start)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of the log is about the server, and not about what a client sent."""
+    return not record.getMessage().startswith(("Invalid HTTP request", "Unsupported upgrade", "No supported WebSocket"))
