@@ -171,7 +171,7 @@ def test_a_picture_that_is_gone(client: TestClient, made: Made) -> None:
 
 BAD: list[tuple[str, Any, int, str]] = [
     ("/v1/encode/text", {"texts": []}, 422, "texts: list should have at least 1 item"),
-    ("/v1/encode/text", {"texts": "a"}, 422, "texts: input should be a valid list"),
+    ("/v1/encode/text", {"texts": "a"}, 422, "texts: input should be a valid array"),
     ("/v1/encode/text", {"texts": [3]}, 422, "texts.0: input should be a valid string"),
     ("/v1/encode/text", {"texts": ["x" * 10_001]}, 422, "at most 10000 characters"),
     ("/v1/encode/text", {"texts": ["a"], "more": 1}, 422, "extra inputs are not permitted"),

@@ -159,6 +159,7 @@ def test_the_command_ends_in_order(made: Made) -> None:
         answer = connection.getresponse()
         assert answer.status == 200
         assert len(json.loads(answer.read())["features"]) == 1
+        connection.close()
         assert process.wait(30) == 0
         assert process.stderr.read().splitlines() == ["stopped"]
     finally:

@@ -68,15 +68,16 @@ def test_a_bad_job_fails_alone() -> None:
 
 
 def test_a_full_queue_is_refused_and_the_rest_finished_at_the_end() -> None:
-    begin = threading.Event()
+    entered, begin = threading.Event(), threading.Event()
 
     def handler(payloads: list[int]) -> list[int]:
+        entered.set()
         begin.wait(10)
         return payloads
 
     async def ask(worker: Worker) -> list[Any]:
         running = [asyncio.ensure_future(worker.do("square", 0))]
-        while worker.waiting():
+        while not entered.is_set():
             await asyncio.sleep(0.01)
         running += [asyncio.ensure_future(worker.do("square", i)) for i in range(1, 4)]
         await asyncio.sleep(0.01)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,23 +37,25 @@ def serve(config: ServeConfig) -> None:
         raise MissingExtraError("litune serve", str(why.name), "serve") from None
     if config.token is None and os.environ.get(TOKEN):
         config = dataclasses.replace(config, token=os.environ[TOKEN])
-    sock = listen(config.host, config.port)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    model = load(config.run, image_tower=config.image_tower, device=config.device)
-    index = None if config.images is None else open_images(config.run, config.images, model, config.index)
-    engine = Engine(model, index, config, Path(config.run).resolve().name, describe(config.run, model))
-    shown = f"[{config.host}]" if ":" in config.host else config.host
-    address = f"http://{shown}:{sock.getsockname()[1]}"
+    with listen(config.host, config.port) as sock:
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        model = load(config.run, image_tower=config.image_tower, device=config.device)
+        index = None if config.images is None else open_images(config.run, config.images, model, config.index)
+        engine = Engine(model, index, config, Path(config.run).resolve().name, describe(config.run, model))
+        app = make_app(engine, known_hosts(config))
+        make_server(app, config.body_seconds, partial(announce, config, index, sock.getsockname()[1])).run([sock])
+    say("stopped")
+
+
+def announce(config: ServeConfig, index: Index | None, port: int) -> None:
+    """Say where the server is, and who may ask."""
+    host = f"[{config.host}]" if ":" in config.host else config.host
     images = "" if index is None else f", {len(index):,} images"
-
-    def announce() -> None:
-        say(f"serving {config.run}{images} at {address}/ (the API: {address}/openapi.json); Ctrl-C ends it")
-
+    address = f"http://{host}:{port}"
     if config.token is None and not is_loopback(config.host):
         say("anyone who reaches this address can ask: set a token in LITUNE_TOKEN to change that")
-    make_server(make_app(engine, known_hosts(config)), config.body_seconds, announce).run(sockets=[sock])
-    say("stopped")
+    say(f"serving {config.run}{images} at {address}/ (the API: {address}/openapi.json); Ctrl-C ends it")
 
 
 def open_images(run: Path, path: Path, model: LiT, how: str) -> Index:
