@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from litune.data.images import ImageTransform as ImageTransform
     from litune.errors import LituneError as LituneError
     from litune.features import FeatureStore as FeatureStore
+    from litune.index import Index as Index
     from litune.losses import sigmoid_loss as sigmoid_loss
     from litune.losses import softmax_loss as softmax_loss
     from litune.model import LiT as LiT
@@ -37,6 +38,7 @@ _HOME = {
     "FeatureStore": "litune.features",
     "ImageTower": "litune.towers.image",
     "ImageTransform": "litune.data.images",
+    "Index": "litune.index",
     "LiT": "litune.model",
     "LituneError": "litune.errors",
     "classify": "litune.commands.classify",

@@ -27,6 +27,7 @@ from litune.config import (
     PushConfig,
     QuickstartConfig,
     SearchConfig,
+    ServeConfig,
     TuneConfig,
 )
 from litune.errors import ConfigError, LituneError
@@ -45,6 +46,7 @@ COMMANDS: dict[str, tuple[type[Any], str]] = {
     "compare": (CompareConfig, "litune.commands.compare:compare"),
     "classify": (ClassifyConfig, "litune.commands.classify:classify"),
     "search": (SearchConfig, "litune.commands.search:search"),
+    "serve": (ServeConfig, "litune.commands.serve:serve"),
     "inspect": (InspectConfig, "litune.commands.inspect_:inspect"),
     "probe": (ProbeConfig, "litune.commands.probe:probe"),
     "import": (ImportConfig, "litune.commands.import_:import_"),
@@ -266,9 +268,9 @@ def show_probe(config: ProbeConfig, results: dict[str, Any]) -> None:
 
 
 def show_found(config: SearchConfig, results: Sequence[Any]) -> None:
-    """Print scores and paths, best first."""
+    """Print scores and paths or captions, best first."""
     for one in results:
-        print(f"{one.score:.4f}  {one.path}")
+        print(f"{one.score:.4f}  {one.caption if config.captions else one.path}")
 
 
 def show_export(config: ExportConfig, about: dict[str, Any]) -> None:

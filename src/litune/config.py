@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -438,30 +439,116 @@ class ClassifyConfig:
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """Find the images of a feature store that match a text."""
+    """Find the images of a feature store that match a text, a picture, or both together."""
 
     run: Annotated[Positional[Path], arg(metavar="RUN")]
     """The run folder."""
     store: Annotated[Positional[Path], arg(metavar="STORE")]
     """The feature store to search."""
-    query: Annotated[Positional[str], arg(metavar="QUERY")]
-    """What to look for, in free form."""
+    query: Annotated[Positional[str], arg(metavar="QUERY")] = ""
+    """What to look for, in free form; may be left out where --image is given."""
+    image: Path | None = None
+    """Look for what is like this picture, or with a text beside it, like both: "like this, but at night"."""
+    text_weight: float = 1.0
+    """The weight of the text in a search for both; a negative one means less like it."""
+    image_weight: float = 1.0
+    """The weight of the picture in a search for both."""
     top: int = 5
     """How many images to show."""
+    where: tuple[str, ...] = ()
+    """Search only images that meet these conditions on the store's columns: split=val "width>=640" "captions~dog".
+    Operators are = != < <= > >= and ~ (contains)."""
+    captions: bool = False
+    """Find captions instead of images."""
+    index: Literal["auto", "exact", "approximate"] = "auto"
+    """exact looks at every image; approximate looks into the nearest cells of an index, which is built and kept in the
+    store's folder where there is none (extra search); auto: approximate where one was built and there are more than
+    200,000 images."""
     sheet: Path | None = None
     """Draw the found images into this PNG."""
     json: Path | None = None
     """Write the found images here."""
     overwrite: bool = False
     """Replace a --sheet or --json file that is already there."""
+    image_tower: str | None = None
+    """The image tower for --image, where the run does not name one that can be loaded."""
     device: Device = "auto"
-    """Where the text tower runs."""
+    """Where the towers run."""
 
     def __post_init__(self) -> None:
         _choices(self)
         _at_least("top", self.top, 1)
-        if not self.query.strip():
-            raise ConfigError("the query is empty: say what to look for")
+        if not self.query.strip() and self.image is None:
+            raise ConfigError("the query is empty: say what to look for, or give --image")
+        if self.captions and self.sheet is not None:
+            raise ConfigError("--sheet draws images, --captions finds texts: leave one of them out")
+        for name in ("text_weight", "image_weight"):
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, it must be a finite number")
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Serve a run over HTTP: encoding, matching, classification and search as a JSON API, and a page in the browser.
+
+    Ctrl-C or SIGTERM stops it after the requests that are running.
+    """
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """The run folder."""
+    images: Path | None = None
+    """The feature store whose images are searched, classified and shown."""
+    host: str = "127.0.0.1"
+    """The address to listen on. The default is reachable from this machine alone."""
+    port: int = 8000
+    """The port to listen on; 0: any free one, which is printed."""
+    token: str | None = None
+    """Ask every request of the API for this bearer token; by default that in LITUNE_TOKEN, which other users of the
+    machine can't see in a list of processes."""
+    allow_host: tuple[str, ...] = ()
+    """Further names that requests may address the server by. On a loopback address localhost and the address are
+    taken, so that no web page can reach it by a name of its own; on other addresses every name is, unless given here."""
+    index: Literal["auto", "exact", "approximate"] = "auto"
+    """How --images is searched, as with litune search; approximate needs an index that was built."""
+    batch: int = 64
+    """Texts or pictures that are encoded at once, at most."""
+    batch_ms: float = 2.0
+    """Milliseconds that a request waits for others to be encoded with."""
+    queue: int = 1024
+    """Texts, pictures and searches that may wait; beyond it requests are answered with 429."""
+    upload_mb: float = 32.0
+    """The largest upload, in megabytes."""
+    pixels_m: float = 50.0
+    """The largest picture, in millions of pixels."""
+    body_seconds: float = 20.0
+    """Seconds that a request may take to arrive."""
+    cache_mb: float = 64.0
+    """Megabytes of features of texts that are kept, and as much for thumbnails."""
+    image_tower: str | None = None
+    """The image tower, where the run does not name one that can be loaded."""
+    threads: int = 0
+    """Threads that the towers compute with; 0: as torch chooses."""
+    device: Device = "auto"
+    """Where the towers run."""
+
+    def __post_init__(self) -> None:
+        _choices(self)
+        for name, value, least in (
+            ("batch", self.batch, 1),
+            ("queue", self.queue, 1),
+            ("port", self.port, 0),
+            ("threads", self.threads, 0),
+        ):
+            _at_least(name, value, least)
+        if self.port > 65535:
+            raise ConfigError(f"--port is {self.port}, it must be at most 65535")
+        for name in ("upload_mb", "pixels_m", "body_seconds", "cache_mb"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, it must be positive")
+        if not 0 <= self.batch_ms < math.inf:
+            raise ConfigError(f"--batch-ms is {self.batch_ms}, it must not be negative")
+        if self.token is not None and not re.fullmatch(r"[\x21-\x7e]{8,}", self.token):
+            raise ConfigError("--token must have at least 8 characters, visible ASCII ones: it is sent in a header")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
-"""Text → the images of a store that match it."""
+"""Text, picture or both → the images of a store that match, or its captions."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+
+import numpy as np
 
 from litune.checkpoint import check_store, load
 from litune.config import SearchConfig, command
@@ -10,24 +12,64 @@ from litune.errors import OutputExistsError
 from litune.features import FeatureStore
 from litune.files import write_json
 from litune.gallery import write_sheet
-from litune.index import Found, nearest_images
+from litune.index import EXACT_ROWS, Found, FoundCaption, Index
+from litune.model import LiT
+from litune.progress import say
+
+CALIBRATED_ON = 256
+"""Captions whose nearest images say how many cells a search has to look into."""
 
 
 @command(SearchConfig)
-def search(config: SearchConfig) -> list[Found]:
-    """The `config.top` images of a store that match the query best, best first.
+def search(config: SearchConfig) -> list[Found] | list[FoundCaption]:
+    """The `config.top` images of a store that match the query best, best first; or captions.
 
-    Raises `StoreError` where the store is of another tower than the run.
+    Raises `StoreError` where the store is of another tower than the run, `DataError` for a filter that can't be read
+    and a picture that can't be, `MissingExtraError` where an index is to be built without faiss.
     """
     for file in (config.sheet, config.json):
         if file is not None and file.exists() and not config.overwrite:
             raise OutputExistsError(f"{file} exists: choose another name, or give --overwrite")
     store = FeatureStore(config.store)
-    model = load(config.run, device=config.device)
+    model = load(config.run, image_tower=config.image_tower, device=config.device)
     check_store(config.run, model, config.store, store.width, store.tower)
-    found = nearest_images(model, store, model.encode_text(config.query), config.top)[0]
+    index = Index(store)
+    if config.index == "approximate" and index.cells is None:
+        build(index, model)
+    text = config.query if config.query.strip() else None
+    weights = {"text_weight": config.text_weight, "image_weight": config.image_weight}
+    found: list[Found] | list[FoundCaption]
+    if config.captions:
+        query = index.query(model, text, config.image, **weights)
+        found = index.search_captions(model, image=query, top=config.top, where=config.where)
+    else:
+        exact = None if config.index == "auto" else config.index == "exact"
+        if exact is None and index.cells is None and len(index) > EXACT_ROWS:
+            say(f"searching all {len(index):,} images; --index approximate makes an index, once, and is faster")
+        found = index.search(
+            model, text, config.image, **weights, top=config.top, where=config.where, exact=exact
+        )  # fmt: skip
+    title = " + ".join([*([text] if text else []), *([str(config.image)] if config.image else [])])
     if config.sheet:
-        write_sheet(config.sheet, [(config.query, found)])
+        write_sheet(config.sheet, [(title, [one for one in found if isinstance(one, Found)])])
     if config.json:
-        write_json(config.json, {"query": config.query, "found": [asdict(one) for one in found]})
+        write_json(config.json, {"query": title, "found": [asdict(one) for one in found]})
     return found
+
+
+def build(index: Index, model: LiT) -> None:
+    """Build and keep an index, and set how far it is searched by the store's own captions, read by this run."""
+    index.build()
+    captions = index.metadata["captions"].combine_chunks().flatten()
+    picked = np.unique(np.linspace(0, len(captions) - 1, CALIBRATED_ON).astype(int)) if len(captions) else []
+    if len(picked):
+        queries = model.encode_text(captions.take(picked).to_pylist())
+    else:
+        rows = np.unique(np.linspace(0, len(index.there) - 1, CALIBRATED_ON).astype(int))
+        queries = model.encode_features(index.features(rows))
+    recall = index.calibrate(model, queries)
+    file = index.save()
+    assert index.cells is not None
+    say(
+        f"{file}: {len(index.cells):,} cells; looking into {index.probes:,} finds {recall:.1%} of the ten nearest images"
+    )

@@ -1,0 +1,1 @@
+"""A run as a JSON API over HTTP: what `litune serve` starts."""

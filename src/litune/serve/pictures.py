@@ -1,0 +1,58 @@
+"""Pictures that strangers send, and thumbnails of those that the store names."""
+
+from __future__ import annotations
+
+import io
+import stat
+import warnings
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from litune.data.images import open_rgb
+from litune.errors import DataError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+MAX_FILE_BYTES = 512 << 20
+QUALITY = 85
+
+
+def open_upload(data: bytes, max_pixels: int) -> Image.Image:
+    """An uploaded picture as upright RGB. Its size is read before anything is decoded.
+
+    Raises `DataError` for what is no picture of `FORMATS`, damaged, or larger than `max_pixels`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                width, height = image.size
+    except Image.DecompressionBombError:
+        raise DataError(f"it has more than {max_pixels:,} pixels") from None
+    except Exception:  # Pillow's readers raise whatever they meet
+        raise DataError(f"it is no picture that can be read ({', '.join(FORMATS)})") from None
+    if width * height > max_pixels:
+        raise DataError(f"it has {width}×{height} pixels, more than {max_pixels:,}")
+    return open_rgb(data)
+
+
+def thumbnail(path: Path, size: int) -> bytes:
+    """A picture's file as a JPEG whose longer side has at most `size` pixels.
+
+    Raises `DataError` where the file is gone, no plain file, too large or no picture.
+    """
+    try:
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode):
+            raise DataError("it is no plain file")
+        if facts.st_size > MAX_FILE_BYTES:
+            raise DataError(f"its file has more than {MAX_FILE_BYTES >> 20} MB")
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError("its file is gone") from None
+    except (OSError, ValueError) as why:
+        raise DataError(f"its file can't be read ({getattr(why, 'strerror', None) or why})") from None
+    picture = ImageOps.contain(open_rgb(data), (size, size)) if data else open_rgb(data)
+    out = io.BytesIO()
+    picture.save(out, format="JPEG", quality=QUALITY)
+    return out.getvalue()

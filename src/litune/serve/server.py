@@ -1,0 +1,106 @@
+"""uvicorn, with deadlines for slow clients and a quiet, orderly end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from litune.errors import ConfigError
+
+GRACE = 30
+"""Seconds that running requests have at the end."""
+
+
+class _Patient(H11Protocol):
+    """HTTP/1.1 that waits a bounded time for a request's head; uvicorn alone would wait for ever."""
+
+    head_seconds = 20.0
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._watch()
+
+    def _watch(self) -> None:
+        self._seen = self.cycle
+        self._timer = self.loop.call_later(self.head_seconds, self._check_head)
+
+    def _check_head(self) -> None:
+        waiting = self.cycle is None or self.cycle.response_complete
+        if waiting and self.cycle is self._seen and not self.transport.is_closing():
+            self._refuse(408, "Request Timeout", "the head of the request took too long to arrive")
+        else:
+            self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._timer.cancel()
+        super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, "Bad Request", msg)
+
+    def _refuse(self, status: int, reason: str, message: str) -> None:
+        error = {"error": {"message": message, "what": "the request", "do": "send a whole HTTP/1.1 request"}}
+        body = json.dumps(error)
+        head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+        self.transport.write(f"{head}\r\nconnection: close\r\n\r\n{body}".encode())
+        self.transport.close()
+
+
+class _Server(uvicorn.Server):
+    """Ends by itself after SIGINT or SIGTERM; uvicorn's would raise the signal once more."""
+
+    def __init__(self, config: uvicorn.Config, on_start: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_start = on_start
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_start()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield  # signals go to the main thread
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises `ConfigError` where the address can't be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except (OSError, OverflowError) as why:
+        reason = getattr(why, "strerror", None) or str(why)
+        raise ConfigError(f"can't listen on {host}, port {port}: {reason}; choose another --host or --port") from None
+
+
+def make_server(app: ASGIApp, seconds: float, on_start: Callable[[], None]) -> _Server:
+    """A server of the application, that waits `seconds` for the head of a request."""
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
+    protocol = type("Protocol", (_Patient,), {"head_seconds": seconds})
+    config = uvicorn.Config(
+        app, http=protocol, ws="none", loop="asyncio", lifespan="on", log_level="warning", access_log=False,
+        server_header=False, timeout_graceful_shutdown=GRACE,
+    )  # fmt: skip
+    return _Server(config, on_start)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of the log is about the server, and not about what a client sent."""
+    return not record.getMessage().startswith(("Invalid HTTP request", "Unsupported upgrade", "No supported WebSocket"))

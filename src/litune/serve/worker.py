@@ -1,0 +1,130 @@
+"""One thread that owns the model, and what it does at once: requests that wait are encoded together."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Handler = Callable[[list[Any]], Sequence[Any]]
+"""Payloads of one kind into their results, in order."""
+
+
+class Busy(Exception):
+    """The queue is full."""
+
+
+@dataclass
+class _Job:
+    kind: str
+    payload: Any
+    weight: int
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[Any]
+    born: float = field(default_factory=time.monotonic)
+
+    def settle(self, result: Any, error: BaseException | None = None) -> None:
+        """Hand the outcome to the event loop; nobody may be waiting any more."""
+
+        def tell() -> None:
+            if not self.future.done():
+                if error is None:
+                    self.future.set_result(result)
+                else:
+                    self.future.set_exception(error)
+
+        self.loop.call_soon_threadsafe(tell)
+
+
+class Worker:
+    """Runs jobs of several kinds in one thread; those of the same kind that wait, up to a weight of `batch`, together.
+
+    A job whose batch is not full waits `seconds` for others. Were one thread per request to use the model, they would
+    fight for the cores; and a batch of 32 texts takes a fraction of 32 times one.
+    """
+
+    def __init__(
+        self,
+        handlers: dict[str, Handler],
+        *,
+        batch: int,
+        seconds: float,
+        queue: int,
+        on_batch: Callable[[str, int], None] = lambda kind, weight: None,
+    ) -> None:
+        self.handlers, self.batch, self.seconds, self.queue, self.on_batch = handlers, batch, seconds, queue, on_batch
+        self._jobs: deque[_Job] = deque()
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="model", daemon=True)
+        self._thread.start()
+
+    def waiting(self) -> int:
+        """How many jobs wait."""
+        return len(self._jobs)
+
+    async def do(self, kind: str, payload: Any, weight: int = 1) -> Any:
+        """The result of a job. Raises `Busy` where too many wait, and what the handler raises."""
+        loop = asyncio.get_running_loop()
+        job = _Job(kind, payload, weight, loop, loop.create_future())
+        with self._changed:
+            if len(self._jobs) >= self.queue or self._stopping:
+                raise Busy
+            self._jobs.append(job)
+            self._changed.notify()
+        return await job.future
+
+    def stop(self) -> None:
+        """Finish what waits, then end the thread."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while jobs := self._take():
+            self.on_batch(jobs[0].kind, sum(job.weight for job in jobs))
+            self._handle(jobs)
+
+    def _take(self) -> list[_Job]:
+        """The oldest job and those of its kind that fit beside it; nothing at the end."""
+        with self._changed:
+            while not self._jobs and not self._stopping:
+                self._changed.wait()
+            if not self._jobs:
+                return []
+            kind, due = self._jobs[0].kind, self._jobs[0].born + self.seconds
+            while not self._stopping and self._weight(kind) < self.batch and (left := due - time.monotonic()) > 0:
+                self._changed.wait(left)
+            taken: list[_Job] = []
+            room, rest = self.batch, deque[_Job]()
+            for job in self._jobs:
+                if job.future.cancelled():
+                    continue  # the client is gone
+                if job.kind == kind and (job.weight <= room or not taken):
+                    taken.append(job)
+                    room -= job.weight
+                else:
+                    rest.append(job)
+            self._jobs = rest
+            return taken if taken else self._take()
+
+    def _weight(self, kind: str) -> int:
+        return sum(job.weight for job in self._jobs if job.kind == kind)
+
+    def _handle(self, jobs: list[_Job]) -> None:
+        try:
+            results = self.handlers[jobs[0].kind]([job.payload for job in jobs])
+        except Exception as why:
+            if len(jobs) == 1:
+                jobs[0].settle(None, why)
+            else:  # one bad job must not fail the others
+                for job in jobs:
+                    self._handle([job])
+            return
+        for job, result in zip(jobs, results, strict=True):
+            job.settle(result)

@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from tests.conftest import random_store
+
+import litune
+from litune.commands.search import search
+from litune.commands.tune import tune
+from litune.config import TuneConfig
+from litune.errors import DataError, StoreError
+from litune.features import FeatureStore, StoreWriter
+from litune.index import EXACT_ROWS, Index, nearest_images, top_positions
+from litune.index.cells import make_cells
+
+
+class Plain:
+    """A model whose image features are the raw ones, normalised."""
+
+    def encode_features(self, raw: np.ndarray) -> torch.Tensor:
+        return torch.nn.functional.normalize(torch.from_numpy(raw))
+
+
+class Shifted(Plain):
+    """Another run's image side: its own centre, and a head."""
+
+    def encode_features(self, raw: np.ndarray) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(3)
+        turn = torch.linalg.qr(torch.randn(raw.shape[1], raw.shape[1], generator=generator))[0]
+        scales = torch.linspace(0.5, 2, raw.shape[1])
+        return super().encode_features(((torch.from_numpy(raw) - 0.3) * scales @ turn).numpy())
+
+
+# Without the check of types: what is searched needs no whole model.
+unchecked = getattr(nearest_images, "__wrapped__", nearest_images)
+
+
+def unit(rows: int, width: int, seed: int = 0) -> torch.Tensor:
+    return torch.nn.functional.normalize(torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)))
+
+
+def groups_store(path: Path, rows: int, width: int = 16, groups: int = 40, seed: int = 0) -> FeatureStore:
+    """A store of features that lie in groups, as those of pictures do."""
+    random = np.random.default_rng(seed)
+    centers = np.random.default_rng(7).normal(size=(groups, width)) + 1
+    features = centers[random.integers(0, groups, rows)] + 0.4 * random.normal(size=(rows, width))
+    writer = StoreWriter(path, {"tower": None, "images": rows, "dtype": "float16", "pairs": None})
+    table = pa.table({
+        "key": [f"{path.name}-{i}" for i in range(rows)],
+        "image_path": [f"/nowhere/{i}.png" for i in range(rows)],
+        "captions": [[f"picture {i}"] for i in range(rows)],
+        "split": ["val" if i % 10 == 0 else "train" for i in range(rows)],
+    })  # fmt: skip
+    for start in range(0, rows, 700):
+        part = slice(start, start + 700)
+        writer.write_shard(features[part].astype(np.float32), table[part], [], min(start + 700, rows))
+    return writer.finish()
+
+
+def full(model: Plain, index: Index, queries: torch.Tensor, top: int, mask: np.ndarray | None = None) -> list[list[int]]:
+    """The nearest rows by the whole matrix in float64."""
+    keep = index.there if mask is None else index.there & mask
+    scores = queries.double() @ model.encode_features(index.features(np.arange(index.rows))).double().T
+    scores[:, torch.from_numpy(~keep)] = -torch.inf
+    return [line[: min(top, int(keep.sum()))].tolist() for line in scores.argsort(dim=1, descending=True)]
+
+
+def rows_of(found: list[torch.Tensor]) -> list[list[int]]:
+    return [one.tolist() for one in found]
+
+
+@pytest.mark.parametrize("block", [3, 7, 100])
+def test_against_the_full_matrix(tmp_path: Path, block: int) -> None:
+    store = random_store(tmp_path, 40, 6)
+    queries = unit(3, 6)
+    found = unchecked(Plain(), store, queries, 5, block)
+    scores = queries @ Plain().encode_features(store.features(slice(None))).T
+    best = scores.topk(5, dim=1)
+    for row, values, order in zip(found, best.values, best.indices, strict=True):
+        assert [f.row for f in row] == order.tolist()
+        assert [f.score for f in row] == pytest.approx(values.tolist(), abs=1e-6)
+        assert row[0].key == f"{row[0].row}.png"
+
+
+def test_more_than_there_are(tmp_path: Path) -> None:
+    store = random_store(tmp_path, 4, 6)
+    assert len(unchecked(Plain(), store, torch.ones(1, 6), 10)[0]) == 4
+
+
+def test_equal_scores_keep_their_order() -> None:
+    scores = torch.tensor([0.5, 1.0, 0.5, 1.0, 0.5, 0.0])
+    assert top_positions(scores, 4).tolist() == [1, 3, 0, 2]
+    assert top_positions(scores, 9).tolist() == [1, 3, 0, 2, 4, 5]
+
+
+def test_cells_serve_every_map(tmp_path: Path) -> None:
+    """Built once, through cells: the results of either run are the exact ones, but for the stated recall."""
+    store = groups_store(tmp_path / "s", 3000)
+    index = Index(store)
+    index.build()
+    assert index.cells is not None
+    assert index.cells.count().sum() == len(index) == 3000
+    index.save()
+    for model in (Plain(), Shifted()):
+        again = Index(store)
+        queries = unit(30, 16)
+        assert again.calibrate(model, queries, target=0.9) >= 0.9
+        assert again.probes < len(index.cells) / 2  # most cells were not looked into
+        assert again.recall(model, queries) == again.calibrate(model, queries, target=0.9)
+        scores, rows = again.nearest(model, queries, 10, exact=False)
+        expected = full(model, again, queries, 10)
+        hits = [len(set(a) & set(b)) / 10 for a, b in zip(rows_of(rows), expected, strict=True)]
+        assert np.mean(hits) == pytest.approx(again.recall(model, queries))
+        # What is found has its true score.
+        features = model.encode_features(store.features(rows[0].numpy()))
+        assert torch.allclose(features @ queries[0], scores[0], atol=1e-6)
+        again.probes = len(index.cells)
+        assert rows_of(again.nearest(model, queries, 10, exact=False)[1]) == expected
+
+
+def test_small_stores_are_searched_exactly(tmp_path: Path) -> None:
+    index = Index(groups_store(tmp_path / "s", 500))
+    index.build(cells=20)
+    index.probes = 1
+    queries = unit(5, 16)
+    assert len(index) <= EXACT_ROWS
+    assert rows_of(index.nearest(Plain(), queries, 10)[1]) == full(Plain(), index, queries, 10)
+
+
+def test_filters_through_cells(tmp_path: Path) -> None:
+    index = Index(groups_store(tmp_path / "s", 2000))
+    index.build(cells=60)
+    index.probes = 6
+    mask = np.arange(2000) % 10 == 0
+    queries = unit(20, 16)
+    _, rows = index.nearest(Plain(), queries, 10, mask=mask, exact=False)
+    expected = full(Plain(), index, queries, 10, mask)
+    hits = [len(set(a) & set(b)) / 10 for a, b in zip(rows_of(rows), expected, strict=True)]
+    assert all(mask[line].all() for line in rows)
+    assert np.mean(hits) > 0.95  # a tenth of the images: ten times as many cells
+    assert rows_of(index.nearest(Plain(), queries, 10, mask=mask)[1]) == expected
+    assert [len(one) for one in index.nearest(Plain(), queries[:2], 400, mask=mask, exact=False)[1]] == [200, 200]
+
+
+def test_adding_and_removing(tmp_path: Path) -> None:
+    store = groups_store(tmp_path / "s", 1500)
+    index = Index(store)
+    index.build(cells=40)
+    before = index.cells.centroids.copy() if index.cells else None
+    index.add(groups_store(tmp_path / "more", 300, seed=1))
+    assert index.remove(["s-3", "more-7"]) == 2
+    index.save()
+    index = Index(store)  # as kept
+    assert (index.rows, len(index)) == (1800, 1798)
+    assert index.cells is not None
+    assert np.array_equal(index.cells.centroids, before)  # type: ignore[arg-type]
+    assert index.cells.count().sum() == 1798
+    for row, there in ((3, False), (4, True), (1507, False), (1510, True)):
+        own = Plain().encode_features(index.features(np.array([row])))
+        for exact in (True, False):
+            index.probes = 2
+            found = index.nearest(Plain(), own, 1, exact=exact)[1][0].tolist()
+            assert (found == [row]) == there
+    assert index.metadata["key"][1510].as_py() == "more-10"
+    index.probes = len(index.cells)
+    queries = unit(5, 16)
+    assert rows_of(index.nearest(Plain(), queries, 10, exact=False)[1]) == full(Plain(), index, queries, 10)
+    with pytest.raises(DataError, match="no image of the index has the key 's-3'"):
+        index.remove(["s-3"])
+    with pytest.raises(StoreError, match="is in the index already"):
+        index.add(store)
+    with pytest.raises(StoreError, match="features of width 8, the index of .* those of 16"):
+        index.add(random_store(tmp_path / "narrow", 5, 8))
+
+
+def test_a_damaged_or_outdated_index_is_named(tmp_path: Path) -> None:
+    store = groups_store(tmp_path / "s", 100)
+    index = Index(store)
+    index.build(cells=4)
+    file = index.save()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:40])
+    with pytest.raises(StoreError, match="is damaged"):
+        Index(store)
+    file.write_bytes(whole)
+    other = groups_store(tmp_path / "other", 90)
+    with pytest.raises(StoreError, match="had rows 100, it has 90"):
+        Index(other, file)
+
+
+def test_cells_of_few_rows() -> None:
+    raw = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    there = np.array([True, True, False, True, True])
+    cells = make_cells(lambda rows: raw[rows], there, 50, 0, lambda count: None)
+    assert cells.cell[2] == -1
+    assert len(cells) == 4
+    assert cells.rows(np.arange(4)).tolist() == [0, 1, 3, 4]
+
+
+def test_a_new_text_tower_searches_the_old_index(tune_config: TuneConfig, tmp_path: Path) -> None:
+    """An index built once serves two runs that were tuned on the same store, also with other maps of its features."""
+    settings = {"duration": "36pairs", "evaluations": 0}
+    first = dataclasses.replace(tune_config, **settings)
+    second = dataclasses.replace(first, out=tmp_path / "two", seed=1, image_map="whiten", text_head="mlp")
+    tune.run(first)
+    index = Index(first.store)
+    index.build(cells=6)
+    file = index.save()
+    kept = file.read_bytes()
+    tune.run(second)
+    found = []
+    for run in (first.out, second.out):
+        model = litune.load(run)
+        index = Index(first.store)
+        assert index.cells is not None
+        queries = model.encode_text(["a red box", "the ring is blue", "yellow bar"])
+        features = model.encode_features(index.store.features(slice(None)))
+        expected = (queries.double() @ features.double().T).argsort(dim=1, descending=True)[:, :5].tolist()
+        index.probes = len(index.cells)
+        assert rows_of(index.nearest(model, queries, 5)[1]) == expected
+        assert rows_of(index.nearest(model, queries, 5, exact=False)[1]) == expected
+        found.append(expected)
+    assert found[0] != found[1]  # the runs do differ
+    assert file.read_bytes() == kept
+
+
+@pytest.fixture
+def run(tune_config: TuneConfig) -> TuneConfig:
+    tune.run(dataclasses.replace(tune_config, duration="36pairs", evaluations=0))
+    return tune_config
+
+
+def test_queries(run: TuneConfig, tmp_path: Path) -> None:
+    """Texts, pictures, both together, captions: against sums written out."""
+    model, index = litune.load(run.out), Index(run.store)
+    path = index.metadata["image_path"][7].as_py()
+    text, image = model.encode_text("a red box")[0], model.encode_image(path)[0]
+    features = model.encode_features(index.features(np.arange(24)))
+    found = index.search(model, "a red box", image=path, text_weight=0.3, image_weight=-2.0, top=4, offset=2)
+    query = torch.nn.functional.normalize(0.3 * text - 2 * image, dim=0)
+    best = (features @ query).sort(descending=True, stable=True)
+    assert [one.row for one in found] == best.indices[2:6].tolist()
+    assert [one.score for one in found] == pytest.approx(best.values[2:6].tolist(), abs=1e-5)
+    assert index.search(model, image=7, top=1)[0].row == 7
+    assert index.search(model, image=features[3], top=1)[0].row == 3
+    assert torch.allclose(index.query(model, image=path), image)
+    only = index.search(model, "a red box", top=30, where=["split=val", "captions~ring"])
+    table = index.metadata.to_pylist()
+    assert {one.row for one in only} == {
+        i for i, one in enumerate(table) if one["split"] == "val" and "ring" in one["captions"][0]
+    }
+    captions = [caption for one in table for caption in one["captions"]]
+    scores = model.encode_text(captions) @ text
+    nearest = index.search_captions(model, "a red box", top=3)
+    order = scores.argsort(descending=True, stable=True)[:3].tolist()
+    assert [one.caption for one in nearest] == [captions[i] for i in order]
+    assert [one.row for one in nearest] == [i // 3 for i in order]
+    assert nearest[0].caption == "a red box"
+    for bad, message in (
+        ({}, "needs a text, an image or both"),
+        ({"image": 24}, "there is no row 24"),
+        ({"text": "a", "text_weight": 0.0}, "cancel each other out"),
+    ):
+        with pytest.raises(DataError, match=message):
+            index.query(model, **bad)  # type: ignore[arg-type]
+
+
+def test_the_command(run: TuneConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {"run": run.out, "store": run.store, "device": "cpu"}
+    exact = search(**settings, query="a red box", top=3)
+    assert search(**settings, query="a red box", top=3, index="approximate")[0] == exact[0]
+    assert "cells; looking into" in capsys.readouterr().err
+    assert (run.store / "index.safetensors").exists()
+    picture = exact[1].path
+    assert search(**settings, image=picture, top=1)[0].path == picture
+    assert search(**settings, query="a red box", captions=True, top=1)[0].caption == "a red box"
+    found = search(**settings, query="a red box", where=["width>=56"], top=50)
+    assert len(found) == 12
