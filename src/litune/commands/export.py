@@ -83,6 +83,7 @@ def _web(model: LiT, config: ExportConfig, out: Path) -> dict[str, Any]:
         out,
         store,
         name=config.run.resolve().name,
+        text_tower=read_json(config.run / MANIFEST, RunError).get("text_tower"),
         split=config.split,
         int8=config.int8,
         with_image_tower=config.with_image_tower,

@@ -1,8 +1,7 @@
 """A run and the images of a store as a folder of plain files: the page of `litune serve`, its model in the browser.
 
-    index.html, *.js, *.css    the page
-    backend.js                 says that the page asks the worker, not a server
-    local/                     the worker: tokenizer, pictures into pixels, onnxruntime-web
+    index.html, page/          the page; its backend.js says that it asks the worker, not a server
+    page/local/                the worker: tokenizer, pictures into pixels, onnxruntime-web
     data/model.json            what the page shows of the run, and the temperature
     data/text.onnx             the text tower (text.int8.onnx with int8), tokenizer.json beside it
     data/features.f16          the store's image features [N, D]: float16, little-endian, of length one
@@ -53,6 +52,7 @@ MOST_CAPTIONS = 5
 """So many captions of an image are shown."""
 
 SHORT_TEMPLATES = (
+    "{}",
     "itap of a {}.",
     "a bad photo of the {}.",
     "a origami {}.",
@@ -82,6 +82,7 @@ def export_web(
     store: FeatureStore,
     *,
     name: str,
+    text_tower: str | None,
     split: str | None,
     int8: bool,
     with_image_tower: bool,
@@ -96,13 +97,14 @@ def export_web(
     `DataError` where not one picture of the store can be read.
     """
     need_packages()
-    data, local = folder / "data", folder / "local"
+    data, page, local = folder / "data", folder / "page", folder / "page" / "local"
     data.mkdir()
     check_tokenizer(json.loads(save_tokenizer(data, model.tokenizer).to_str()))
     tower = _preprocessed_here(model) if with_image_tower else None
     find_runtime(local, runtime)
     rows = np.arange(len(store)) if split is None else store.select(split).rows
-    _copy_page(folder)
+    _copy_page(page)
+    (page / "index.html").replace(folder / "index.html")
 
     write_text_half(plain_text(model), data / "text.onnx")
     facts: dict[str, Any] = {"largest_difference": compare("web", model, texts=Runtime(data, None).texts)}
@@ -119,11 +121,11 @@ def export_web(
     _write_features(model, store, rows, data / "features.f16")
     _write_pictures(store, rows, data / "pictures")
     labels = _write_images(store, rows, data / "images.json")
-    page = {
+    shown = {
         "run": name,
         "dim": model.dim,
-        "temperature": 1 / float(model.scale.detach()),
-        "text_tower": model.text.architecture.get("spec") or model.text.architecture.get("kind"),
+        "temperature": float(model.scale.detach()),  # what the server's API calls so: the factor on the cosines
+        "text_tower": text_tower,
         "image_tower": (model.image_provenance or {}).get("spec"),
         "can_encode_images": with_image_tower,
         "images": len(rows),
@@ -131,7 +133,7 @@ def export_web(
         "columns": ["key", "captions", *(["label"] if labels else [])],
     }
     settings = None if tower is None else {**tower.describe(), "mean": None, "std": None}
-    about = {"page": page, "scale": float(model.scale.detach()), "text_file": text_file, "image": settings}
+    about = {"page": shown, "text_file": text_file, "image": settings}
     write_json(data / "model.json", about)
     facts["bytes"] = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     say(f"{len(rows):,} images, {facts['bytes'] / 1e6:.0f} MB; look at it:  python -m http.server -d {folder}")
@@ -208,13 +210,13 @@ def _from_npm(target: Path) -> None:
                     file.write_bytes(member.read())
 
 
-def _copy_page(folder: Path) -> None:
+def _copy_page(page: Path) -> None:
     package = resources.files("litune")
-    _copy(package / "serve" / "page", folder)
-    _copy(package / "interop" / "web", folder / "local")
-    (folder / "local" / "backend-local.js").replace(folder / "backend-local.js")
-    write_text(folder / "backend.js", 'export * from "./backend-local.js";\n')
-    (folder / "backend-server.js").unlink()
+    _copy(package / "serve" / "page", page)
+    _copy(package / "interop" / "web", page / "local")
+    (page / "local" / "backend-local.js").replace(page / "backend-local.js")
+    write_text(page / "backend.js", 'export * from "./backend-local.js";\n')
+    (page / "backend-server.js").unlink()
 
 
 def _copy(source: Traversable, target: Path) -> None:

@@ -33,4 +33,4 @@ export const match = (body) => ask("match", body);
 export const classify = (body) => ask("classify", body);
 export const search = (body) => ask("search", body);
 export const textFeatures = (texts) => ask("textFeatures", { texts });
-export const picture = async (row) => new URL(`data/pictures/${row}.jpg`, import.meta.url).href;
+export const picture = async (row) => new URL(`../data/pictures/${row}.jpg`, import.meta.url).href;

@@ -11,7 +11,7 @@ let ort, about, images, features, tokenizer, textSession, imageSession;
 const known = new Map();
 
 async function file(name, kind) {
-  const response = await fetch(new URL(`../data/${name}`, import.meta.url));
+  const response = await fetch(new URL(`../../data/${name}`, import.meta.url));
   if (!response.ok) throw new Error(`data/${name} can't be read (${response.status}): put the whole export in place`);
   return response[kind]();
 }
@@ -91,8 +91,11 @@ async function encodeImages({ files }) {
   return { features: found, names: files.map((one) => one.name) };
 }
 
-const vector = (ref) =>
-  ref.row === undefined ? ref.features : features.subarray(ref.row * about.page.dim, (ref.row + 1) * about.page.dim);
+function vector({ row, features: given }) {
+  if (row === undefined) return given;
+  if (row >= about.page.images) throw new Error(`There is no picture ${row}: rows go from 0 to ${about.page.images - 1}.`);
+  return features.subarray(row * about.page.dim, (row + 1) * about.page.dim);
+}
 
 function dot(a, b) {
   let sum = 0;
@@ -108,7 +111,7 @@ function unit(values) {
 // Probabilities out of cosines, with the temperature that the run has learned.
 function softmax(cosines) {
   const most = Math.max(...cosines);
-  const powers = cosines.map((one) => Math.exp(about.scale * (one - most)));
+  const powers = cosines.map((one) => Math.exp(about.page.temperature * (one - most)));
   const sum = powers.reduce((total, one) => total + one, 0);
   return powers.map((one) => one / sum);
 }

@@ -31,7 +31,7 @@ const remembered = {};
 function show() {
   const { name, asked } = read();
   clearError();
-  for (const section of document.querySelectorAll("main > section")) section.hidden = section.id !== name;
+  for (const section of document.querySelectorAll("main > section")) section.hidden = section.id !== `panel-${name}`;
   for (const link of document.querySelectorAll("nav a")) {
     const panel = link.getAttribute("href").slice(1).split("?")[0];
     if (remembered[panel]) link.setAttribute("href", remembered[panel]);
@@ -95,6 +95,15 @@ function askForToken(again) {
   });
 }
 
+// Pictures from all over the store, as neighbours are often alike; `shift` from 0 to 1 moves to others.
+async function sample(total, { parts, each, shift = 0 }) {
+  if (!total) return [];
+  const few = total <= parts * each;
+  const offsets = few ? [0] : Array.from({ length: parts }, (_, i) => Math.floor(((i + shift) * (total - each)) / parts));
+  const limit = few ? total : each;
+  return (await Promise.all(offsets.map((offset) => backend.images({ offset, limit })))).flatMap(({ images }) => images);
+}
+
 function describe(info) {
   const fact = (name, value) => value && el("span", {}, `${name} `, el("b", {}, value));
   at("about").replaceChildren(
@@ -113,10 +122,10 @@ async function start() {
   backend.onToken?.(askForToken);
   try {
     const info = await backend.model();
-    const { images } = await backend.images({ offset: 0, limit: 24 });
     describe(info);
-    const shared = { backend, info, some: images, own: null, go, fail, clearError, say };
-    for (const [name, panel] of Object.entries(PANELS)) panels[name] = panel(at(name), shared);
+    const shared = { backend, info, sample: (many) => sample(info.images, many), own: null, go, fail, clearError, say };
+    shared.some = await shared.sample({ parts: 12, each: 2 });
+    for (const [name, panel] of Object.entries(PANELS)) panels[name] = panel(at(`panel-${name}`), shared);
   } catch (why) {
     at("loading").hidden = true;
     return fail(why);

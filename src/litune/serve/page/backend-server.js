@@ -17,7 +17,7 @@ async function call(path, options = {}) {
   const headers = { ...options.headers, ...(sent ? { Authorization: `Bearer ${sent}` } : {}) };
   let response;
   try {
-    response = await fetch(new URL(`v1/${path}`, document.baseURI), { ...options, headers });
+    response = await fetch(new URL(`../v1/${path}`, import.meta.url), { ...options, headers });
   } catch (why) {
     if (why.name === "AbortError") throw why;
     throw new Error("The server does not answer. Is it still running?");
@@ -57,7 +57,7 @@ export async function encodeImages(files) {
 /** The address of a small picture of the store. A picture's own request carries no token, so that is done here. */
 export async function picture(row) {
   const path = `images/${row}/picture?size=256`;
-  if (!token) return new URL(`v1/${path}`, document.baseURI).href;
+  if (!token) return new URL(`../v1/${path}`, import.meta.url).href;
   if (!pictures.has(row)) pictures.set(row, call(path).then((found) => found.blob()).then(URL.createObjectURL));
   return pictures.get(row);
 }

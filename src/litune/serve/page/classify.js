@@ -2,8 +2,10 @@
 
 import { count, debounce, dropZone, el, latest, percent, picture } from "./dom.js";
 
+const PARTS = 10; // a sample is this many runs of neighbours from all over the store
 const STEP = 250; // pictures of the store in one question
-const ENCODED = 8; // own pictures in one question
+const SENT = 64; // features of own pictures in one question
+const ENCODED = 4; // own pictures in one question
 const SHOWN = 30; // pictures of a column before all are asked for
 
 export function classifyPanel(root, shared) {
@@ -19,9 +21,9 @@ export function classifyPanel(root, shared) {
   const custom = el("textarea", {
     rows: 3, hidden: true, spellcheck: false, value: "a photo of a {}.", "aria-label": "Templates, one a line, {} for the name", oninput: () => typed(),
   });
-  const amounts = [100, 500, 2000].filter((n) => n < info.images);
+  const amounts = [200, 1000, 5000].filter((n) => n < info.images);
   const amount = el("select", { id: "amount", onchange: () => { own = null; typed(); } },
-    amounts.map((n) => el("option", { value: n }, `the first ${n.toLocaleString("en")}`)),
+    amounts.map((n) => el("option", { value: n }, `${n.toLocaleString("en")} from all over it`)),
     el("option", { value: "all" }, `all ${info.images.toLocaleString("en")}`));
   const drop = info.can_encode_images && dropZone({
     text: "or drop a folder of your own here; folders named like a class are taken as labels", folder: true, fail, use: encodeAll,
@@ -43,7 +45,7 @@ export function classifyPanel(root, shared) {
       el("div", { class: "card form" },
         el("label", { for: "names" }, "Classes, one a line"), names,
         el("label", { for: "kind" }, "Templates"), kind, custom,
-        el("label", { for: "amount" }, "Pictures of the store"), amount, drop),
+        info.images && [el("label", { for: "amount" }, "Pictures of the store"), amount], drop),
       el("div", {}, progress, summary, columns, confusion, take, code)),
   );
 
@@ -75,8 +77,17 @@ export function classifyPanel(root, shared) {
     }, (read) => { own = read; run(); }).finally(() => { progress.hidden = true; });
   }
 
+  // The pictures of the store that are asked for, as offsets and numbers of neighbours.
+  function questions() {
+    if (amount.value === "all") {
+      return Array.from({ length: Math.ceil(info.images / STEP) }, (_, i) => ({ offset: i * STEP, limit: STEP }));
+    }
+    const limit = Number(amount.value) / PARTS;
+    return Array.from({ length: PARTS }, (_, i) => ({ offset: Math.floor((i * info.images) / PARTS), limit }));
+  }
+
   function advance(done, total) {
-    progress.hidden = total <= STEP && !own && done === 0;
+    progress.hidden = false;
     progress.max = total;
     progress.value = done;
   }
@@ -85,28 +96,32 @@ export function classifyPanel(root, shared) {
     const classes = lines(names);
     const wrong = kind.value === "own" && (lines(custom).find((one) => one.split("{}").length !== 2) ?? (lines(custom).length ? null : "none"));
     if (wrong) return fail(new Error(`The template “${wrong}” needs exactly one {}, as in “a photo of a {}.”`));
-    if (classes.length < 2) {
+    if (classes.length < 2 || !(own || info.images)) {
       results = null;
       columns.replaceChildren();
       confusion.replaceChildren();
       take.hidden = code.hidden = true;
-      summary.textContent = "Name two classes or more.";
+      summary.textContent = classes.length < 2 ? "Name two classes or more." : "Drop or choose pictures to be classified.";
       return undefined;
     }
     return ask(async (current) => {
       const asked = { classes, templates: templates() };
       if (own) {
-        const { predictions } = await backend.classify({ ...asked, images: own.map(({ features }) => ({ features })) });
-        return predictions.map((one, i) => ({ ...one, key: own[i].path, url: own[i].url, own_label: folderLabel(own[i].path, classes) }));
+        const all = [];
+        for (let from = 0; from < own.length && current(); from += SENT) {
+          const some = own.slice(from, from + SENT);
+          const { predictions } = await backend.classify({ ...asked, images: some.map(({ features }) => ({ features })) });
+          all.push(...predictions.map((one, i) => (
+            { ...one, key: some[i].path, url: some[i].url, own_label: folderLabel(some[i].path, classes) })));
+        }
+        return all;
       }
-      const total = amount.value === "all" ? info.images : Number(amount.value);
       const all = [];
-      while (all.length < total && current()) {
-        advance(all.length, total);
-        const limit = Math.min(STEP, total - all.length);
-        const { predictions } = await backend.classify({ ...asked, images: { offset: all.length, limit } });
-        if (!predictions.length) break;
-        all.push(...predictions);
+      const wanted = questions();
+      for (const [i, images] of wanted.entries()) {
+        if (!current()) break;
+        advance(i, wanted.length);
+        all.push(...(await backend.classify({ ...asked, images })).predictions);
       }
       return all;
     }, (predictions) => {
@@ -197,8 +212,11 @@ export function classifyPanel(root, shared) {
   function python() {
     const chosen = templates();
     const list = (values) => `[${values.map((one) => JSON.stringify(one)).join(", ")}]`;
-    const many = amount.value === "all" ? "slice(None)" : `slice(0, ${amount.value})`;
+    const rows = amount.value === "all"
+      ? ["rows = np.arange(len(store))"]
+      : [`starts = np.arange(${PARTS}) * len(store) // ${PARTS}`, `rows = (starts[:, None] + np.arange(${amount.value / PARTS})).ravel()`];
     const head = [
+      ...(own ? [] : ["import numpy as np", ""]),
       "import litune", "",
       `model = litune.load(${JSON.stringify(info.run)})`,
       `classes = ${list(results.classes)}`,
@@ -209,8 +227,9 @@ export function classifyPanel(root, shared) {
       ? ["from pathlib import Path", "", 'pictures = sorted(p for p in Path("my-folder").rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))',
         "for picture, row in zip(pictures, classifier(pictures).tolist()):", "    print(picture, classes[row.index(max(row))], max(row))"]
       : ['store = litune.FeatureStore("my-features")  # the folder that litune embed wrote',
-        `probabilities = classifier.probabilities(model.encode_features(store.features(${many})))`,
-        'for key, row in zip(store.metadata["key"].to_pylist(), probabilities.tolist()):', "    print(key, classes[row.index(max(row))], max(row))"];
+        ...rows,
+        "probabilities = classifier.probabilities(model.encode_features(store.features(rows)))",
+        'for key, row in zip(store.metadata["key"].take(rows).to_pylist(), probabilities.tolist()):', "    print(key, classes[row.index(max(row))], max(row))"];
     return [...head, ...body].join("\n") + "\n";
   }
 

@@ -8,7 +8,7 @@ export function matchPanel(root, shared) {
   const { backend, info, go, fail, say } = shared;
   const ask = latest(fail);
   let chosen = null; // {row, key, captions} of the store, or {url, name, features}: the user's own
-  let strip = shared.some.slice(0, 8);
+  let strip = shared.some.filter((_, i) => shared.some.length <= 8 || i % 3 === 0).slice(0, 8);
 
   const shown = el("div", { class: "shown" });
   const film = el("div", { class: "film", role: "group", "aria-label": "Pictures to choose from" });
@@ -31,8 +31,8 @@ export function matchPanel(root, shared) {
     el("div", { class: "split" },
       el("div", { class: "card" }, shown, film,
         el("div", { class: "buttons" },
-          el("button", { type: "button", class: "button", onclick: others }, "Other pictures"),
-          el("button", { type: "button", class: "button", onclick: alike }, "Find similar")),
+          el("button", { type: "button", class: "button", hidden: !info.images, onclick: others }, "Other pictures"),
+          el("button", { type: "button", class: "button", hidden: !info.images, onclick: alike }, "Find similar")),
         drop),
       el("div", { class: "card" }, list, el("div", { class: "buttons" }, add), note)),
   );
@@ -104,8 +104,7 @@ export function matchPanel(root, shared) {
   }
 
   function others() {
-    const offset = Math.floor(Math.random() * Math.max(info.images - 8, 1));
-    return backend.images({ offset, limit: 8 }).then(({ images }) => { strip = images; draw(); }, fail);
+    return shared.sample({ parts: 8, each: 1, shift: Math.random() }).then((images) => { strip = images; draw(); }, fail);
   }
 
   function alike() {
@@ -145,7 +144,6 @@ export function matchPanel(root, shared) {
 
   return {
     async show(asked) {
-      if (!strip.length) return note.replaceChildren("The store has no pictures.");
       const row = asked.get("img");
       const wanted = asked.getAll("t");
       if (!wanted.length && !texts().length) example().forEach((text) => addRow(text));
@@ -153,12 +151,9 @@ export function matchPanel(root, shared) {
         list.replaceChildren();
         wanted.slice(0, MOST).forEach((text) => addRow(text));
       }
-      if (row !== null && /^\d+$/.test(row) && Number(row) < info.images) {
-        choose(strip.find((one) => one.row === Number(row)) ?? { row: Number(row) });
-      } else if (row !== null) {
-        fail(new Error(`There is no picture ${row}: the store has ${info.images}, counted from 0.`));
-      }
-      if (!chosen) choose(strip[0]);
+      if (/^\d+$/.test(row ?? "")) choose(strip.find((one) => one.row === Number(row)) ?? { row: Number(row) });
+      else if (!chosen && strip.length) choose(strip[0]);
+      else if (!chosen) shown.replaceChildren(el("p", { class: "note" }, "Drop or choose a picture."));
       draw();
       score();
     },

@@ -130,12 +130,9 @@ export function searchPanel(root, shared) {
       else if (row === "own") {
         if (!shared.own) fail(new Error("That address was about a picture of someone's own, which stays with them."));
         setLike(shared.own);
-      } else if (/^\d+$/.test(row) && Number(row) < info.images) setLike({ row: Number(row) });
-      else {
-        setLike(null);
-        fail(new Error(`There is no picture ${row}: the store has ${info.images}, counted from 0.`));
-      }
-      load(0);
+      } else setLike(/^\d+$/.test(row) ? { row: Number(row) } : null);
+      if (info.images) return load(0);
+      return fail(new Error("This server was started without images to search: start it with --images STORE."));
     },
   };
 }
