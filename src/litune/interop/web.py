@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import tarfile
@@ -253,7 +254,7 @@ def browser_ids(local: Path, config: dict[str, Any], texts: list[str]) -> list[l
         asked = json.dumps({"config": config, "texts": texts})
         ran = subprocess.run(["node", "run.js"], cwd=temporary, input=asked, capture_output=True, text=True)
         if ran.returncode:
-            line = next((one for one in ran.stderr.splitlines() if "Error" in one), ran.stderr.strip()[:200])
+            line = next((one for one in ran.stderr.splitlines() if re.match(r"\w*Error: ", one)), ran.stderr[:200])
             raise OSError(f"node stopped: {line}")
         found: list[list[int]] = json.loads(ran.stdout)
         return found

@@ -124,7 +124,7 @@ async function start() {
     const info = await backend.model();
     describe(info);
     const shared = { backend, info, sample: (many) => sample(info.images, many), own: null, go, fail, clearError, say };
-    shared.some = await shared.sample({ parts: 12, each: 2 });
+    shared.some = await shared.sample({ parts: 12, each: 2, shift: 0.5 });
     for (const [name, panel] of Object.entries(PANELS)) panels[name] = panel(at(`panel-${name}`), shared);
   } catch (why) {
     at("loading").hidden = true;
