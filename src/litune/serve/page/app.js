@@ -132,7 +132,6 @@ async function start() {
   }
   at("loading").hidden = true;
   window.addEventListener("popstate", show);
-  window.addEventListener("hashchange", show);
   show();
 }
 

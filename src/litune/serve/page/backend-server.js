@@ -32,8 +32,8 @@ async function call(path, options = {}) {
   }
   if (!response.ok) {
     const { error } = await response.json().catch(() => ({}));
-    const known = error ? [error.message, error.do].filter(Boolean) : [`The server answered ${response.status}.`];
-    throw new Error([...new Set(known)].join(" "));
+    const line = error ? [error.message, error.do].filter(Boolean).join(": ") : `the server answered ${response.status}`;
+    throw new Error(`${line[0].toUpperCase()}${line.slice(1)}.`);
   }
   return response;
 }

@@ -134,11 +134,12 @@ export function matchPanel(root, shared) {
     row.querySelector("output").title = share === null ? "" : `cosine ${cosine.toFixed(3)}`;
   }
 
+  const middle = () => strip[strip.length >> 1];
+
   // What there is to see before anything was typed: a picture's own caption among those of others.
   function example() {
-    const first = strip[0];
-    const own = first?.captions?.[0];
-    const foreign = strip.slice(1).flatMap((one) => one.captions?.slice(0, 1) ?? []).filter((one) => one !== own);
+    const own = middle()?.captions?.[0];
+    const foreign = strip.flatMap((one) => one.captions?.slice(0, 1) ?? []).filter((one) => one !== own);
     return own ? [foreign[0], own, ...foreign.slice(1, 3)].filter(Boolean) : ["a photo of a person", "a photo of an animal", "a drawing"];
   }
 
@@ -152,7 +153,7 @@ export function matchPanel(root, shared) {
         wanted.slice(0, MOST).forEach((text) => addRow(text));
       }
       if (/^\d+$/.test(row ?? "")) choose(strip.find((one) => one.row === Number(row)) ?? { row: Number(row) });
-      else if (!chosen && strip.length) choose(strip[0]);
+      else if (!chosen && strip.length) choose(middle());
       else if (!chosen) shown.replaceChildren(el("p", { class: "note" }, "Drop or choose a picture."));
       draw();
       score();
