@@ -9,6 +9,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -201,3 +203,23 @@ def interrupt(step: int, config: TuneConfig, monkeypatch: pytest.MonkeyPatch) ->
         patch.setattr(Tuning, "step", stopping)
         with pytest.raises(KeyboardInterrupt):
             tune.run(config)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A headless Chromium, driven by selenium; its own files only, nothing of the user's."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="the tests of pages drive a browser with selenium")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("Chromium is not installed: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    flags = "headless=new no-sandbox disable-gpu disable-dev-shm-usage disable-background-networking no-first-run"
+    for flag in flags.split():
+        options.add_argument(f"--{flag}")
+    options.add_argument("--window-size=1280,900")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    found.set_script_timeout(30)
+    yield found
+    found.quit()

@@ -686,17 +686,24 @@ class ExportConfig:
 
     run: Annotated[Positional[Path], arg(metavar="RUN")]
     """The run folder."""
-    to: Literal["onnx", "open_clip", "hf", "sentence-transformers", "npz"]
-    """What to write: both towers as ONNX; a folder for open_clip; one for transformers' VisionTextDualEncoderModel; one
-    for sentence-transformers, whose encode takes texts and pictures; a .npz file like the released LiT checkpoints."""
+    to: Literal["onnx", "web", "open_clip", "hf", "sentence-transformers", "npz"]
+    """What to write: both towers as ONNX; a page that runs in the browser alone; a folder for open_clip; one for
+    transformers' VisionTextDualEncoderModel; one for sentence-transformers, whose encode takes texts and pictures; a
+    .npz file like the released LiT checkpoints."""
     out: Path | None = None
     """The folder to write; by default the run's name with the target's behind it, beside the run."""
     int8: bool = False
-    """With onnx: also write the text tower in 8-bit integers, and what that costs."""
+    """With onnx: also write the text tower in 8-bit integers, and what that costs. With web: in these alone."""
     store: Path | None = None
     """With --int8: measure the cost in recall@k on the pairs of this feature store."""
     split: str | None = None
-    """With --store: on the pairs of this split; by default, of the whole store."""
+    """With --store: on the pairs of this split; by default, of the whole store. With --images: the images of it."""
+    images: Path | None = None
+    """With web: the feature store whose images the page shows."""
+    with_image_tower: bool = False
+    """With web: take the image tower along, so that the page reads pictures of its user's own."""
+    onnxruntime_web: Path | None = None
+    """With web: a folder with the npm package onnxruntime-web; by default npm brings it."""
     image_tower: str | None = None
     """The image tower, where the run does not name one that can be loaded."""
     overwrite: bool = False
@@ -704,12 +711,17 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         _choices(self)
-        if self.int8 and self.to != "onnx":
-            raise ConfigError(f"--int8 is for --to onnx, not for {self.to}")
-        if self.store is not None and not self.int8:
-            raise ConfigError("--store measures what --int8 costs: give both, or neither")
-        if self.split is not None and self.store is None:
-            raise ConfigError("--split is of a --store: give both, or neither")
+        if self.int8 and self.to not in ("onnx", "web"):
+            raise ConfigError(f"--int8 is for --to onnx and web, not for {self.to}")
+        if self.store is not None and not (self.int8 and self.to == "onnx"):
+            raise ConfigError("--store measures what --int8 costs with --to onnx: give both, or neither")
+        if self.split is not None and self.store is None and self.images is None:
+            raise ConfigError("--split is of a --store or of --images: give both, or neither")
+        if self.to == "web" and self.images is None:
+            raise ConfigError("--to web shows the images of a feature store: name it with --images")
+        for name in ("images", "with_image_tower", "onnxruntime_web"):
+            if self.to != "web" and getattr(self, name):
+                raise ConfigError(f"--{name.replace('_', '-')} is for --to web, not for {self.to}")
 
 
 @dataclass(frozen=True)

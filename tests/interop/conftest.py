@@ -33,6 +33,11 @@ def _cropping(crop_pct: float, model: Any) -> dict[str, Any]:
 @pytest.fixture
 def make_run(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRun:
     """Writes a run folder: towers, pooling, heads and image map as asked."""
+    return run_maker(tiny_bert, tmp_path, monkeypatch)
+
+
+def run_maker(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRun:
+    """`make_run` in a folder of one's own."""
     monkeypatch.setitem(VIT_SIZES, "Ti", (32, 2, 64, 4))
 
     def make(

@@ -72,6 +72,25 @@ def _onnx(model: LiT, config: ExportConfig, out: Path) -> dict[str, Any]:
     return export_onnx(model, out, int8=config.int8, store=store, split=config.split)
 
 
+def _web(model: LiT, config: ExportConfig, out: Path) -> dict[str, Any]:
+    from litune.interop.web import export_web
+
+    assert config.images is not None
+    store = FeatureStore(config.images)
+    check_store(config.run, model, store.path, store.width, store.tower)
+    return export_web(
+        model,
+        out,
+        store,
+        name=config.run.resolve().name,
+        text_tower=read_json(config.run / MANIFEST, RunError).get("text_tower"),
+        split=config.split,
+        int8=config.int8,
+        with_image_tower=config.with_image_tower,
+        runtime=config.onnxruntime_web,
+    )
+
+
 def _open_clip(model: LiT, config: ExportConfig, out: Path) -> dict[str, Any]:
     from litune.interop.open_clip import export_open_clip
 
@@ -104,6 +123,7 @@ def _npz(model: LiT, config: ExportConfig, out: Path) -> dict[str, Any]:
 TARGETS: dict[str, Target] = {
     "npz": _npz,
     "onnx": _onnx,
+    "web": _web,
     "open_clip": _open_clip,
     "hf": _hf,
     "sentence-transformers": _sentence_transformers,

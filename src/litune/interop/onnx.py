@@ -40,7 +40,7 @@ def export_onnx(
 
     Raises `ExportError` where a half can't be exported or differs, `MissingExtraError` without the packages.
     """
-    _need_packages()
+    need_packages()
     text, image = plain_text(model), plain_image(model)
     save_tokenizer(folder, model.tokenizer)
     write_text_half(text, folder / "text.onnx")
@@ -56,7 +56,8 @@ def export_onnx(
     return facts
 
 
-def _need_packages() -> None:
+def need_packages() -> None:
+    """Raises `MissingExtraError` without what the export and its comparison need."""
     for name in ("onnx", "onnxruntime", "onnxscript"):
         try:
             __import__(name)
@@ -129,15 +130,16 @@ def _pixels(tower: ImageTower, image: Image.Image) -> np.ndarray:
 
 
 class Runtime:
-    """The exported halves in ONNX Runtime."""
+    """The exported halves in ONNX Runtime; without a tower, the text half alone."""
 
-    def __init__(self, folder: Path, tower: ImageTower, text: str = "text.onnx") -> None:
+    def __init__(self, folder: Path, tower: ImageTower | None, text: str = "text.onnx") -> None:
         import onnxruntime
 
         def session(name: str) -> Any:
             return onnxruntime.InferenceSession(str(folder / name), providers=["CPUExecutionProvider"])
 
-        self.tower, self.text, self.image = tower, session(text), session("image.onnx")
+        self.tower, self.text = tower, session(text)
+        self.image = None if tower is None else session("image.onnx")
         self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
 
     def texts(self, texts: Sequence[str]) -> Float[Tensor, "N D"]:
@@ -152,6 +154,7 @@ class Runtime:
 
     def images(self, images: Sequence[Image.Image]) -> Float[Tensor, "B D"]:
         """Features of pictures."""
+        assert self.tower is not None and self.image is not None
         pixels = np.stack([_pixels(self.tower, image) for image in images])
         return torch.from_numpy(self.image.run(["features"], {"pixels": pixels})[0])
 
