@@ -21,6 +21,8 @@ from litune.errors import ConfigError
 from litune.schedules import parse_duration, parse_unlock
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
+# A path, a URL or a pattern: as it was given, since a Path would make one slash of the two in s3://.
+Address = str | Path
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -31,9 +33,11 @@ class EmbedConfig:
     An interrupted run goes on where it was with the same command.
     """
 
-    pairs: Annotated[Positional[Path], arg(metavar="PAIRS")]
+    pairs: Annotated[Positional[Address], arg(metavar="PAIRS")]
     """Where the pairs are: a folder of images with a table of captions in it or beside it, the table itself
-    (.csv, .tsv, .jsonl, .parquet), a tree with one folder per class, or a folder of images without captions."""
+    (.csv, .tsv, .jsonl, .parquet), a tree with one folder per class, a folder of images (with .txt files beside them,
+    or without captions), webdataset shards ('shards/{00000..00099}.tar'), Parquet or Arrow files with pictures in
+    them, COCO's, Karpathy's or Flickr's captions, a feature store, or a URL of one of these (s3://, hf://)."""
     image_tower: str
     """The image tower: efficientnet-lite0, timm:NAME, hf:NAME_OR_FOLDER, open_clip:NAME/TAG, onnx:FILE,
     python:MODULE:FUNCTION, or run:RUN (the image tower that a run has trained)."""
@@ -50,6 +54,8 @@ class EmbedConfig:
     """The table's column of splits (train, val, …), if it has one."""
     lang_column: str = "lang"
     """The table's column of languages, if it has one."""
+    keep: tuple[str, ...] = ()
+    """Further columns, or keys of the metadata beside each picture, to keep in the store; url is kept in any case."""
     split: tuple[str, ...] = ()
     """Take only the images of these splits."""
     lang: tuple[str, ...] = ()
