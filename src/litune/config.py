@@ -92,6 +92,53 @@ class EmbedConfig:
 
 
 @dataclass(frozen=True)
+class FetchConfig:
+    """Fetch the images of a list of URLs into webdataset shards, with img2dataset.
+
+    Ends with a report of what could not be had. An interrupted run goes on with the same command.
+    """
+
+    urls: Annotated[Positional[Address], arg(metavar="URLS")]
+    """The list: a table (.parquet, .csv, .tsv, .jsonl) with a column of URLs, or a .txt file with one on each line."""
+    out: Path
+    """The folder to write shards to, which litune embed reads; the report is in its folder fetch/."""
+    url_column: str = "url"
+    """The table's column of URLs."""
+    caption_column: str | None = None
+    """The table's column of captions; by default the first of caption, captions, text, title, …, if there is one."""
+    keep: tuple[str, ...] = ()
+    """Further columns to keep beside each image."""
+    image_size: int = 384
+    """Images whose short side is longer are made so long; 0 keeps every image as it came."""
+    threads: int = 64
+    """Downloads at the same time, in each process."""
+    processes: int = 0
+    """Processes; 0: one per processor core."""
+    timeout: float = 10.0
+    """Seconds until a server must answer."""
+    seconds: float = 60.0
+    """Seconds that one image may take."""
+    most_bytes: int = 50_000_000
+    """Bytes that one image may have."""
+    retries: int = 1
+    """Further tries for each image."""
+    shard_size: int = 10000
+    """URLs in a shard: what an interruption can cost in each process."""
+    python: Path | None = None
+    """The Python of another environment that img2dataset is installed in; by default litune's own."""
+    overwrite: bool = False
+    """Remove what was fetched to --out before."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("image_size", 0), ("threads", 1), ("processes", 0), ("most_bytes", 1), ("retries", 0)):
+            _at_least(name.replace("_", "-"), getattr(self, name), least)
+        _at_least("shard-size", self.shard_size, 2)
+        for name in ("timeout", "seconds"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"--{name} is {getattr(self, name)}, it must be positive")
+
+
+@dataclass(frozen=True)
 class TuneConfig:
     """Teach a text tower to read a locked image tower, from the features in a store.
 

@@ -25,6 +25,7 @@ from litune.data.sources.sample import (
     Options,
     Sample,
     Source,
+    each,
     optional_column,
     pick_column,
     split_of,
@@ -32,7 +33,6 @@ from litune.data.sources.sample import (
 from litune.data.sources.tables import IMAGE_COLUMNS
 from litune.data.sources.tars import short_names
 from litune.errors import DataError
-from litune.progress import track
 
 ROWS = 10_000
 PICTURES = [*IMAGE_COLUMNS, "image_bytes", "bytes", *(suffix[1:] for suffix in sorted(IMAGE_SUFFIXES))]
@@ -94,10 +94,8 @@ def _source(files: Sequence[str], options: Options, kind: str, splits: Sequence[
     absent: list[int] = []
 
     def read() -> Iterator[Sample | Damage]:
-        with track("reading", "files", len(files)) as task:
-            for file, name, split in zip(files, short_names(files), splits, strict=True):
-                yield from _read_file(absolute(file), name, split, options, absent)
-                task.advance(1)
+        for file, name, split in zip(each(files, "files"), short_names(files), splits, strict=True):
+            yield from _read_file(absolute(file), name, split, options, absent)
 
     def about(_: int) -> str:
         without = f", {sum(absent):,} rows without a picture left out" if sum(absent) else ""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from litune.errors import DataError, nearest
+from litune.progress import track
 
 IMAGE_SUFFIXES = frozenset(
     [
@@ -43,6 +44,7 @@ CAPTION_COLUMNS = [
     "comment",
 ]
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
+SHOWN_FROM = 20
 MOST_TEXT = 16 << 20
 """A caption's or a sample's metadata file has at most so many bytes."""
 
@@ -147,6 +149,17 @@ def split_of(name: str) -> str:
         if word in SPLITS:
             return SPLITS[word]
     return ""
+
+
+def each(files: Sequence[str], unit: str) -> Iterator[str]:
+    """The files one by one; of many, it is shown how far it is."""
+    if len(files) < SHOWN_FROM:
+        yield from files
+        return
+    with track("reading", unit, len(files)) as task:
+        for file in files:
+            yield file
+            task.advance(1)
 
 
 def decode_text(data: bytes) -> str | None:

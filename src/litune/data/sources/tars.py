@@ -24,10 +24,10 @@ from litune.data.sources.sample import (
     Sample,
     Source,
     decode_text,
+    each,
     split_of,
 )
 from litune.errors import DataError
-from litune.progress import track
 
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 _KINDS = {
@@ -39,6 +39,7 @@ _KINDS = {
     tarfile.GNUTYPE_SPARSE: "a sparse file",
 }
 _LONG_NAME, _HEADERS = tarfile.GNUTYPE_LONGNAME, (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+_ZEROS = bytes(BLOCK)
 _PASSED_OVER = (tarfile.DIRTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK)
 
 
@@ -48,11 +49,9 @@ def tar_source(shards: Sequence[str], options: Options) -> Source:
     split = all(split_of(PurePosixPath(shard).name) for shard in shards)
 
     def read() -> Iterator[Sample | Damage]:
-        with track("reading", "shards", len(shards)) as task:
-            for shard, name in zip(shards, short_names(shards), strict=True):
-                own = split_of(PurePosixPath(shard).name) if split else ""
-                yield from _read_shard(absolute(shard), name, own, options)
-                task.advance(1)
+        for shard, name in zip(each(shards, "shards"), short_names(shards), strict=True):
+            own = split_of(PurePosixPath(shard).name) if split else ""
+            yield from _read_shard(absolute(shard), name, own, options)
 
     def about(_: int) -> str:
         return f"{len(shards):,} webdataset shard{'s' * (len(shards) > 1)} in {folder}"
@@ -116,12 +115,7 @@ def members(shard: str, file: BinaryIO) -> Iterator[Member | Damage]:
         file.seek(at)
         block = file.read(BLOCK)
         try:
-            header = tarfile.TarInfo.frombuf(block, "utf-8", "replace")
-            # Base-256 numbers can be negative or beyond all disks.
-            if not 0 <= header.size < 1 << 50:
-                raise tarfile.InvalidHeaderError("bad size")
-        except tarfile.EOFHeaderError:  # zeros: the end of this tar, or of one of several in a row
-            header = None
+            header = None if block == _ZEROS else read_header(block)
         except (tarfile.HeaderError, ValueError, OverflowError):
             lost = at if lost < 0 else lost
             at += BLOCK
@@ -130,25 +124,25 @@ def members(shard: str, file: BinaryIO) -> Iterator[Member | Damage]:
             yield Damage(shard, f"bytes {lost:,} to {at:,} are no tar: what was there is lost")
         lost, said = -1, False
         data = at + BLOCK
-        if header is None:
+        if header is None:  # zeros: the end of this tar, or of one of several in a row
             at = data
             continue
-        if header.type == _LONG_NAME or header.type in _HEADERS:
-            if header.size <= MOST_TEXT:
-                value = file.read(header.size)
-                name, size = _long(value) if header.type == _LONG_NAME else _extended(value)
-                long_name, long_size = name or long_name, size if size >= 0 else long_size
-            at = data + _blocks(header.size)
+        name, size, kind = header
+        if kind == _LONG_NAME or kind in _HEADERS:
+            if size <= MOST_TEXT:
+                value = file.read(size)
+                longer, larger = _long(value) if kind == _LONG_NAME else _extended(value)
+                long_name, long_size = longer or long_name, larger if larger >= 0 else long_size
+            at = data + _blocks(size)
             continue
-        name, size = long_name or header.name, long_size if long_size >= 0 else header.size
+        name, size = (long_name or name).removeprefix("./"), long_size if long_size >= 0 else size
         long_name, long_size = "", -1
-        name = name.removeprefix("./")
-        if header.type in _PASSED_OVER:
-            at = data + (_blocks(size) if header.type != tarfile.DIRTYPE else 0)
+        if kind in _PASSED_OVER:
+            at = data + (_blocks(size) if kind != tarfile.DIRTYPE else 0)
             continue
-        if header.type in _KINDS:
-            yield Damage(f"{shard}::{name}", f"it is {_KINDS[header.type]}, not a file: never followed")
-            at = data + (_blocks(size) if header.type == tarfile.GNUTYPE_SPARSE else 0)
+        if kind in _KINDS:
+            yield Damage(f"{shard}::{name}", f"it is {_KINDS[kind]}, not a file: never followed")
+            at = data + (_blocks(size) if kind == tarfile.GNUTYPE_SPARSE else 0)
             continue
         if data + size > length:
             yield Damage(f"{shard}::{name}", f"the shard ends in the middle of it, at byte {length:,}")
@@ -159,6 +153,25 @@ def members(shard: str, file: BinaryIO) -> Iterator[Member | Damage]:
         at = data + _blocks(size)
     if lost >= 0 and not said:
         yield Damage(shard, f"bytes {lost:,} to {length:,} are no tar: what was there is lost")
+
+
+def read_header(block: bytes) -> tuple[str, int, bytes]:
+    """The name, size and type in a tar's header, read here where it is plain, by Python's tarfile (slower) where not.
+
+    Raises `ValueError` or `tarfile.HeaderError` where it is none.
+    """
+    stored = block[148:156]
+    if len(block) == BLOCK and not block[345]:
+        try:
+            if sum(block) - sum(stored) + 8 * 32 == int(stored.strip(b" \0"), 8):
+                name = block[:100].partition(b"\0")[0].decode("utf-8", "replace")
+                return name, int(block[124:136].strip(b" \0") or b"0", 8), block[156:157]
+        except ValueError:  # numbers in another form
+            pass
+    header = tarfile.TarInfo.frombuf(block, "utf-8", "replace")
+    if not 0 <= header.size < 1 << 50:  # base-256 numbers can be negative, or beyond all disks
+        raise tarfile.InvalidHeaderError("bad size")
+    return header.name, header.size, header.type
 
 
 def _blocks(size: int) -> int:
