@@ -20,17 +20,18 @@ import pyarrow.parquet
 
 from litune.config import FetchConfig, command
 from litune.data import fetch_worker
-from litune.data.places import open_file
+from litune.data.places import is_url, open_file
 from litune.data.sources.sample import CAPTION_COLUMNS, Damage, pick_column
 from litune.data.sources.tables import read_lines
 from litune.devices import processor_cores
 from litune.errors import ConfigError, DataError, MissingExtraError, OutputExistsError
-from litune.files import atomic, clear_output, read_json, write_json, write_text
+from litune.files import atomic, clear_output, read_json, sha256_file, write_json, write_text
 from litune.progress import say, track
 
 ABOUT = "fetch"
 """The folder in the output for what is not shards: img2dataset takes every JSON file beside them for its own."""
 ROWS = 20_000
+LOOK = "import importlib.util as u; print(u.find_spec('img2dataset') is not None)"
 POLL_SECONDS = 0.5
 ADDRESS = re.compile(r"https?://[^\s/]\S*", re.IGNORECASE)
 RESERVED = {"key", "caption", "url", "width", "height", "original_width", "original_height", "status", "error_message"}
@@ -62,6 +63,8 @@ def fetch(config: FetchConfig) -> dict[str, Any]:
     python = _find_img2dataset(config.python)
     names = ("image_size", "shard_size", "url_column", "caption_column")
     settings = {name: getattr(config, name) for name in names} | {"urls": str(config.urls), "keep": list(config.keep)}
+    if not is_url(config.urls) and Path(config.urls).is_file():
+        settings["sha256"] = sha256_file(Path(config.urls))
     if (about / "settings.json").exists() and not config.overwrite:
         there = read_json(about / "settings.json", DataError)
         _check_same(config, there, settings)
@@ -84,13 +87,7 @@ def _find_img2dataset(python: Path | None) -> str:
     """The Python that has img2dataset."""
     chosen = str(python or sys.executable)
     try:
-        found = subprocess.run(
-            [chosen, "-c", "import importlib.util as u; print(u.find_spec('img2dataset') is not None)"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        found = subprocess.run([chosen, "-c", LOOK], capture_output=True, text=True, timeout=60, check=False)
     except OSError as why:
         raise DataError(f"--python {chosen} can't be started: {why.strerror}") from None
     if found.stdout.strip() == "True":
@@ -103,10 +100,10 @@ def _find_img2dataset(python: Path | None) -> str:
 def _check_same(config: FetchConfig, there: dict[str, Any], settings: dict[str, Any]) -> None:
     for name, value in settings.items():
         if there.get(name) != value:
-            raise OutputExistsError(
-                f"{config.out} was begun with --{name.replace('_', '-')} {there.get(name)}, not {value}: "
-                "choose another --out, or give --overwrite"
-            )
+            what = f"--{name.replace('_', '-')} {there.get(name)}, not {value}"
+            if name in ("urls", "sha256"):
+                what = f"another list ({there.get('urls')})"
+            raise OutputExistsError(f"{config.out} was begun with {what}: choose another --out, or give --overwrite")
 
 
 def _write_list(config: FetchConfig, file: Path) -> tuple[list[str], dict[str, int]]:

@@ -189,6 +189,9 @@ class _Rows:
         return data
 
 
+_rows = _Rows()
+
+
 def read_group(file: str, group: int, column: str) -> tuple[pa.ChunkedArray, pa.ChunkedArray | None]:
     """The pictures of a row group as bytes and, where the column is one of structs, their paths.
 
