@@ -105,14 +105,11 @@ def _collect(source: Source, options: Options, max_damaged: float) -> Pairs:
         raise DataError(f"{source.name} has no samples: expected images with captions")
     table = columns.table()
     about = source.about(len(table))
-    if source.grouped:
-        table = _group(source.name, table)
     if source.base is not None:
-        base = source.base(table["key"].to_pylist())
-        paths = [join(base, key) for key in table["key"].to_pylist()]
-        table = table.set_column(
-            table.column_names.index("path"), "path", pa.chunked_array([pa.array(paths, pa.string())])
-        )
+        table = _group(source.name, table)
+        base = source.base(table["path"].to_pylist())
+        paths = pa.array([join(base, path) for path in table["path"].to_pylist()], pa.string())
+        table = table.set_column(table.column_names.index("path"), "path", paths)
         about += f", images in {base}"
     for name in options.keep:
         if name not in table.column_names:
@@ -284,10 +281,10 @@ def _plain(values: list[Any]) -> pa.Array:
 
 def _group(name: str, table: pa.Table) -> pa.Table:
     """One row per image, in order of first appearance; its captions in the table's order."""
-    keys = table["key"].combine_chunks().dictionary_encode()
-    if len(keys.dictionary) == len(keys):
+    images = table["path"].combine_chunks().dictionary_encode()
+    if len(images.dictionary) == len(images):
         return table
-    codes = keys.indices.to_numpy()
+    codes = images.indices.to_numpy()
     order = np.argsort(codes, kind="stable")
     first = order[np.concatenate([[0], np.cumsum(np.bincount(codes))])[:-1].astype(np.int64)]
     if "split" in table.column_names:
@@ -295,7 +292,7 @@ def _group(name: str, table: pa.Table) -> pa.Table:
         mixed = np.flatnonzero(splits != splits[first][codes])
         if mixed.size:
             one, two = (table["split"][int(row)].as_py() for row in (first[codes[mixed[0]]], mixed[0]))
-            image = table["key"][int(mixed[0])].as_py()
+            image = table["path"][int(mixed[0])].as_py()
             raise DataError(f"{name}: the image {image} is in the splits {one!r} and {two!r}: keep it in one")
     grouped = table.take(pa.array(first))
     for column in ("captions", "langs", "fields"):

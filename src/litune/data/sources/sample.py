@@ -89,7 +89,7 @@ class Sample:
     """Where it stands, for messages."""
     key: Any
     path: str
-    """The image's reference; empty where the source finds it from all keys together (`Source.base`)."""
+    """The image's reference, or its name in the folder that `Source.base` finds."""
     texts: dict[str, Any]
     """What stands in each text field: a string, a list of strings, or anything else that a damaged file has."""
     lang: Any = ""
@@ -108,10 +108,8 @@ class Source:
     samples: Iterator[Sample | Damage]
     name: str
     files: int = 1
-    grouped: bool = False
-    """Whether rows with one key are one image with several captions."""
     base: Callable[[Sequence[str]], str] | None = None
-    """The folder of the images, found by (some of) their keys; for samples without a path."""
+    """For tables: the folder of the images, found by (some of) their names. Rows that name one image are one."""
 
 
 def pick_column(where: str, names: Sequence[str], wanted: str | None, usual: Sequence[str], what: str) -> str:

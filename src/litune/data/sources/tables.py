@@ -64,8 +64,7 @@ def table_source(files: Sequence[str], options: Options) -> Source:
         about,
         _samples(files[0], lines, options),
         name=name,
-        grouped=True,
-        base=lambda keys: image_base(files[0], options.images, keys),
+        base=lambda paths: image_base(files[0], options.images, paths),
     )
 
 
@@ -86,10 +85,11 @@ def _samples(file: str, lines: Iterator[Line], options: Options) -> Iterator[Sam
         if not isinstance(path, str) or not path.strip():
             yield Damage(where, f"the image path is {path!r}, expected a path")
             continue
+        key = cells.get("key")
         yield Sample(
             f"{where} ({path})",
+            key if isinstance(key, str) and key else path,
             path,
-            "",
             {name: cells.get(name) for name in captions},
             cells.get(lang) or "" if lang else "",
             cells.get(split) or "" if split else "",

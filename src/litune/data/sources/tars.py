@@ -71,35 +71,45 @@ def short_names(files: Sequence[str]) -> list[str]:
 
 def _read_shard(shard: str, name: str, split: str, options: Options) -> Iterator[Sample | Damage]:
     """The samples of one shard; where it can't be read at all, that."""
-    count = 0
+    good = bad = 0
     try:
         with open_file(shard) as file:
-            key, files = "", dict[str, Member]()
-            for one in members(shard, file):
-                if isinstance(one, Damage):
-                    yield one
-                    continue
-                match = _NAME.fullmatch(one.name)
-                if match is None or match[1].rpartition("/")[2].startswith("__"):
-                    continue  # no file of a sample: a README, webdataset's own __meta__
-                suffix = match[2].lower()
-                if match[1] != key or suffix in files:
-                    if files:
-                        count += 1
-                        yield from _read_sample(file, f"{name}/{key}", files, split, options)
-                    key, files = match[1], {}
-                files[suffix] = one
-            if files:
-                count += 1
-                yield from _read_sample(file, f"{name}/{key}", files, split, options)
+            for found in _samples(shard, file):
+                if isinstance(found, Damage):
+                    bad += 1
+                    yield found
+                else:
+                    good += 1
+                    key, files = found
+                    yield from _read_sample(file, f"{name}/{key}", files, split, options)
+            empty = size_of(file) == 0
     except FileNotFoundError:
         yield Damage(shard, "the shard does not exist", whole_file=True)
-        return
     except (OSError, DataError) as why:
         yield Damage(shard, f"the shard can't be read: {first_line(why)}", whole_file=True)
-        return
-    if not count:
-        yield Damage(shard, "the shard has no samples", whole_file=True)
+    else:
+        if empty or (bad and not good):
+            yield Damage(shard, "the shard is empty" if empty else "nothing in it can be read", whole_file=True)
+
+
+def _samples(shard: str, file: BinaryIO) -> Iterator[tuple[str, dict[str, Member]] | Damage]:
+    """Each sample's name and its files by suffix: members behind each other that are called the same."""
+    key, files = "", dict[str, Member]()
+    for one in members(shard, file):
+        if isinstance(one, Damage):
+            yield one
+            continue
+        match = _NAME.fullmatch(one.name)
+        if match is None or match[1].rpartition("/")[2].startswith("__"):
+            continue  # no file of a sample: a README, webdataset's own __meta__
+        suffix = match[2].lower()
+        if match[1] != key or suffix in files:
+            if files:
+                yield key, files
+            key, files = match[1], {}
+        files[suffix] = one
+    if files:
+        yield key, files
 
 
 def members(shard: str, file: BinaryIO) -> Iterator[Member | Damage]:
