@@ -154,9 +154,9 @@ class _Columns:
         """Take a sample over; returns what of it can't be used. One whose captions are all bad is left out."""
         damaged: list[Damage] = []
         for what, text in (("name", sample.key), ("path", sample.path)):
-            if not isinstance(text, str) or (reason := _reason(text)):
-                reason = reason if isinstance(text, str) else f"is {text!r}, expected a text"
-                return [Damage(_printable(sample.where), f"the image's {what} {reason}")]
+            reason = _reason(text) if isinstance(text, str) else f"is {text!r:.80}, expected a text"
+            if reason or "\0" in text:
+                return [Damage(_printable(sample.where), f"the image's {what} {reason or 'has a NUL character'}")]
         found: list[tuple[str, str, str]] = []
         for field, cell in _cells(sample, damaged).items():
             self._check(sample, field, cell, found, damaged)
@@ -243,7 +243,7 @@ def _cells(sample: Sample, damaged: list[Damage]) -> dict[str, Any]:
 
 
 def _reason(text: str) -> str:
-    """Why a text can't be stored; empty where it can."""
+    """Why a text can't be a name or a caption; empty where it can."""
     if text.isascii():
         return ""
     try:

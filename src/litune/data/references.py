@@ -229,11 +229,13 @@ def open_arrow(file: str) -> pa.Table:
     try:
         source = pa.memory_map(local(file))
         try:
-            return pa.ipc.open_file(source).read_all()
+            table = pa.ipc.open_file(source).read_all()
         except pa.ArrowInvalid:
-            return pa.ipc.open_stream(source).read_all()
+            table = pa.ipc.open_stream(source).read_all()
+        table.validate(full=True)  # offsets that point outside would end the process
     except (pa.ArrowException, OSError) as why:
         raise DataError(f"{file} can't be read: {first_line(why)}") from None
+    return table
 
 
 def first_line(why: Any) -> str:

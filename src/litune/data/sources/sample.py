@@ -44,6 +44,7 @@ CAPTION_COLUMNS = [
     "comment",
 ]
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
+OWN = ("key", "path", "captions", "langs", "fields", "split", "label")
 SHOWN_FROM = 20
 MOST_TEXT = 16 << 20
 """A caption's or a sample's metadata file has at most so many bytes."""
@@ -77,8 +78,8 @@ class Options:
 
     @property
     def kept(self) -> list[str]:
-        """Columns that go into the store beside the captions: an image's address is never left behind."""
-        return list(dict.fromkeys([*self.keep, "url"]))
+        """Columns that go into the store beside those of all pairs: an image's address is never left behind."""
+        return [name for name in dict.fromkeys([*self.keep, "url"]) if name not in OWN]
 
 
 @dataclass(slots=True)

@@ -217,7 +217,8 @@ def _read_sample(
 ) -> Iterator[Sample | Damage]:
     picture = find_picture(files, options.image_column)
     if picture is None:
-        yield Damage(key, f"the sample has no picture, only .{', .'.join(files)}")
+        wanted = f" .{options.image_column.lstrip('.')}" if options.image_column else ""
+        yield Damage(key, f"the sample has no picture{wanted}, only .{', .'.join(files)}")
         return
     facts: dict[str, Any] = {}
     if "json" in files:
