@@ -22,6 +22,8 @@ from litune.errors import ConfigError
 from litune.schedules import parse_duration, parse_unlock
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
+# A path, a URL or a pattern: as it was given, since a Path would make one slash of the two in s3://.
+Address = str | Path
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -32,9 +34,11 @@ class EmbedConfig:
     An interrupted run goes on where it was with the same command.
     """
 
-    pairs: Annotated[Positional[Path], arg(metavar="PAIRS")]
+    pairs: Annotated[Positional[Address], arg(metavar="PAIRS")]
     """Where the pairs are: a folder of images with a table of captions in it or beside it, the table itself
-    (.csv, .tsv, .jsonl, .parquet), a tree with one folder per class, or a folder of images without captions."""
+    (.csv, .tsv, .jsonl, .parquet), a tree with one folder per class, a folder of images (with .txt files beside them,
+    or without captions), webdataset shards ('shards/{00000..00099}.tar'), Parquet or Arrow files with pictures in
+    them, COCO's, Karpathy's or Flickr's captions, a feature store, or a URL of one of these (s3://, hf://)."""
     image_tower: str
     """The image tower: efficientnet-lite0, timm:NAME, hf:NAME_OR_FOLDER, open_clip:NAME/TAG, onnx:FILE,
     python:MODULE:FUNCTION, or run:RUN (the image tower that a run has trained)."""
@@ -51,6 +55,8 @@ class EmbedConfig:
     """The table's column of splits (train, val, …), if it has one."""
     lang_column: str = "lang"
     """The table's column of languages, if it has one."""
+    keep: tuple[str, ...] = ()
+    """Further columns, or keys of the metadata beside each picture, to keep in the store; url is kept in any case."""
     split: tuple[str, ...] = ()
     """Take only the images of these splits."""
     lang: tuple[str, ...] = ()
@@ -84,6 +90,53 @@ class EmbedConfig:
         _at_least("workers", self.workers, 0)
         _at_least("shard-size", self.shard_size, 1)
         _share("max-damaged", self.max_damaged)
+
+
+@dataclass(frozen=True)
+class FetchConfig:
+    """Fetch the images of a list of URLs into webdataset shards, with img2dataset.
+
+    Ends with a report of what could not be had. An interrupted run goes on with the same command.
+    """
+
+    urls: Annotated[Positional[Address], arg(metavar="URLS")]
+    """The list: a table (.parquet, .csv, .tsv, .jsonl) with a column of URLs, or a .txt file with one on each line."""
+    out: Path
+    """The folder to write shards to, which litune embed reads; the report is in its folder fetch/."""
+    url_column: str = "url"
+    """The table's column of URLs."""
+    caption_column: str | None = None
+    """The table's column of captions; by default the first of caption, captions, text, title, …, if there is one."""
+    keep: tuple[str, ...] = ()
+    """Further columns to keep beside each image."""
+    image_size: int = 384
+    """Images whose short side is longer are made so long; 0 keeps every image as it came."""
+    threads: int = 64
+    """Downloads at the same time, in each process."""
+    processes: int = 0
+    """Processes; 0: one per processor core."""
+    timeout: float = 10.0
+    """Seconds until a server must answer."""
+    seconds: float = 60.0
+    """Seconds that one image may take."""
+    most_bytes: int = 50_000_000
+    """Bytes that one image may have."""
+    retries: int = 1
+    """Further tries for each image."""
+    shard_size: int = 10000
+    """URLs in a shard: what an interruption can cost in each process."""
+    python: Path | None = None
+    """The Python of another environment that img2dataset is installed in; by default litune's own."""
+    overwrite: bool = False
+    """Remove what was fetched to --out before."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("image_size", 0), ("threads", 1), ("processes", 0), ("most_bytes", 1), ("retries", 0)):
+            _at_least(name.replace("_", "-"), getattr(self, name), least)
+        _at_least("shard-size", self.shard_size, 2)
+        for name in ("timeout", "seconds"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"--{name} is {getattr(self, name)}, it must be positive")
 
 
 @dataclass(frozen=True)

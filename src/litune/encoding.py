@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from litune.data.images import Decoded, Preprocess, decode_file, map_ahead
+from litune.data.images import Decoded, Preprocess, decode, decode_file, map_ahead
+from litune.data.references import read_each
 from litune.devices import processor_cores
 from litune.towers.image import ImageTower
 from litune.towers.runtimes import Runtime, build, fastest, shared_by_threads
@@ -21,8 +22,8 @@ from litune.towers.runtimes import Runtime, build, fastest, shared_by_threads
 WORTH_TRYING = 512
 """With fewer images than this, choosing the fastest runtime would take longer than it saves."""
 
-Locate = Callable[[int], tuple[str, Path]]
-"""The key and the file of an image, by its number."""
+Locate = Callable[[int], tuple[str, Path | str]]
+"""The key of an image, and where its bytes are (a file or another reference), by its number."""
 
 
 def encode_images(
@@ -43,7 +44,12 @@ def encode_images(
     with shared_by_threads(runtime) as run:
 
         def work(batch: Sequence[int]) -> tuple[list[Decoded], np.ndarray | None]:
-            decoded = [decode_file(image, *locate(image), preprocess) for image in batch]
+            located = [locate(image) for image in batch]
+            read = read_each([str(path) for _, path in located])
+            decoded = [
+                decode(image, key, path, data, preprocess)
+                for image, (key, path), data in zip(batch, located, read, strict=True)
+            ]
             good = [one.pixels for one in decoded if one.pixels is not None]
             features = run(torch.from_numpy(np.stack(good))).numpy() if good else None
             return [replace(one, pixels=None) for one in decoded], features

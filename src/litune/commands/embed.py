@@ -16,6 +16,7 @@ from litune.checkpoint import find_image_tower
 from litune.config import EmbedConfig, command
 from litune.data.images import Decoded
 from litune.data.pairs import Damage, Pairs, read_pairs
+from litune.data.references import absolute
 from litune.devices import pick_device
 from litune.encoding import encode_images, pick_runtime
 from litune.errors import DataError, LituneError, OutputExistsError, StoreError
@@ -28,6 +29,8 @@ from litune.towers.runtimes import Runtime
 # A shard is closed when this much time has passed, or this share of the whole time so far if that is more: an
 # interruption costs seconds, and a long run still has few files.
 SHARD_SECONDS, SHARD_SHARE = 5.0, 0.01
+# What embed finds out itself: metadata of these names is of the picture as it was somewhere else.
+MEASURED = ("width", "height", "sha256")
 
 
 @command(EmbedConfig)
@@ -47,6 +50,7 @@ def embed(config: EmbedConfig) -> FeatureStore:
         caption_columns=config.caption_column,
         split_column=config.split_column,
         lang_column=config.lang_column,
+        keep=config.keep,
         split=config.split,
         lang=config.lang,
         max_damaged=config.max_damaged,
@@ -54,7 +58,7 @@ def embed(config: EmbedConfig) -> FeatureStore:
     say(f"pairs: {len(pairs):,} images, {pairs.captions:,} captions ({pairs.source})")
     if pairs.damaged:
         first = pairs.damaged[0]
-        say(f"skipped {len(pairs.damaged):,} captions that can't be used, first {first.key}: {first.reason}")
+        say(f"skipped {len(pairs.damaged):,} inputs that can't be used, first {first.key}: {first.reason}")
     tower = find_image_tower(config.image_tower).to(pick_device(config.device))
     runtime = _pick_runtime(config, tower, pairs)
     manifest = {
@@ -74,7 +78,7 @@ def embed(config: EmbedConfig) -> FeatureStore:
         _encode(config, pairs, range(len(pairs)), tower, runtime, writer)
         store = writer.finish()
     if store.manifest["damaged"]:
-        say(f"skipped {store.manifest['damaged']:,} images and captions that can't be used: {config.out}/damaged.jsonl")
+        say(f"skipped {store.manifest['damaged']:,} inputs that can't be used: {config.out}/damaged.jsonl")
     say(f"wrote {config.out}: {len(store):,} images, D={store.width}, {store.manifest['dtype']}")
     return store
 
@@ -234,8 +238,8 @@ def _encode(
     _finish_rate(writer, task)
 
 
-def _locate(pairs: Pairs, row: int) -> tuple[str, Path]:
-    return pairs.table["key"][row].as_py(), Path(pairs.table["path"][row].as_py())
+def _locate(pairs: Pairs, row: int) -> tuple[str, str]:
+    return pairs.table["key"][row].as_py(), pairs.table["path"][row].as_py()
 
 
 class _Shard:
@@ -260,11 +264,11 @@ class _Shard:
         source = self.pairs.table.take(pa.array([d.row for d in self.images], pa.int64()))
         columns: dict[str, Any] = {
             "key": source["key"],
-            "image_path": pa.array([str(Path(p).absolute()) for p in source["path"].to_pylist()], pa.string()),
+            "image_path": pa.array([absolute(p) for p in source["path"].to_pylist()], pa.string()),
             "caption": pa.array([c[0] if c else "" for c in source["captions"].to_pylist()], pa.string()),
             "captions": source["captions"],
         }
-        columns |= {name: source[name] for name in ("langs", "fields", "split", "label") if name in source.column_names}
+        columns |= {name: source[name] for name in source.column_names if name not in ("path", *columns, *MEASURED)}
         columns |= {
             "width": pa.array([d.width for d in self.images], pa.int32()),
             "height": pa.array([d.height for d in self.images], pa.int32()),

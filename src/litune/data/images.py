@@ -9,17 +9,20 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
-from litune.data.pairs import Damage
+from litune.data.references import first_line, read_bytes
+from litune.data.sources.sample import Damage
 from litune.errors import ConfigError, DataError, LituneError
 
 MAX_PIXELS = 179_000_000  # Pillow's own limit for a decompression bomb
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000", "TGA")
+"""What is decoded, whatever a file is called. Pillow knows more, and would start Ghostscript on an EPS file."""
 
 Preprocess = Callable[[Image.Image], np.ndarray]
 """An RGB picture into a tower's input [3, H, W]."""
@@ -29,9 +32,10 @@ R = TypeVar("R")
 
 
 def open_rgb(data: bytes) -> Image.Image:
-    """Image bytes as an upright RGB picture: EXIF rotation applied, transparent pixels on white.
+    """Image bytes as an upright RGB picture: EXIF rotation applied, transparent pixels on white, the first frame.
 
-    Raises `DataError` with the reason where the bytes are no image, truncated, or larger than `MAX_PIXELS`.
+    Raises `DataError` with the reason where the bytes are no image, truncated, or larger than `MAX_PIXELS` (which is
+    seen before anything is decoded).
     """
     if not data:
         raise DataError("the file is empty")
@@ -40,18 +44,33 @@ def open_rgb(data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=_formats()) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise DataError(f"{width}×{height} pixels, more than {MAX_PIXELS:,}")
                 image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
+                return _to_rgb(_upright(image))
     except DataError:
         raise
     # Pillow's decoders raise whatever they meet in a damaged file: OSError, SyntaxError, ValueError, struct.error …
     except Exception as why:
         reason = "not an image" if type(why).__name__ == "UnidentifiedImageError" else str(why) or repr(why)
-        raise DataError(reason.splitlines()[0]) from None
+        raise DataError(first_line(reason)) from None
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF data says; as it is where that is damaged, since its pixels are not."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # whatever Pillow meets in there
+        return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -59,7 +78,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode.startswith("I;16") or image.mode == "I":
         # Pillow clips these to 255; keep the upper eight of sixteen bits.
-        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
+        deep = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
@@ -157,16 +177,26 @@ class Decoded:
     damage: Damage | None = None
 
 
-def decode_file(row: int, key: str, path: Path, preprocess: Preprocess) -> Decoded:
-    """Read, hash, decode and preprocess one image file."""
+def decode_file(row: int, key: str, path: Path | str, preprocess: Preprocess) -> Decoded:
+    """Read, hash, decode and preprocess one image; `path` is a file or any other reference."""
     try:
-        data = path.read_bytes()
+        data: bytes | Exception = read_bytes(path)
+    except (OSError, DataError) as why:
+        data = why
+    return decode(row, key, path, data, preprocess)
+
+
+def decode(row: int, key: str, path: Path | str, data: bytes | Exception, preprocess: Preprocess) -> Decoded:
+    """Hash, decode and preprocess one image's bytes, or keep why they could not be read."""
+    try:
+        if isinstance(data, Exception):
+            raise data
         image = open_rgb(data)
         pixels = preprocess(image)
     except FileNotFoundError:
         return Decoded(row, key, None, damage=Damage(key, f"{path} does not exist"))
     except OSError as why:
-        return Decoded(row, key, None, damage=Damage(key, why.strerror or str(why)))
+        return Decoded(row, key, None, damage=Damage(key, why.strerror or first_line(why)))
     except LituneError as why:
         return Decoded(row, key, None, damage=Damage(key, str(why)))
     except Exception as why:  # a tower's own preprocessing, on a picture it did not expect

@@ -21,7 +21,7 @@ from PIL import Image
 
 from litune.data.batches import Batch
 from litune.data.images import Decoded, ImageTransform, Preprocess, decode_file, map_ahead
-from litune.data.pairs import Damage
+from litune.data.sources.sample import Damage
 from litune.errors import DataError, TowerError
 
 AREA = (0.05, 1.0)
@@ -52,7 +52,7 @@ class PixelLoader:
         ahead: int,
         max_damaged: float,
     ) -> None:
-        """Get ready to read `files`; nothing is opened yet.
+        """Get ready to read `files` (or other references to pictures); nothing is opened yet.
 
         `preprocess` is the tower's. `flip` mirrors half of the pictures, left to right (captions that speak of left
         and right become wrong). At most `ahead` pictures are in the making or wait decoded, beside the batch that is
@@ -101,13 +101,13 @@ class PixelLoader:
 
     def _decode(self, epoch: int | None, image: int) -> Decoded:
         """The image at a position, as it looks in an epoch; as it is for an evaluation where that is None."""
-        file = Path(self.files[image])
+        file = str(self.files[image])
         if epoch is None:
-            return decode_file(image, str(file), file, self.preprocess)
+            return decode_file(image, file, file, self.preprocess)
         # NumPy takes seeds as equal that differ by trailing zeros: the position + 1 tells the first image's
         # numbers from those that order the epoch.
         random = np.random.default_rng([self.seed, epoch, image + 1])
-        return decode_file(image, str(file), file, lambda picture: self._augment(picture, random))
+        return decode_file(image, file, file, lambda picture: self._augment(picture, random))
 
     def _augment(self, picture: Image.Image, random: np.random.Generator) -> np.ndarray:
         mirrored = random.random() < 0.5  # drawn in any case: the crops are the same with and without flips

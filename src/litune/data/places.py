@@ -1,0 +1,149 @@
+"""Files on this machine and elsewhere: addresses, patterns that stand for many, and reading a part of a file.
+
+An address is a path, or a URL that fsspec knows (s3://, gs://, hf://, memory://, …).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import stat
+from glob import glob, has_magic
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from fsspec.core import url_to_fs
+
+from litune.errors import DataError
+
+MOST_FILES = 1_000_000
+"""A pattern that stands for more files than this is a slip of the pen."""
+
+_URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)$")
+
+
+def is_url(address: str | Path) -> bool:
+    """Whether an address is one of fsspec's, elsewhere than in this machine's file system."""
+    return _URL.match(str(address)) is not None
+
+
+def local(address: str | Path) -> str:
+    """An address with file:// taken off, for the file system."""
+    return re.sub(r"^(file|local)://", "", str(address))
+
+
+def is_pattern(address: str) -> bool:
+    """Whether an address stands for several files: {00000..00099}, {a,b}, * or ?."""
+    return bool(_BRACES.search(address)) or has_magic(address)
+
+
+def expand(address: str) -> list[str]:
+    """The files that a pattern stands for, braces in their order, what a * stands for sorted.
+
+    Files out of braces need not exist. Raises `DataError` where a * stands for nothing.
+    """
+    found: list[str] = []
+    for one in _braces(address):
+        if not has_magic(one):
+            found.append(one)
+        elif is_url(one):
+            system, path = _system(one)
+            found += sorted(system.unstrip_protocol(p) for p in _asking(one, system.glob, path))
+        else:
+            found += sorted(glob(one))  # noqa: PTH207 (a pattern may be absolute)
+    if not found:
+        raise DataError(f"no file is named like {address}")
+    return found
+
+
+def _braces(address: str) -> list[str]:
+    match = _BRACES.search(address)
+    if match is None:
+        return [address]
+    inside = match.group(1)
+    if numbers := _RANGE.match(inside):
+        first, last = numbers.groups()
+        if int(last) - int(first) >= MOST_FILES:
+            raise DataError(f"{address} stands for more than {MOST_FILES:,} files: write a smaller range")
+        choices = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
+    else:
+        choices = inside.split(",")
+    rest = _braces(address[match.end() :])
+    if len(choices) * len(rest) > MOST_FILES:
+        raise DataError(f"{address} stands for more than {MOST_FILES:,} files: write a smaller range")
+    return [address[: match.start()] + one + after for one, after in itertools.product(choices, rest)]
+
+
+def files_under(folder: str) -> list[str]:
+    """All files under a folder elsewhere, as addresses, sorted."""
+    system, path = _system(folder)
+    return sorted(system.unstrip_protocol(p) for p in _asking(folder, system.find, path))
+
+
+def is_file(address: str) -> bool:
+    """Whether there is a file at an address."""
+    if not is_url(address):
+        return os.path.isfile(address)  # noqa: PTH113 (a Path would cost more than the question)
+    system, path = _system(address)
+    return bool(_asking(address, system.isfile, path))
+
+
+def open_file(address: str) -> BinaryIO:
+    """A file, open for reading. Raises `OSError`, or `DataError` where it is none."""
+    if is_url(address):
+        system, path = _system(address)
+        return cast(BinaryIO, _asking(address, system.open, path, "rb"))
+    if not stat.S_ISREG(os.stat(address).st_mode):  # noqa: PTH116
+        raise DataError(f"{address} is not a regular file")
+    return open(address, "rb")
+
+
+def size_of(file: BinaryIO) -> int:
+    """The number of bytes of an open file."""
+    here = file.tell()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(here)
+    return size
+
+
+def read_part(address: str, start: int, length: int) -> bytes:
+    """`length` bytes from `start` on, fewer where the file ends before. Raises as `open_file`."""
+    if is_url(address):
+        system, path = _system(address)
+        return cast(bytes, _asking(address, system.cat_file, path, start=start, end=start + length))
+    with open_file(address) as file:
+        return os.pread(file.fileno(), length, start)
+
+
+def read_all(address: str, most: int) -> bytes:
+    """The bytes of a whole file. Raises as `open_file`, and `DataError` where it has more than `most` bytes."""
+    with open_file(address) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise DataError(f"the file has more than {most:,} bytes")
+    return data
+
+
+def _system(address: str) -> tuple[Any, str]:
+    """Fsspec's file system for an address, and the path in it. Raises `DataError` where there is none."""
+    try:
+        system, path = url_to_fs(address)
+    except ImportError as why:
+        raise DataError(f"{address} can't be read: {why}") from None
+    except ValueError as why:
+        raise DataError(f"{address} can't be read ({why}): give a path, or a URL that fsspec knows") from None
+    return system, path
+
+
+def _asking(address: str, function: Any, *args: Any, **settings: Any) -> Any:
+    """What a file system answers; its failures, of whatever kind, as `OSError`."""
+    try:
+        return function(*args, **settings)
+    except OSError:
+        raise
+    except Exception as why:  # each service's own kinds
+        reason = (str(why) or type(why).__name__).splitlines()[0]
+        raise OSError(None, f"{address} can't be read: {reason}") from None

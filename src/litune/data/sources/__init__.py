@@ -1,0 +1,128 @@
+"""Sources: each kind of file that people keep pairs in, recognised by looking at it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from litune.data.places import expand, files_under, is_file, is_pattern, is_url, local, open_file
+from litune.data.references import first_line
+from litune.data.sources.annotations import annotation_files, annotation_source
+from litune.data.sources.columns import arrow_source, holds_pictures, parquet_source
+from litune.data.sources.folders import class_source, files_source, parts_of, pictures_in
+from litune.data.sources.sample import Options, Source
+from litune.data.sources.stores import is_store, store_source
+from litune.data.sources.tables import TABLE_SUFFIXES, table_source
+from litune.data.sources.tars import tar_source
+from litune.errors import DataError
+
+MISSING = "give a folder of images, a table of captions, webdataset shards or Parquet files"
+
+
+def find_source(address: str, options: Options) -> Source:
+    """The source at an address: a path, a URL, or a pattern. Raises `DataError` where there is none that is known."""
+    address = local(address)
+    try:
+        if is_pattern(address) and not is_file(address):
+            return _from_files(expand(address), options)
+        if is_url(address) and not is_file(address):
+            return _from_elsewhere(address, options)
+    except OSError as why:
+        raise DataError(first_line(why)) from None
+    if is_url(address):
+        return _from_files([address], options)
+    path = Path(address)
+    if not path.exists():
+        raise DataError(f"{address} does not exist: {MISSING}")
+    return _from_folder(path, options) if path.is_dir() else _from_files([address], options)
+
+
+def _from_elsewhere(folder: str, options: Options) -> Source:
+    """A folder that is not on this machine: its shards, else its Parquet files, else its one table."""
+    files = [file for file in files_under(folder) if not PurePosixPath(file).name.startswith(".")]
+    for suffixes in ({".tar"}, {".parquet"}, TABLE_SUFFIXES):
+        found = [file for file in files if PurePosixPath(file).suffix.lower() in suffixes]
+        if found:
+            return _from_files(found, options)
+    raise DataError(f"{folder} has no .tar, no .parquet and no table of captions in it: {MISSING}")
+
+
+def _from_files(files: Sequence[str], options: Options) -> Source:
+    """Files of one kind, given by name."""
+    kinds = {_kind(file): file for file in files}
+    if len(kinds) > 1:
+        one, other = list(kinds.values())[:2]
+        raise DataError(f"{one} and {other} are files of different kinds: give one kind at a time")
+    kind = next(iter(kinds))
+    if kind == "tar":
+        return tar_source(files, options)
+    if kind == "parquet" and any(holds_pictures(file) for file in files):
+        return parquet_source(files, options)
+    if kind == "json":
+        return annotation_source([Path(file) for file in files], options)
+    if len(files) > 1 and kind != "parquet":
+        raise DataError(f"{files[0]} and {files[1]} are two tables: give the one to read")
+    return table_source(files, options)
+
+
+def _kind(file: str) -> str:
+    """What a file is, by its first bytes, else by its name; a damaged one still has its name."""
+    suffix = PurePosixPath(file).suffix.lower()
+    if suffix in (".tar", ".parquet"):
+        return suffix[1:]
+    try:
+        with open_file(file) as opened:
+            head = opened.read(512)
+    except FileNotFoundError:
+        raise DataError(f"{file} does not exist: {MISSING}") from None
+    if head[257:262] == b"ustar":
+        return "tar"
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    if suffix == ".json":
+        return "json"
+    for magic, kind in ((b"\x1f\x8b", "gzip"), (b"PK\x03\x04", "zip"), (b"\x28\xb5\x2f\xfd", "zstd")):
+        if head.startswith(magic):
+            raise DataError(f"{file} is compressed with {kind}: unpack it first")
+    return "table"
+
+
+def _from_folder(folder: Path, options: Options) -> Source:
+    """What a folder on this machine holds, the plainest sign first."""
+    if tars := sorted(folder.glob("*.tar")) or sorted(folder.glob("*/*.tar")):
+        return tar_source([str(file) for file in tars], options)
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return arrow_source(folder, options)
+    if is_store(folder):
+        return store_source(folder, options)
+    parquets = [str(file) for file in sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet"))]
+    if any(holds_pictures(file) for file in parquets[:2]):
+        return parquet_source(parquets, options)
+    if parts_of(folder):
+        return files_source(folder, options)
+    if annotations := annotation_files(folder):
+        return annotation_source(annotations, options)
+    table = _find_table(folder)
+    if table is not None:
+        return table_source([str(table)], options)
+    if any(pictures_in(folder)):
+        return files_source(folder, options)
+    return class_source(folder)
+
+
+def _find_table(folder: Path) -> Path | None:
+    """The one table of captions in `folder`, or beside it under the folder's name."""
+    tables = sorted(p for p in folder.iterdir() if (p.suffix.lower() in TABLE_SUFFIXES or _is_list(p)) and p.is_file())
+    if len(tables) > 1:
+        names = ", ".join(t.name for t in tables)
+        raise DataError(f"{folder} has several tables ({names}): give the one to read, and --images {folder}")
+    if tables:
+        return tables[0]
+    whole = folder.absolute()
+    beside = [t for s in sorted(TABLE_SUFFIXES) if (t := whole.parent / f"{whole.name}{s}").is_file()]
+    return beside[0] if beside else None
+
+
+def _is_list(file: Path) -> bool:
+    """Whether a file is named as Flickr's lists of captions are: Flickr8k.token.txt."""
+    return file.name.endswith(".token.txt")

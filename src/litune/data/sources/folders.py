@@ -1,0 +1,117 @@
+"""Folders of image files: alone, with a text file beside each, one folder per class, or img2dataset's `files`."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from litune.data.names import canonicalize
+from litune.data.places import read_all
+from litune.data.references import first_line
+from litune.data.sources.sample import IMAGE_SUFFIXES, MOST_TEXT, Damage, Options, Sample, Source, decode_text
+from litune.data.sources.tars import load_facts, pick_texts
+from litune.errors import DataError
+
+_PART = re.compile(r"\d{5,}")
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The image files directly in `folder`, sorted by name."""
+    return sorted(pictures_in(folder))
+
+
+def pictures_in(folder: Path) -> Iterable[Path]:
+    """The image files directly in `folder`, as they come."""
+    return (p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+
+
+def class_folders(root: Path) -> dict[str, list[Path]]:
+    """A class-per-folder tree as {class: its image files}, sorted. Raises `DataError` where it is none."""
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder: expected one folder of images per class in it")
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    classes = {f.name: image_files(f) for f in folders}
+    if not any(classes.values()):
+        nested = [f.name for f in folders if any(g.is_dir() and any(pictures_in(g)) for g in f.iterdir())]
+        hint = f": perhaps you meant {root / nested[0]}" if nested else ""
+        raise DataError(f"{root} has no images, no table of captions and no class folders with images{hint}")
+    empty = [name for name, files in classes.items() if not files]
+    if empty:
+        raise DataError(f"the class folder {root / empty[0]} has no images: remove it or fill it")
+    return classes
+
+
+def class_source(root: Path) -> Source:
+    """A tree of class folders; the classes' names are the captions."""
+    classes = class_folders(root)
+
+    def read() -> Iterator[Sample]:
+        for name, files in classes.items():
+            for file in files:
+                key = f"{name}/{file.name}"
+                yield Sample(key, key, str(file), {"label": canonicalize(name)}, label=name)
+
+    return Source(lambda _: f"a tree of {len(classes):,} class folders", read(), name=str(root))
+
+
+def parts_of(folder: Path) -> list[Path]:
+    """The folders 00000, 00001, … of img2dataset's output as files, which has a table or counts beside each."""
+    parts = sorted(p for p in folder.iterdir() if _PART.fullmatch(p.name) and p.is_dir())
+    beside = ("{}.parquet", "{}_stats.json")
+    return [p for p in parts if any((folder / name.format(p.name)).is_file() for name in beside)]
+
+
+def files_source(folder: Path, options: Options) -> Source:
+    """The images directly in a folder, or in the parts that img2dataset wrote, with the text files beside them."""
+    parts = parts_of(folder)
+    captions: set[bool] = set()
+
+    def read() -> Iterator[Sample | Damage]:
+        for part in parts or [folder]:
+            names = set(os.listdir(part))  # noqa: PTH208 (names alone)
+            for file in image_files(part):
+                key = f"{part.name}/{file.stem}" if parts else file.name
+                for one in _read_file(file, key, names, options):
+                    captions.add(isinstance(one, Sample) and bool(one.texts))
+                    yield one
+
+    def about(count: int) -> str:
+        if parts:
+            return f"{len(parts):,} folder{'s' * (len(parts) > 1)} of img2dataset in {folder}"
+        beside = "with captions beside them" if True in captions else "without captions"
+        return f"a folder of {count:,} images {beside}"
+
+    return Source(about, read(), name=str(folder))
+
+
+def _read_file(file: Path, key: str, names: set[str], options: Options) -> Iterator[Sample | Damage]:
+    """One picture with the .txt and .json beside it."""
+    texts: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
+    for suffix in ("txt", "json"):
+        beside = file.with_suffix(f".{suffix}")
+        if beside.name not in names:
+            continue
+        try:
+            data = read_all(str(beside), MOST_TEXT)
+        except (OSError, DataError) as why:
+            yield Damage(key, f"its .{suffix} can't be read ({first_line(why)}): the image is kept without it")
+            continue
+        if suffix == "txt":
+            texts["txt"] = text if (text := decode_text(data)) is not None else data
+        elif isinstance(found := load_facts(data), Damage):
+            yield Damage(key, f"{found.reason}: the image is kept without it")
+        else:
+            facts = found
+    yield Sample(
+        key,
+        key,
+        str(file),
+        pick_texts(texts, facts, options),
+        facts.get(options.lang_column) or "",
+        facts.get(options.split_column) or "",
+        extra={name: facts[name] for name in options.kept if name in facts},
+    )

@@ -1,0 +1,169 @@
+"""What every source gives: samples, and what of it can't be used."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from litune.errors import DataError, nearest
+from litune.progress import track
+
+IMAGE_SUFFIXES = frozenset(
+    [
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".webp",
+        ".gif",
+        ".bmp",
+        ".tif",
+        ".tiff",
+        ".avif",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".tga",
+        ".jp2",
+    ]
+)
+CAPTION_COLUMNS = [
+    "caption",
+    "captions",
+    "text",
+    "texts",
+    "txt",
+    "title",
+    "sentence",
+    "sentences",
+    "description",
+    "comment",
+]
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
+OWN = ("key", "path", "captions", "langs", "fields", "split", "label")
+SHOWN_FROM = 20
+MOST_TEXT = 16 << 20
+"""A caption's or a sample's metadata file has at most so many bytes."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One input that can't be used: its name, and why."""
+
+    key: str
+    reason: str
+    whole_file: bool = False
+    """Whether it is a file of many samples."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user says about a source; see `EmbedConfig`."""
+
+    images: Path | None = None
+    image_column: str | None = None
+    caption_columns: Sequence[str] = ()
+    split_column: str = "split"
+    lang_column: str = "lang"
+    keep: Sequence[str] = ()
+
+    @property
+    def several_fields(self) -> bool:
+        """Whether captions are kept as text fields of their own."""
+        return len(dict.fromkeys(self.caption_columns)) > 1
+
+    @property
+    def kept(self) -> list[str]:
+        """Columns that go into the store beside those of all pairs: an image's address is never left behind."""
+        return [name for name in dict.fromkeys([*self.keep, "url"]) if name not in OWN]
+
+
+@dataclass(slots=True)
+class Sample:
+    """An image and what is said about it, not yet checked."""
+
+    where: str
+    """Where it stands, for messages."""
+    key: Any
+    path: str
+    """The image's reference, or its name in the folder that `Source.base` finds."""
+    texts: dict[str, Any]
+    """What stands in each text field: a string, a list of strings, or anything else that a damaged file has."""
+    lang: Any = ""
+    """The captions' language; a list has one for each, a dict a list for each field."""
+    split: Any = ""
+    label: Any = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Source:
+    """Samples out of one source, read once, and what to say of it."""
+
+    about: Callable[[int], str]
+    """One line, given the number of images."""
+    samples: Iterator[Sample | Damage]
+    name: str
+    files: int = 1
+    base: Callable[[Sequence[str]], str] | None = None
+    """For tables: the folder of the images, found by (some of) their names. Rows that name one image are one."""
+
+
+def pick_column(where: str, names: Sequence[str], wanted: str | None, usual: Sequence[str], what: str) -> str:
+    """The column that is wanted, else the first usual one. Raises `DataError` where there is none.
+
+    `what` is the option that names it, and what it holds.
+    """
+    option, _, held = what.partition(" ")
+    if wanted is not None:
+        if wanted not in names:
+            raise DataError(f"{where} has no column {wanted!r} ({nearest(wanted, names)})")
+        return wanted
+    for name in usual:
+        if name in names:
+            return name
+    raise DataError(f"{where} has no column of {held} that litune knows: name one of {', '.join(names)} with {option}")
+
+
+def optional_column(where: str, names: Sequence[str], wanted: str, usual: str) -> str | None:
+    """The column of splits or languages; None where there is none and none was asked for."""
+    if wanted in names:
+        return wanted
+    if wanted != usual:
+        raise DataError(f"{where} has no column {wanted!r} for --{usual}-column ({nearest(wanted, names)})")
+    return None
+
+
+def split_of(name: str) -> str:
+    """The split that a file's name says it is of: train-00000-of-00002.parquet, val2017, cc3m-test-{0..3}.tar.
+
+    >>> split_of("train-00000-of-00002.parquet"), split_of("captions_val2017.json"), split_of("00000.tar")
+    ('train', 'val', '')
+    """
+    for word in re.findall("[a-z]+", name.lower()):
+        if word in SPLITS:
+            return SPLITS[word]
+    return ""
+
+
+def each(files: Sequence[str], unit: str) -> Iterator[str]:
+    """The files one by one; of many, it is shown how far it is."""
+    if len(files) < SHOWN_FROM:
+        yield from files
+        return
+    with track("reading", unit, len(files)) as task:
+        for file in files:
+            yield file
+            task.advance(1)
+
+
+def decode_text(data: bytes) -> str | None:
+    """UTF-8 bytes as text without a byte-order mark; None where they are none."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return None

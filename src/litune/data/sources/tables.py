@@ -1,0 +1,282 @@
+"""Tables of image paths and captions: CSV, TSV, JSON Lines, Parquet, and Flickr's lists."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from litune.data.places import is_file, is_url, open_file
+from litune.data.references import first_line, parse
+from litune.data.sources.sample import (
+    CAPTION_COLUMNS,
+    IMAGE_SUFFIXES,
+    MOST_TEXT,
+    Damage,
+    Options,
+    Sample,
+    Source,
+    optional_column,
+    pick_column,
+)
+from litune.errors import DataError
+
+TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".token"})
+IMAGE_COLUMNS = [
+    "image",
+    "image_path",
+    "file_name",
+    "filename",
+    "filepath",
+    "file",
+    "path",
+    "img",
+    "image_file",
+    "image_name",
+]
+DELIMITERS = {",": csv.QUOTE_MINIMAL, "\t": csv.QUOTE_NONE, "|": csv.QUOTE_NONE, ";": csv.QUOTE_MINIMAL}
+"""How each kind is quoted: captions between tabs or bars are written as they are and may hold a lone quote."""
+ROWS = 10_000
+
+Line = tuple[str, dict[str, Any]] | Damage
+"""Where a row stands and its cells by column; or why it can't be read."""
+
+csv.field_size_limit(MOST_TEXT)
+
+
+def table_source(files: Sequence[str], options: Options) -> Source:
+    """The pairs in a table, or in several of one kind."""
+    first = PurePosixPath(files[0])
+    lines = (line for file in files for line in read_lines(file))
+    name = files[0] if len(files) == 1 else f"{first.parent} ({len(files)} tables)"
+
+    def about(_: int) -> str:
+        return f"the table {first.name}" if len(files) == 1 else f"{len(files):,} tables in {first.parent}"
+
+    return Source(
+        about,
+        _samples(files[0], lines, options),
+        name=name,
+        base=lambda paths: image_base(files[0], options.images, paths),
+    )
+
+
+def _samples(file: str, lines: Iterator[Line], options: Options) -> Iterator[Sample | Damage]:
+    names: list[str] | None = None
+    empty = True
+    for line in lines:
+        empty = False
+        if isinstance(line, Damage):
+            yield line
+            continue
+        where, cells = line
+        if names is None or not cells.keys() <= set(names):
+            # The columns of a JSON Lines file are known row by row.
+            names = [*dict.fromkeys([*(names or []), *cells])]
+            image, captions, split, lang = _columns(file, names, options)
+        path = cells.get(image)
+        if not isinstance(path, str) or not path.strip():
+            yield Damage(where, f"the image path is {path!r}, expected a path")
+            continue
+        key = cells.get("key")
+        yield Sample(
+            f"{where} ({path})",
+            key if isinstance(key, str) and key else path,
+            path,
+            {name: cells.get(name) for name in captions},
+            cells.get(lang) or "" if lang else "",
+            cells.get(split) or "" if split else "",
+            extra={name: cells[name] for name in options.kept if name in cells and name not in captions},
+        )
+    if empty:
+        raise DataError(f"{file} has no rows: expected one per caption, with columns such as image and caption")
+
+
+def _columns(file: str, names: list[str], options: Options) -> tuple[str, list[str], str | None, str | None]:
+    """The columns of image paths, captions, splits and languages."""
+    if options.image_column is None and "url" in names and not set(names) & set(IMAGE_COLUMNS):
+        raise DataError(f"{file} is a list of URLs: fetch the images with litune data fetch, then embed what it wrote")
+    return (
+        pick_column(file, names, options.image_column, IMAGE_COLUMNS, "--image-column image paths"),
+        [
+            pick_column(file, names, wanted, CAPTION_COLUMNS, "--caption-column captions")
+            for wanted in dict.fromkeys(options.caption_columns) or [None]
+        ],
+        optional_column(file, names, options.split_column, "split"),
+        optional_column(file, names, options.lang_column, "lang"),
+    )
+
+
+def read_lines(file: str) -> Iterator[Line]:
+    """The rows of a table, one by one. Raises `DataError` where it is none."""
+    suffix = PurePosixPath(file).suffix.lower()
+    try:
+        if suffix == ".parquet":
+            yield from _read_parquet(file)
+            return
+        with open_file(file) as opened:
+            if not opened.read(1):
+                raise DataError(f"{file} is empty: expected a table of image paths and captions")
+            opened.seek(0)
+            if suffix in (".jsonl", ".ndjson"):
+                yield from _read_jsonl(file, opened)
+            else:
+                yield from _read_csv(file, opened, suffix)
+    except (pa.ArrowException, csv.Error, OSError) as why:
+        raise DataError(f"{file} can't be read as a table: {first_line(why)}") from None
+
+
+def _read_parquet(file: str) -> Iterator[Line]:
+    name, row = PurePosixPath(file).name, 0
+    with open_file(file) as opened, pa.parquet.ParquetFile(opened) as parquet:
+        wanted = [field.name for field in parquet.schema_arrow if not pa.types.is_nested(field.type) or _list(field)]
+        for batch in parquet.iter_batches(ROWS, columns=wanted):
+            batch.validate(full=True)
+            columns = {column: batch.column(column).to_pylist() for column in wanted}
+            for i in range(batch.num_rows):
+                row += 1
+                yield f"row {row} of {name}", {column: values[i] for column, values in columns.items()}
+
+
+def _list(field: pa.Field) -> bool:
+    return bool(pa.types.is_list(field.type) or pa.types.is_large_list(field.type))
+
+
+def _read_jsonl(file: str, opened: Any) -> Iterator[Line]:
+    name = PurePosixPath(file).name
+    for number, data in enumerate(opened, 1):
+        if not data.strip():
+            continue
+        where = f"row {number} of {name}"
+        try:
+            row = json.loads(data.decode("utf-8-sig"))
+        except UnicodeDecodeError as why:
+            yield Damage(where, f"the line is not UTF-8 ({why.reason} at byte {why.start})")
+        except (ValueError, RecursionError) as why:
+            yield Damage(where, f"the line is not JSON: {first_line(why)}")
+        else:
+            if isinstance(row, dict):
+                yield where, row
+            else:
+                yield Damage(where, f"the line holds a {type(row).__name__}, expected a JSON object")
+
+
+def _read_csv(file: str, opened: Any, suffix: str) -> Iterator[Line]:
+    """Every cell as text: a caption of digits stays a caption."""
+    name = PurePosixPath(file).name
+    head = _decode(opened.readline(MOST_TEXT))
+    delimiter, names = _header(head, suffix)
+    if not names:
+        raise DataError(f"{file} is not a table litune reads: expected .csv, .tsv, .jsonl, .parquet or Flickr's lists")
+    duplicated = {n for n in names if n and names.count(n) > 1}
+    if duplicated:
+        raise DataError(f"{file} has the column {min(duplicated)!r} more than once: rename one")
+    if names[0] == "image#" or _is_picture(_split(head, delimiter)[0]):
+        opened.seek(0)  # no header
+    rows = csv.reader(
+        map(_decode, opened),
+        delimiter=delimiter,
+        quoting=DELIMITERS[delimiter],
+        skipinitialspace=delimiter == "|",
+        strict=True,
+    )
+    number = 0
+    while True:
+        number += 1
+        where = f"row {number} of {name}"
+        try:
+            cells = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as why:
+            yield Damage(where, f"it can't be read: {why}")
+            continue
+        if not any(cells):
+            continue
+        if len(cells) != len(names):
+            yield Damage(where, f"it has {len(cells)} cells, the table has {len(names)} columns")
+            continue
+        row = dict(zip(names, cells, strict=True))
+        if "image#" in row:  # Flickr's lists: photo.jpg#0
+            row["image"] = re.sub(r"#\d+$", "", row.pop("image#"))
+        if delimiter == "|":
+            row = {column: cell.strip() for column, cell in row.items()}
+        yield where, row
+
+
+def _decode(line: bytes) -> str:
+    """A line as text. What is not UTF-8 becomes lone surrogates, which the check of every cell finds."""
+    return line.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
+
+
+def _header(line: str, suffix: str) -> tuple[str, list[str]]:
+    """The delimiter and the names of the columns, out of a table's first line; no names where it is no table.
+
+    A table without names is known by the picture that its first line begins with.
+    """
+    if re.match(r"[^\t]+#\d+\t", line):
+        return "\t", ["image#", "caption"]
+    usual = "\t" if suffix == ".tsv" else ","
+    for delimiter in sorted(DELIMITERS, key=lambda d: d != usual):
+        cells = _split(line, delimiter)
+        if len(cells) > 1 and _is_picture(cells[0]):
+            return delimiter, ["image", "caption"] if len(cells) == 2 else ["image", "number", "caption"][: len(cells)]
+        if set(cells) & set(IMAGE_COLUMNS) and len(cells) > 1:
+            return delimiter, cells
+    cells = _split(line, usual)
+    return usual, cells if suffix in (".csv", ".tsv") else []
+
+
+def _split(line: str, delimiter: str) -> list[str]:
+    cells = next(csv.reader([line], delimiter=delimiter, quoting=DELIMITERS[delimiter]), [""])
+    return [cell.strip() for cell in cells] or [""]
+
+
+def _is_picture(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def image_base(file: str, images: Path | None, keys: Sequence[str]) -> str:
+    """The folder that a table's image paths are relative to: the candidate where most of a sample exist."""
+    sample = [str(key) for key in keys[:: max(1, len(keys) // 200)]]
+    if is_url(file):
+        return str(images) if images is not None else file.rpartition("/")[0]
+    if images is not None:
+        if not images.is_dir():
+            raise DataError(f"--images {images} is not a folder")
+        return str(images)
+    here = Path(file).parent
+    folders = [here, *sorted(p for p in here.iterdir() if p.is_dir() and not p.name.startswith("."))]
+    if here.name == "annotations":
+        folders += sorted(p for p in here.parent.iterdir() if p.is_dir() and p != here)
+    candidates = [here, here / Path(file).stem, *folders, here.parent]
+    found = {base: sum(exists(str(base), key) for key in sample) for base in candidates}
+    best = max(candidates, key=lambda base: found[base])
+    if found[best] == 0:
+        raise DataError(
+            f"none of the images that {file} names was found (the first: {sample[0]}) in {here} or the folders "
+            "in it: name their folder with --images"
+        )
+    return str(best)
+
+
+def exists(base: str, key: str) -> bool:
+    """Whether the file that an image lies in is there."""
+    place = parse(join(base, key))
+    if isinstance(place, str):
+        return is_url(place) or is_file(place)  # an image elsewhere is asked for when it is its turn
+    return is_file(place.shard if hasattr(place, "shard") else place.file)
+
+
+def join(base: str, key: str) -> str:
+    """An image's reference out of the folder and the name that a table gives."""
+    if is_url(key) or key.startswith("/"):
+        return key
+    return f"{base}/{key}" if is_url(base) else str(Path(base) / key)
