@@ -7,11 +7,12 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,9 +20,11 @@ from torch import Tensor, nn
 
 from litune import distributed
 from litune.checkpoint import METRICS, STATE, load_tensors, model_state, save_model, save_tensors
-from litune.config import TuneConfig, parse_rates
+from litune.config import TuneConfig, parse_mix, parse_rates
 from litune.data.batches import Batch, Batches, Field
 from litune.data.pixels import PixelLoader
+from litune.data.texts import TOKENIZED_MOST, LaterTokens, first_of_equal, hash_texts, tokenize
+from litune.data.tokenizers import Tokens
 from litune.devices import keep_freed_memory, pick_bfloat16, processor_cores
 from litune.errors import ConfigError, MissingExtraError, RunError, StoreError
 from litune.evaluation.retrieval import retrieval
@@ -30,6 +33,7 @@ from litune.files import sweep_temporaries, write_text
 from litune.gradient_cache import Encoded, Part
 from litune.interop.card import write_card
 from litune.losses import Ids, MoreImages, sigmoid_loss, softmax_loss
+from litune.mixture import source_names
 from litune.model import LiT
 from litune.optim import make_optimizer, parameter_groups, rate_of, set_rate, stepping
 from litune.progress import say, track
@@ -44,10 +48,13 @@ EVALUATE_MOST = 1000
 KEPT_MOST = 2**32
 """The most bytes of a locked text tower's vectors that are kept: beyond, texts are encoded anew in each step."""
 LOG_LINES = 1000
+SAMPLE = 10_000
+"""The captions whose lengths stand for all, where they are not tokenised before the first step."""
 BEST = "best"
 SCORES = 2**26
 """The most scores that a loss holds at once: 256 MB of float32."""
 
+T = TypeVar("T")
 OnLog = Callable[[dict[str, Any]], None]
 
 
@@ -82,11 +89,17 @@ class Tuning:
         self.device, self.bfloat16, self.on_log = device, pick_bfloat16(config.precision, device), on_log
         if device.type == "cpu":
             keep_freed_memory()
-        self.tokens = model.tokenizer(train.captions)
+        captions = int(train.offsets[-1])
+        self.tokens: Tokens | LaterTokens = (
+            tokenize(model.tokenizer, train, captions)
+            if captions <= TOKENIZED_MOST
+            else LaterTokens(model.tokenizer, train)
+        )
         self.size = min(config.batch_size, len(train))
         if self.size < distributed.world_size():
             raise ConfigError(f"a batch of {self.size} pairs can't be shared by {distributed.world_size()} processes")
-        self.batches = Batches(len(train), text_fields(train, config.fields), self.size, config.seed)
+        self.sources = source_names([one.store for one in train.sources])
+        self.batches = make_batches(train, config, self.size)
         count = partial(_steps, size=self.size, images=len(train))
         self.steps = max(1, count(config.duration or default_duration(len(train)), "duration"))
         self.rate_share = partial(
@@ -103,7 +116,8 @@ class Tuning:
         # Convolutions go backward in bfloat16 at half of float32's speed on CPUs.
         slow = config.precision == "auto" and device.type == "cpu"
         self.image_bfloat16 = self.bfloat16 and not (slow and is_convolutional(model.image))
-        self.ids = pair_ids(train) if config.mask_duplicates else None
+        self.image_ids = image_ids(train) if config.mask_duplicates else None
+        self.most_captions = int(train.counts.max()) if config.image_negatives else 0
         if config.tensorboard:
             board_writer()  # what is missing is better said before anything is written
         self.shards: Shards | None = None
@@ -134,7 +148,8 @@ class Tuning:
         for name, parameter in named.items():
             if rate_of(name, rates) == 0:
                 parameter.requires_grad_(False)
-        model.text.tune_only(np.unique(self.tokens.ids))
+        if isinstance(self.tokens, Tokens):  # of more captions, most tokens are in some
+            model.text.tune_only(np.unique(self.tokens.ids))
         sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
         if config.shard and distributed.world_size() > 1:
             self.shards = Shards(model.text)
@@ -171,13 +186,19 @@ class Tuning:
         say(
             f"tuning {self.config.text_tower} ({self.tuned_parameters / 1e6:.1f}M parameters, "
             f"{'bfloat16' if self.bfloat16 else 'float32'} on {f'{ranks} × ' if ranks > 1 else ''}{self.device.type}) "
-            f"on {len(self.train):,} images with {self.train.counts.sum():,} captions{held}; "
+            f"on {len(self.train):,} images with {self.train.offsets[-1]:,} captions{held}; "
             f"{self.steps:,} steps of {self.size:,} pairs"
         )
         if self.model.image_tuned:
             assert self.model.image is not None
             say(f"training the image tower {self.model.image.spec} from pictures")
-        cut = float((self.tokens.lengths >= self.model.tokenizer.max_tokens).mean())
+        if len(self.sources) > 1:
+            for name, one in zip(self.sources, self.train.sources, strict=True):
+                say(f"  {name}: {len(one):,} images with {one.offsets[-1]:,} captions")
+            say(f"mixed {' '.join(self.config.mix)}; an epoch is {self.batches.per_epoch:,} batches")
+        some = np.unique(np.linspace(0, self.train.offsets[-1] - 1, SAMPLE).astype(np.int64))
+        tokens = self.tokens if isinstance(self.tokens, Tokens) else self.tokens.take(some)
+        cut = float((tokens.lengths >= self.model.tokenizer.max_tokens).mean())
         if self.model.tokenizer.layout != "sticky_eos" and cut > 0.2:
             say(f"{cut:.0%} of the captions fill --max-tokens {self.config.max_tokens} and may be cut short")
 
@@ -215,22 +236,21 @@ class Tuning:
 
     def _keep_texts(self) -> None:
         """Encode every caption once, where the text tower is locked, there is room, and all are likely to be drawn."""
-        model, captions = self.model, self.train.caption_array.dictionary_encode()
+        model, tokens = self.model, self.tokens
         locked = not any(parameter.requires_grad for parameter in model.text.parameters())
-        if (
-            not locked
-            or self.steps * self.size < len(captions)
-            or 4 * len(captions.dictionary) * model.text.width > KEPT_MOST
-        ):
+        if not locked or not isinstance(tokens, Tokens):
+            return
+        captions = self.train.caption_array.dictionary_encode()
+        if self.steps * self.size < len(captions) or 4 * len(captions.dictionary) * model.text.width > KEPT_MOST:
             return
         _, first = np.unique(captions.indices.to_numpy(), return_index=True)
 
         def encode(rows: np.ndarray) -> Tensor:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-                vectors: Tensor = model.text(pack(self.tokens.take(first[rows]), self.device))
+                vectors: Tensor = model.text(pack(tokens.take(first[rows]), self.device))
             return vectors
 
-        self.kept_texts = KeptTexts(self.tokens.lengths[first], captions.indices.to_numpy(), encode, self.device)
+        self.kept_texts = KeptTexts(tokens.lengths[first], captions.indices.to_numpy(), encode, self.device)
 
     def _coming(self, done: int) -> Iterator[tuple[Batch, np.ndarray | None]]:
         """The rank's part of the batches from step `done` on, with pictures where the image tower is tuned."""
@@ -238,9 +258,16 @@ class Tuning:
         own = np.array_split(np.arange(self.size), ranks)[rank]
         batches = (batch.take(own) for batch in self.batches.from_step(done, self.steps))
         if not self.model.image_tuned:
-            return ((batch, None) for batch in batches)
+            return ahead((self._read(batch), None) for batch in batches)
         loader = self._pixels(self.train, augment=True)
         return loader.from_batches(batches)
+
+    def _read(self, batch: Batch) -> Batch:
+        """A batch whose features are in memory, its captions tokenised where they were not before the first step."""
+        self.train.touch(batch.images)
+        if isinstance(self.tokens, Tokens):
+            return batch
+        return dataclasses.replace(batch, tokens=self.tokens.take(batch.all_captions))
 
     def _pixels(self, pairs: Selection, *, augment: bool) -> PixelLoader:
         assert self.model.image is not None
@@ -262,7 +289,7 @@ class Tuning:
         image_share = self.unlock.share(self.progress.step, self.steps, batch_size=self.size, images=len(self.train))
         set_rate(self.optimizer, share, image_share)
         images = self._encode_images(batch, pixels, tuned=image_share > 0)
-        texts = self._encode_texts(np.concatenate([c[c >= 0] for c in batch.captions]))
+        texts = self._encode_texts(batch.all_captions, batch.tokens)
         loss = self._loss(batch, images.features, texts.features)
         value = loss.item()
         if not math.isfinite(value):
@@ -292,8 +319,8 @@ class Tuning:
             facts["bias"] = self.model.logit_bias.item()
         return facts
 
-    def _encode_texts(self, captions: np.ndarray) -> Encoded:
-        """Features [n, D] of these captions."""
+    def _encode_texts(self, captions: np.ndarray, tokens: Tokens | None = None) -> Encoded:
+        """Features [n, D] of these captions, whose tokens may have been made ahead."""
 
         def part(rows: np.ndarray, seed: int) -> Tensor:
             torch.manual_seed(seed)  # dropout, the same in both passes
@@ -301,9 +328,12 @@ class Tuning:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
                 if self.kept_texts is not None:
                     return self.model.features_of_texts(self.kept_texts(encoded))
+                if tokens is not None and len(tokens):
+                    return self.model.text_features(tokens.take(encoded))[: len(rows)]
                 return self.model.text_features(self.tokens.take(encoded))[: len(rows)]
 
-        parts = self._parts(captions, self.text_micro, part, stream=0, alike=self.shards is not None)
+        rows = captions if tokens is None else np.arange(len(tokens))
+        parts = self._parts(rows, self.text_micro, part, stream=0, alike=self.shards is not None)
         return Encoded(parts, [self.model.text, self.model.text_head])
 
     def _encode_images(self, batch: Batch, pixels: np.ndarray | None, *, tuned: bool) -> Encoded:
@@ -386,10 +416,13 @@ class Tuning:
         return total
 
     def _ids(self, images: np.ndarray, captions: np.ndarray) -> Ids | None:
-        if self.ids is None:
+        if not self.config.mask_duplicates:
             return None
-        of_images, of_captions = self.ids
-        return Ids(torch.from_numpy(of_images[images]), torch.from_numpy(of_captions[captions]))
+        texts = hash_texts(self.train.take_captions(captions))
+        return Ids(torch.from_numpy(self._image_ids(images)), torch.from_numpy(texts))
+
+    def _image_ids(self, images: np.ndarray) -> np.ndarray:
+        return images if self.image_ids is None else self.image_ids[images]
 
     def _more_images(self, batch: Batch) -> MoreImages | None:
         """Images from outside the batch, drawn for this step alone; each rank brings its share."""
@@ -404,13 +437,14 @@ class Tuning:
         drawn = np.array_split(drawn, distributed.world_size())[distributed.rank()]
         with torch.no_grad():
             features = self.model.image_features(torch.from_numpy(self.train.features(drawn)).to(self.device))
-        of_images, of_captions = self.ids or (np.arange(len(self.train)), np.full(self.train.counts.sum(), -1))
-        counts = self.train.counts
-        first = np.cumsum(counts) - counts
-        place = np.arange(counts.max())
-        captions = np.minimum(first[drawn, None] + place, len(of_captions) - 1)
-        texts = np.where(place < counts[drawn, None], of_captions[captions], -1)
-        return MoreImages(features, torch.from_numpy(of_images[drawn]), torch.from_numpy(texts))
+        first = self.train.offsets[drawn].astype(np.int64)
+        counts = self.train.offsets[drawn + 1] - first
+        place = np.arange(self.most_captions)
+        there = place < counts[:, None]
+        texts = np.full(there.shape, -1)
+        if self.config.mask_duplicates:
+            texts[there] = hash_texts(self.train.take_captions((first[:, None] + place)[there]))
+        return MoreImages(features, torch.from_numpy(self._image_ids(drawn)), torch.from_numpy(texts))
 
     def _sum_gradients(self, tuned: list[nn.Parameter]) -> Tensor:
         """Add up every rank's share of the gradients; what no rank has a gradient for stays without.
@@ -515,7 +549,7 @@ class Tuning:
         facts = {
             "steps": self.steps,
             "images": len(self.train),
-            "captions": int(self.train.counts.sum()),
+            "captions": int(self.train.offsets[-1]),
             "tower": self.store.tower,
             "pairs": self.store.manifest.get("pairs"),
         }
@@ -597,9 +631,9 @@ class Tuning:
                 "pairs": self.store.manifest.get("pairs"),
             },
             "tuned_on": {
-                "split": self.config.split if "split" in self.store.metadata.column_names else None,
+                "split": self.config.split if self.store.splits else None,
                 "images": len(self.train),
-                "captions": int(self.train.counts.sum()),
+                "captions": int(self.train.offsets[-1]),
                 "held_out_images": len(self.val) if self.val else 0,
             },
             "tuned_parameters": self.tuned_parameters,
@@ -666,30 +700,49 @@ def _numbers(facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, flo
             yield prefix + name, value
 
 
+def make_batches(train: Selection, config: TuneConfig, size: int) -> Batches:
+    """The batches of a run. Raises `ConfigError` where a store has fewer images than a batch takes of it."""
+    sources = [len(one) for one in train.sources]
+    mix = parse_mix(config.mix, len(sources)) if len(sources) > 1 else "proportional"
+    if mix != "proportional":
+        shares = [1.0] * len(sources) if mix == "alternate" else [float(weight / sum(mix)) for weight in mix]
+        for one, share in zip(train.sources, shares, strict=True):
+            if (wanted := math.ceil(share * size)) > len(one):
+                raise ConfigError(
+                    f"{one.store.path} has {len(one):,} images to tune on, fewer than the {wanted:,} that a batch takes "
+                    "of it: lower --batch-size or its weight in --mix"
+                )
+    fields = text_fields(train, config.fields)
+    return Batches(len(train), fields, size, config.seed, config.shuffle, sources, mix, train.read_ahead)
+
+
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """The items, each made in a thread while the one before is in use."""
+    items = iter(items)
+    with ThreadPoolExecutor(1, thread_name_prefix="loader") as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item
+
+
 def text_fields(train: Selection, names: tuple[str, ...]) -> list[Field]:
     """The captions of each of the named text fields; all captions as one field where none is named."""
-    first = np.concatenate([[0], np.cumsum(train.counts)])
     if not names:
-        return [Field(first, np.arange(first[-1]))]
+        return [Field(train.offsets, None)]
     found = []
-    of_caption = np.array(train.fields)
     for name in names:
-        captions = np.flatnonzero(of_caption == name)
+        captions = train.of_field(name)
         if not len(captions):
             raise StoreError(f"no image of {train.store.path} that is tuned on has the text field {name!r}")
-        counts = np.bincount(train.owner[captions], minlength=len(train))
-        found.append(Field(np.concatenate([[0], np.cumsum(counts)]), captions))
+        found.append(Field(np.searchsorted(captions, train.offsets), captions))
     return found
 
 
-def pair_ids(train: Selection) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers that are equal for equal images [N] (by the hash of their files) and for equal captions [C]."""
-    captions = train.caption_array.dictionary_encode()
-    hashes = train.column("sha256")
-    images = np.arange(len(train))
-    if hashes is not None and hashes.null_count == 0:
-        images = hashes.dictionary_encode().indices.to_numpy().astype(np.int64)
-    return images, captions.indices.to_numpy().astype(np.int64)
+def image_ids(train: Selection) -> np.ndarray | None:
+    """Numbers [N] that are equal for equal image files: the position of the first; None where no two are equal."""
+    hashes = train.image_hashes()
+    return None if hashes is None else first_of_equal(hashes)
 
 
 def default_duration(images: int) -> str:
