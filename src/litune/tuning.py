@@ -23,6 +23,7 @@ from litune.checkpoint import METRICS, STATE, load_tensors, model_state, save_mo
 from litune.config import TuneConfig, parse_mix, parse_rates
 from litune.data.batches import Batch, Batches, Field
 from litune.data.pixels import PixelLoader
+from litune.data.text_shards import shards
 from litune.data.texts import TOKENIZED_MOST, LaterTokens, first_of_equal, hash_texts, tokenize
 from litune.data.tokenizers import Tokens
 from litune.devices import keep_freed_memory, pick_bfloat16, processor_cores
@@ -36,6 +37,7 @@ from litune.losses import Ids, MoreImages, sigmoid_loss, softmax_loss
 from litune.mixture import source_names
 from litune.model import LiT
 from litune.optim import make_optimizer, parameter_groups, rate_of, set_rate, stepping
+from litune.pair_losses import pair_losses
 from litune.progress import say, track
 from litune.schedules import parse_duration, parse_unlock, rate_share
 from litune.sharding import Shards, all_rows, own_rows
@@ -208,7 +210,6 @@ class Tuning:
         began, before = time.monotonic(), self.progress.seconds
         self._keep_texts()
         saved = time.monotonic()
-        log_every = max(1, self.steps // LOG_LINES)
         done = self.progress.step
         with (
             _Log(self.config, done, self.on_log) as log,
@@ -221,18 +222,23 @@ class Tuning:
                 task.advance(self.size)
                 step = self.progress.step
                 task.note = f"loss {facts['loss']:.3f}" + self._recall_note()
-                if step % log_every == 0 or step == self.steps:
+                if self.log_due(step):
                     log.write(self._done() | facts | {"epoch": batch.epoch, "pairs_per_second": round(task.rate, 1)})
                 if step in self.evaluate_at:
                     with self._whole():
                         if distributed.is_main():
-                            log.write(self._done() | {"val": self.evaluate()})
+                            log.write(self._done() | {"val": self.evaluate()} | self.evaluate_sources())
                             self._keep_best()
                 due = time.monotonic() - saved >= self.config.checkpoint_seconds and step < self.steps
                 if distributed.broadcast_object(due) if self.shards else due:
                     self.save_state()
                     saved = time.monotonic()
         self.finish()
+
+    def log_due(self, step: int) -> bool:
+        """Whether this step, counted from 1, is logged; where sources take turns, a turn of each follows the other."""
+        turn = step // len(self.sources) if self.batches.mix == "alternate" else step
+        return turn % max(1, self.steps // LOG_LINES) == 0 or step == self.steps
 
     def _keep_texts(self) -> None:
         """Encode every caption once, where the text tower is locked, there is room, and all are likely to be drawn."""
@@ -283,14 +289,15 @@ class Tuning:
             max_damaged=self.config.max_damaged,
         )
 
-    def step(self, batch: Batch, pixels: np.ndarray | None = None) -> dict[str, float]:
+    def step(self, batch: Batch, pixels: np.ndarray | None = None) -> dict[str, Any]:
         """One step of the optimizer; returns what is logged."""
         share = self.rate_share(self.progress.step)
         image_share = self.unlock.share(self.progress.step, self.steps, batch_size=self.size, images=len(self.train))
         set_rate(self.optimizer, share, image_share)
         images = self._encode_images(batch, pixels, tuned=image_share > 0)
         texts = self._encode_texts(batch.all_captions, batch.tokens)
-        loss = self._loss(batch, images.features, texts.features)
+        more_images = self._more_images(batch)
+        loss = self._loss(batch, images.features, texts.features, more_images)
         value = loss.item()
         if not math.isfinite(value):
             keys = ", ".join(self.train.keys[i] for i in batch.images[:3])
@@ -298,6 +305,8 @@ class Tuning:
                 f"the loss is {value} at step {self.progress.step} (images {keys}, …): lower --learning-rate, or "
                 f"try --precision float32, in another --out; the last checkpoint stays in {self.config.out}"
             )
+        due = len(self.sources) > 1 and self.log_due(self.progress.step + 1)
+        of_sources = self._source_losses(batch, images.features, texts.features, more_images) if due else {}
         loss.backward()
         texts.backward()
         images.backward()
@@ -309,7 +318,7 @@ class Tuning:
             nn.utils.clip_grads_with_norm_(tuned, self.config.clip_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        facts = {
+        facts: dict[str, Any] = {
             "loss": value,
             "scale": self.model.scale.item(),
             "gradient_norm": norm.item(),
@@ -317,7 +326,7 @@ class Tuning:
         }
         if self.model.logit_bias is not None:
             facts["bias"] = self.model.logit_bias.item()
-        return facts
+        return facts | ({"sources": of_sources} if due else {})
 
     def _encode_texts(self, captions: np.ndarray, tokens: Tokens | None = None) -> Encoded:
         """Features [n, D] of these captions, whose tokens may have been made ahead."""
@@ -382,21 +391,15 @@ class Tuning:
         ).generate_state(len(parts), np.uint64)
         return [partial(encode, part, int(seed >> 1)) for part, seed in zip(parts, seeds, strict=True)]
 
-    def _loss(self, batch: Batch, images: Tensor, texts: Tensor) -> Tensor:
+    def _loss(self, batch: Batch, images: Tensor, texts: Tensor, more_images: MoreImages | None) -> Tensor:
         """The losses of the text fields, summed."""
         config, model = self.config, self.model
         total = torch.zeros((), device=self.device)
-        more_images = self._more_images(batch)
-        begin = 0
-        for captions in batch.captions:
-            there = np.flatnonzero(captions >= 0)
-            own = texts[begin : begin + len(there)]
-            begin += len(there)
-            others = images if len(there) == len(captions) else images[torch.from_numpy(there).to(self.device)]
+        for others, own, there, captions in self._of_fields(batch, images, texts):
             rows = distributed.sum_counts(len(there))
             if rows == 0:
                 continue  # no image of the batch has this field
-            ids = self._ids(batch.images[there], captions[there])
+            ids = self._ids(batch.images[there], captions)
             chunk = max(64, SCORES // (rows + config.image_negatives))
             if model.logit_bias is not None:
                 total = total + sigmoid_loss(
@@ -414,6 +417,57 @@ class Tuning:
                 negatives=config.negatives,
             )
         return total
+
+    def _of_fields(
+        self, batch: Batch, images: Tensor, texts: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, np.ndarray, np.ndarray]]:
+        """For each text field: features of the images that have it and of their texts; which they are; the captions."""
+        begin = 0
+        for captions in batch.captions:
+            there = np.flatnonzero(captions >= 0)
+            own = texts[begin : begin + len(there)]
+            begin += len(there)
+            others = images if len(there) == len(captions) else images[torch.from_numpy(there).to(self.device)]
+            yield others, own, there, captions[there]
+
+    def _source_losses(
+        self, batch: Batch, images: Tensor, texts: Tensor, more_images: MoreImages | None
+    ) -> dict[str, dict[str, float]]:
+        """For each source that is in the global batch, its number of pairs and the mean of their losses.
+
+        Each pair has its loss in the whole batch: the mean of all, weighted by the numbers of pairs, is the batch's
+        loss. Text fields are summed, each the mean over those pairs that have it.
+        """
+        config, model = self.config, self.model
+        source = np.searchsorted(self.batches.starts, batch.images, "right") - 1
+        most = len(self.sources)
+        losses = torch.zeros(most, dtype=torch.float64)
+        for others, own, there, captions in self._of_fields(batch, images, texts):
+            rows = distributed.sum_counts(len(there))
+            if rows == 0:
+                continue
+            found = pair_losses(
+                others.detach().float(),
+                own.detach().float(),
+                model.scale.detach(),
+                bias=None if model.logit_bias is None else model.logit_bias.detach(),
+                image_to_text=config.image_to_text,
+                ids=self._ids(batch.images[there], captions),
+                more_images=more_images,
+                chunk=max(64, SCORES // (rows + config.image_negatives)),
+                negatives=config.negatives,
+            )
+            sums = np.bincount(source[there], weights=found.double().cpu().numpy(), minlength=most)
+            both = torch.from_numpy(np.stack([sums, np.bincount(source[there], minlength=most)]))
+            distributed.sum_([both])
+            losses += both[0] / both[1].clamp(min=1)
+        pairs = torch.from_numpy(np.bincount(source, minlength=most))
+        distributed.sum_([pairs])
+        return {
+            name: {"pairs": int(count), "loss": float(loss)}
+            for name, count, loss in zip(self.sources, pairs, losses, strict=True)
+            if count
+        }
 
     def _ids(self, images: np.ndarray, captions: np.ndarray) -> Ids | None:
         if not self.config.mask_duplicates:
@@ -471,7 +525,24 @@ class Tuning:
     def evaluate(self) -> dict[str, Any]:
         """Retrieval on the held-out pairs (at most 1,000 images), in tuning's own precision."""
         assert self.val is not None
-        val = self.val
+        self.last_evaluation = self._evaluate(self.val)
+        return self.last_evaluation
+
+    def evaluate_sources(self) -> dict[str, dict[str, Any]]:
+        """The same on the held-out pairs of each source by itself, where there are several."""
+        assert self.val is not None
+        if len(self.sources) == 1:
+            return {}
+        places = {one.store.path: name for name, one in zip(self.sources, self.train.sources, strict=True)}
+        found = {places[one.store.path]: {"val": self._evaluate(one)} for one in self.val.sources}
+        recalls = {name: one["val"]["text_to_image"]["recall@10"] for name, one in found.items()}
+        say(
+            f"step {self.progress.step:,}{self._recall_note()}: "
+            + ", ".join(f"{n} {r:.1%}" for n, r in recalls.items())
+        )
+        return {"sources": found}
+
+    def _evaluate(self, val: Selection) -> dict[str, Any]:
         if len(val) > EVALUATE_MOST:
             val = val.subset(np.linspace(0, len(val) - 1, EVALUATE_MOST).round().astype(int))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
@@ -480,9 +551,7 @@ class Tuning:
         owner = np.full(len(val), -1)
         owner[kept] = np.arange(len(kept))
         there = owner[val.owner] >= 0
-        found = retrieval(images, texts[torch.from_numpy(there)], torch.from_numpy(owner[val.owner][there]))
-        self.last_evaluation = found
-        return found
+        return retrieval(images, texts[torch.from_numpy(there)], torch.from_numpy(owner[val.owner][there]))
 
     def _held_out_images(self, val: Selection) -> tuple[Tensor, np.ndarray]:
         """Features of the held-out images, and the positions of those that could be read."""
@@ -553,6 +622,12 @@ class Tuning:
             "tower": self.store.tower,
             "pairs": self.store.manifest.get("pairs"),
         }
+        if len(self.sources) > 1 or self.config.texts:
+            facts["sources"] = [
+                [str(one.store.path), len(one), int(one.offsets[-1]), one.store.manifest.get("pairs")]
+                for one in self.train.sources
+            ]
+            facts["texts"] = [[f.name, f.stat().st_size] for path in self.config.texts for f in shards(path)]
         return dict(json.loads(json.dumps(facts)))
 
     def go_on(self) -> None:
@@ -630,6 +705,7 @@ class Tuning:
                 "tower": self.store.tower,
                 "pairs": self.store.manifest.get("pairs"),
             },
+            **({"sources": self._describe_sources()} if len(self.sources) > 1 else {}),
             "tuned_on": {
                 "split": self.config.split if self.store.splits else None,
                 "images": len(self.train),
@@ -646,6 +722,18 @@ class Tuning:
             "seed": self.config.seed,
             "libraries": library_versions(),
             "held_out": self.last_evaluation,
+        }
+
+    def _describe_sources(self) -> dict[str, dict[str, Any]]:
+        """Where the images of each source came from."""
+        return {
+            name: {
+                "path": str(one.store.path),
+                "images": len(one),
+                "captions": int(one.offsets[-1]),
+                "pairs": one.store.manifest.get("pairs"),
+            }
+            for name, one in zip(self.sources, self.train.sources, strict=True)
         }
 
 
@@ -709,8 +797,8 @@ def make_batches(train: Selection, config: TuneConfig, size: int) -> Batches:
         for one, share in zip(train.sources, shares, strict=True):
             if (wanted := math.ceil(share * size)) > len(one):
                 raise ConfigError(
-                    f"{one.store.path} has {len(one):,} images to tune on, fewer than the {wanted:,} that a batch takes "
-                    "of it: lower --batch-size or its weight in --mix"
+                    f"{one.store.path} has {len(one):,} images to tune on, fewer than the {wanted:,} that a batch "
+                    "takes of it: lower --batch-size or its weight in --mix"
                 )
     fields = text_fields(train, config.fields)
     return Batches(len(train), fields, size, config.seed, config.shuffle, sources, mix, train.read_ahead)

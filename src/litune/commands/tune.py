@@ -20,7 +20,7 @@ from litune.data.text_shards import Images, read_texts
 from litune.data.texts import Captions, integers, join_texts
 from litune.data.tokenizers import Tokenizer, find_tokenizer, train_tokenizer
 from litune.devices import pick_device
-from litune.errors import ConfigError, OutputExistsError, RunError
+from litune.errors import ConfigError, OutputExistsError, RunError, StoreError
 from litune.features import FeatureStore, Selection
 from litune.files import clear_output, read_json, write_json
 from litune.mixture import Mixture, check_one_tower, known_store, source_names
@@ -125,7 +125,7 @@ def choose_pairs(
     if store.splits:
         pairs = select(config.split)
         if config.val_split in store.splits and config.val_split != config.split:
-            return _enough(pairs), select(config.val_split)
+            return _enough(pairs), held_out_split(store, config, captions)
         if config.val_split != TuneConfig.val_split:
             select(config.val_split)  # says which splits there are
             raise ConfigError(f"--split and --val-split are both {config.split!r}: evaluate on pairs not tuned on")
@@ -137,6 +137,17 @@ def choose_pairs(
     # By the seed of the store's order alone: another run's seed holds out the same images.
     order = np.random.default_rng(0).permutation(np.arange(len(pairs), dtype=integers(len(pairs))))
     return _enough(pairs.subset(np.sort(order[held_out:]))), pairs.subset(np.sort(order[:held_out]))
+
+
+def held_out_split(store: FeatureStore, config: TuneConfig, captions: Captions | None) -> Selection:
+    """The pairs of the split to evaluate on; with its own captions where `captions` has none for it."""
+    select = partial(store.select, config.val_split, config.lang, config.fields)
+    if captions is not None:
+        try:
+            return select(captions=captions)
+        except StoreError:
+            say(f"{store.path} has no texts of the split {config.val_split!r}: its own captions are evaluated")
+    return select()
 
 
 def _enough(pairs: Selection) -> Selection:

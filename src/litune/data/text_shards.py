@@ -147,7 +147,8 @@ def read_texts(paths: Sequence[Path], stores: Sequence[Images], max_unmatched: f
                     one.add(chunk, rows)
                 used |= rows >= 0
             for place in np.flatnonzero(~used)[: NAMED - len(named)]:
-                named.append(f"{file.name} row {seen + place} ({_name(chunk, int(place))})")
+                empty = "" if there[place] else ", no text"
+                named.append(f"{file.name} row {seen + place} ({_name(chunk, int(place))}{empty})")
             lost += int((~used).sum())
             seen += len(chunk)
         total += seen
@@ -206,7 +207,7 @@ def _columns(file: Path, schema: pa.Schema, stores: int) -> list[str]:
         raise DataError(f"{file} has no column 'caption' ({nearest('caption', schema.names)})")
     if "key" not in names and "row" not in names:
         raise DataError(f"{file} says of no caption which image it is of: it needs a column 'key' or 'row'")
-    if stores > 1 and names[:3].count("key") == 0 and "store" not in names:
+    if stores > 1 and "key" not in names and "store" not in names:
         raise DataError(f"{file} has rows but no column 'store', and there are {stores} stores: say which one is meant")
     for name in names:
         kind = schema.field(name).type
