@@ -223,24 +223,23 @@ def test_texts_of_several_stores(config: TuneConfig, tmp_path: Path, capsys: pyt
     """Other texts than the stores': some images without, some with many, languages, rows of either store by name."""
     texts = write_texts(
         tmp_path / "t.parquet",
-        caption=["a", "b", "c", "d", "e", "", None, "f"],
-        row=[1, 0, 1, 99, 2, 3, 4, 0],
-        store=["large", "small", "large", "large", "large", "small", "small", "nowhere"],
-        lang=["en", "en", "de", "en", None, "en", "en", "en"],
+        caption=["a", "b", "c", "d", "e", "", None, "f", "g"],
+        row=[1, 0, 1, 99, 2, 3, 4, 0, 1],
+        store=["large", "small", "large", "large", "large", "small", "small", "nowhere", "small"],
     )
     config = dataclasses.replace(config, texts=(texts,), max_damaged=0.5)
     train, val = choose_mixture([FeatureStore(path) for path in config.stores], config)
-    assert train.captions == ["a", "c", "e", "b"]
+    assert train.captions == ["a", "c", "e", "b", "g"]
     assert val is not None
     assert val.captions == [c for store in config.stores for c in FeatureStore(store).select("val").captions]
-    assert train.keys == ["1.png", "2.png", "36.png"]
-    assert train.owner.tolist() == [0, 0, 1, 2]
+    assert train.keys == ["1.png", "2.png", "36.png", "37.png"]
+    assert train.owner.tolist() == [0, 0, 1, 2, 3]
     said = " ".join(capsys.readouterr().err.split())
-    assert "texts: 4 captions for 3 images out of 1 files" in said
-    assert "4 of the 8 captions" in said
+    assert "texts: 5 captions for 4 images out of 1 files" in said
+    assert "4 of the 9 captions" in said
     assert "t.parquet row 3 (store 'large', row 99); t.parquet row 5 (store 'small', row 3, no text)" in said
     assert said.count("has no texts of the split 'val': its own captions are evaluated") == 2
-    with pytest.raises(DataError, match=r"4 of the 8 captions in .* \(at most 1.0% may be\), as t.parquet row 3"):
+    with pytest.raises(DataError, match=r"4 of the 9 captions in .* \(at most 1.0% may be\), as t.parquet row 3"):
         tune.run(dataclasses.replace(config, max_damaged=0.01))
 
 

@@ -276,7 +276,7 @@ def make_model(
     if start is not None:
         keep_heads(spec, start, model)
     if image_map != "none":
-        mean, covariance = moments(train)
+        mean, covariance = moments(train, covariance=model.whitening is not None)
         model.center.copy_(torch.from_numpy(mean))
         if model.whitening is not None:
             model.whitening.copy_(torch.from_numpy(whitening(covariance, config.shrinkage)))
@@ -342,16 +342,20 @@ def output_width(tower: ImageTower) -> int:
     return int(tower.encode(pixels).shape[1])
 
 
-def moments(pairs: Selection) -> tuple[np.ndarray, np.ndarray]:
-    """The mean [D] and covariance [D, D] of the images' raw features, summed in float64 block by block."""
+def moments(pairs: Selection, *, covariance: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """The mean [D] and covariance [D, D] of the images' raw features, summed in float64 block by block.
+
+    Without `covariance`, which costs D times as much as the mean, that is zero.
+    """
     width = pairs.store.width
     total, products = np.zeros(width), np.zeros((width, width))
     for block in pairs.blocks():
         values = block.astype(np.float64)
         total += values.sum(axis=0)
-        products += values.T @ values
+        if covariance:
+            products += values.T @ values
     mean = total / len(pairs)
-    return mean, products / len(pairs) - np.outer(mean, mean)
+    return mean, products / len(pairs) - np.outer(mean, mean) if covariance else products
 
 
 def whitening(covariance: np.ndarray, shrinkage: float) -> np.ndarray:

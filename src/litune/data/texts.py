@@ -16,7 +16,7 @@ from litune.data.tokenizers import Tokenizer, Tokens
 from litune.files import cache_folder
 from litune.progress import say
 
-BLOCK = 65536
+BLOCK = 16384
 """Texts that are made Python strings at once."""
 IN_MEMORY = 2**26
 """The most bytes of text that are held in memory: of more, the system keeps what is in use (a file, memory-mapped)."""
@@ -139,8 +139,9 @@ def tokenize(tokenizer: Tokenizer, captions: Source, count: int) -> Tokens:
     """The tokens of all `count` captions; a block of them at a time is in the making."""
     if count > BLOCK:
         say(f"tokenising {count:,} captions")
-    parts = [tokenizer(texts) for texts in blocks(captions, count)]
-    return Tokens(np.concatenate([part.ids for part in parts]), np.concatenate([part.lengths for part in parts]))
+    parts = [(found.ids.astype(np.int32), found.lengths) for found in map(tokenizer, blocks(captions, count))]
+    ids, lengths = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    return Tokens(ids, lengths)
 
 
 def hash_texts(texts: pa.Array) -> np.ndarray:
