@@ -26,7 +26,7 @@ def start_run(store: Path, **settings: Any) -> Tuning:
     spec = text_spec(config)
     train, _ = choose_pairs(opened, config)
     torch.manual_seed(config.seed)
-    tokenizer = make_tokenizer(spec, config, train.captions)
+    tokenizer = make_tokenizer(spec, config, train.iterate_captions())
     model = make_model(opened, spec, tokenizer, train, config)
     run = Tuning(config, opened, train, None, model, torch.device("cpu"))
     train_unlocked(run.model)

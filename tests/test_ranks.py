@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
 from safetensors.numpy import load_file
@@ -42,6 +44,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sharded": {"shard": True, "micro_batch": 2, "clip_norm": 0.05},
     "negatives": {"image_negatives": 5, "image_to_text": 0.3},
     "fields": {"fields": ["title", "tags"], "store": "fields", "lang": []},
+    "mixed": {"more_stores": ["fields"], "mix": ["2", "1"], "lang": [], "image_negatives": 3},
+    "turns": {"more_stores": ["fields"], "mix": ["alternate"], "lang": [], "texts": ["texts.parquet"]},
     "pixels": {
         "locking": "uU",
         "image_tower": "timm:test_vit?init=random&size=64",
@@ -110,6 +114,9 @@ def place(photos: Path, tower_module: str, tiny_bert: Path, tmp_path: Path) -> P
         pairs="fields.jsonl", images="photos/images", image_tower=tower_module, out="fields",
         caption_column=("title", "tags"),
     )  # fmt: skip
+    stores = ["store"] * 24 + ["fields"] * 12
+    texts = {"store": stores, "row": [*range(24), *range(12)], "caption": [f"the {one} box" for one in stores]}
+    pa.parquet.write_table(pa.table(texts), "texts.parquet")
     for color in COLORS:
         (tmp_path / "classes" / color).mkdir(parents=True)
         for size in range(40, 50):
@@ -153,6 +160,9 @@ def check_runs(one: Path, two: Path) -> None:
         assert a.get("val") == b.get("val")
         for figure in {"loss", "scale", "bias"} & a.keys():
             assert b[figure] == pytest.approx(a[figure], rel=1e-5)
+        assert b.get("sources", {}).keys() == a.get("sources", {}).keys()
+        for name, source in a.get("sources", {}).items():
+            assert b["sources"][name] == pytest.approx(source, rel=1e-5) if "loss" in source else source
     weights = [load_file(run / "model.safetensors") for run in (one, two)]
     assert weights[0].keys() == weights[1].keys()
     for name, a in weights[0].items():

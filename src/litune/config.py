@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, ParamSpec, TypeVar, cast, get_args, get_origin, get_type_hints
 
@@ -155,8 +156,19 @@ class TuneConfig:
     tokenizer and those of its heads that fit)."""
     out: Path
     """The run folder to write."""
+    more_stores: Annotated[Positional[tuple[Path, ...]], arg(metavar="STORE")] = ()
+    """Further feature stores of the same image tower, to tune on all of them (see --mix)."""
 
     # Pairs
+    mix: tuple[str, ...] = ("proportional",)
+    """How several stores share the batches: proportional (all images in one order, each once an epoch), alternate
+    (whole batches of one store each, in turns), or a weight for each store: its share of every batch."""
+    texts: tuple[Path, ...] = ()
+    """Captions that stand in for those of the stores: Parquet or Arrow files, or folders of them, with the columns
+    caption and key (an image's name in the store) or row, and, where wanted, store, lang and field."""
+    shuffle: Literal["full", "window"] = "full"
+    """The order of the images in an epoch: full, in which every order is as likely; window keeps what is read within
+    some hundred steps in few places of the disk, for stores that are much larger than the memory."""
     split: str = "train"
     """Tune on the pairs of this split, where the store has splits."""
     val_split: str = "val"
@@ -282,7 +294,7 @@ class TuneConfig:
     workers: int = 0
     """Threads that decode pictures; 0: one per processor core."""
     max_damaged: float = 0.01
-    """Stop when more than this share of the pictures can't be read."""
+    """Stop when more than this share of the pictures can't be read, or of the --texts belongs to no image."""
 
     # The run
     precision: Precision = "auto"
@@ -342,6 +354,7 @@ class TuneConfig:
         for name in ("warmup", "cooldown", "timescale"):
             parse_duration(getattr(self, name), name)
         parse_unlock(self.unlock, "unlock")
+        parse_mix(self.mix, 1 + len(self.more_stores))
         parse_rates(self.rates)
         if self.locking is not None and not re.fullmatch("[LUu]{2}", self.locking):
             raise ConfigError(
@@ -356,6 +369,11 @@ class TuneConfig:
             raise ConfigError("--image-negatives is for the softmax loss without an image head")
 
     @property
+    def stores(self) -> tuple[Path, ...]:
+        """All feature stores to tune on."""
+        return (self.store, *self.more_stores)
+
+    @property
     def locked(self) -> bool:
         """Whether the image tower is locked: tuning reads stored features."""
         return self.locking is None or self.locking[0] == "L"
@@ -368,6 +386,26 @@ class TuneConfig:
                     f"--{name.replace('_', '-')} is for an unlocked image tower: the locked one's features are stored; "
                     "unlock it with --locking UU"
                 )
+
+
+def parse_mix(mix: Sequence[str], stores: int) -> Literal["proportional", "alternate"] | tuple[Fraction, ...]:
+    """How stores are mixed: by a name, or by a weight for each.
+
+    Raises `ConfigError` for what is neither.
+    """
+    if tuple(mix) in (("proportional",), ("alternate",)):
+        return cast(Literal["proportional", "alternate"], mix[0])
+    try:
+        weights = tuple(Fraction(one) for one in mix)
+    except (ValueError, ZeroDivisionError):
+        weights = ()
+    if not weights or min(weights) <= 0:
+        raise ConfigError(
+            f"--mix is {' '.join(mix)!r}: write proportional, alternate, or positive weights, as in 0.7 0.3"
+        )
+    if len(weights) != stores:
+        raise ConfigError(f"--mix has {len(weights)} weights for {stores} stores: give each store one")
+    return weights
 
 
 def parse_rates(rates: Sequence[str]) -> list[tuple[str, float]]:
@@ -811,10 +849,11 @@ def _share(name: str, value: float) -> None:
 
 def to_json(config: Any) -> dict[str, Any]:
     """A config as plain JSON values, paths as strings."""
-    return {
-        key: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-        for key, value in dataclasses.asdict(config).items()
-    }
+
+    def plain(value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else [*map(plain, value)] if isinstance(value, tuple) else value
+
+    return {key: plain(value) for key, value in dataclasses.asdict(config).items()}
 
 
 Settings = ParamSpec("Settings")

@@ -15,11 +15,13 @@ has no store.json; it is read all the same, its tower unknown.
 from __future__ import annotations
 
 import json
+import mmap
 import platform
 import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from litune.data.pairs import Damage, select_captions
+from litune.data.pairs import Damage
+from litune.data.texts import Captions, blocks, hash_texts, integers, join_texts, offsets_of
 from litune.errors import DataError, StoreError, nearest
 from litune.files import atomic, read_json, sweep_temporaries, write_json, write_text
 
 FORMAT = 1
 MANIFEST, DAMAGE = "store.json", "damaged.jsonl"
+READ_ROWS = 65536
+"""Rows of metadata that are read at once."""
 
 
 def library_versions() -> dict[str, str]:
@@ -50,7 +55,8 @@ def library_versions() -> dict[str, str]:
 class FeatureStore:
     """Features and metadata of N images, read-only.
 
-    Features stay on disk (memory-mapped); `metadata` is one Arrow table of N rows.
+    Features stay on disk (memory-mapped). `metadata` is one Arrow table of N rows; `column` and `captions` read what is
+    asked for alone.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -120,9 +126,7 @@ class FeatureStore:
             try:
                 table = pa.parquet.read_table(file)
             except (pa.ArrowInvalid, OSError) as why:
-                raise StoreError(
-                    f"{file} is damaged ({str(why).splitlines()[0]}): remove the store and embed again"
-                ) from None
+                raise _damaged(file, why) from None
             if table.num_rows != len(part):
                 raise StoreError(f"{file} has {table.num_rows:,} rows for {len(part):,} features: embed it again")
             tables.append(table)
@@ -147,57 +151,176 @@ class FeatureStore:
             rows = np.arange(*rows.indices(len(self)))
         index = np.asarray(rows, dtype=np.int64)
         found = np.empty((len(index), self.width), dtype=np.float32)
-        part = np.searchsorted(self._starts, index, side="right") - 1
-        for p in np.unique(part):
-            here = part == p
-            found[here] = self._parts[p][index[here] - self._starts[p]]
+        for part, places, own in self._by_part(index):
+            found[places] = part[own]
         return found
+
+    def touch(self, rows: np.ndarray) -> None:
+        """Have the system read the pages of these rows, without keeping a value."""
+        step = max(1, mmap.PAGESIZE // self._parts[0].itemsize)
+        for part, _, own in self._by_part(np.asarray(rows, dtype=np.int64)):
+            part[own, ::step]
+
+    def read_ahead(self, first: int, last: int) -> None:
+        """Have the system begin to read the rows `first` to `last` − 1, and do not wait for them."""
+        for part, start in zip(self._parts, self._starts, strict=False):
+            begin, end = max(first - int(start), 0), min(last - int(start), len(part))
+            mapped = getattr(part, "_mmap", None)
+            if begin < end and hasattr(mapped, "madvise"):
+                begin = begin * part.strides[0] // mmap.PAGESIZE * mmap.PAGESIZE
+                end = min(end * part.strides[0] + mmap.PAGESIZE, len(mapped))
+                mapped.madvise(mmap.MADV_WILLNEED, begin, end - begin)
+
+    def _by_part(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """For each file that has some of the rows: its features, which of the rows, and their places in the file."""
+        order = np.argsort(rows, kind="stable")
+        ends = np.searchsorted(rows[order], self._starts)
+        for number in np.flatnonzero(np.diff(ends)):
+            places = order[ends[number] : ends[number + 1]]
+            yield self._parts[number], places, rows[places] - self._starts[number]
 
     def blocks(self, rows: np.ndarray, size: int = 8192) -> Iterator[np.ndarray]:
         """`features` of `rows`, block by block: flat memory."""
         for start in range(0, len(rows), size):
             yield self.features(rows[start : start + size])
 
-    def select(self, split: str | None = None, lang: Sequence[str] = (), fields: Sequence[str] = ()) -> Selection:
+    @cached_property
+    def column_names(self) -> list[str]:
+        """The columns of the metadata, as they are in the files."""
+        return list(dict.fromkeys(name for parquet in self._parquet() for name in parquet.schema_arrow.names))
+
+    def _parquet(self) -> Iterator[pa.parquet.ParquetFile]:
+        """The files of metadata, one after the other."""
+        for (_, file), part in zip(self._metadata_files, self._parts, strict=True):
+            try:
+                parquet = pa.parquet.ParquetFile(file)
+            except (pa.ArrowInvalid, OSError) as why:
+                raise _damaged(file, why) from None
+            with parquet:
+                if parquet.metadata.num_rows != len(part):
+                    raise StoreError(
+                        f"{file} has {parquet.metadata.num_rows:,} rows for {len(part):,} features: embed it again"
+                    )
+                yield parquet
+
+    def column_chunks(self, name: str) -> Iterator[pa.Array]:
+        """One column of the metadata in parts, for all rows; nulls where a file does not have it."""
+        for (_, file), parquet in zip(self._metadata_files, self._parquet(), strict=True):
+            if name not in parquet.schema_arrow.names:
+                yield pa.nulls(parquet.metadata.num_rows)
+                continue
+            try:
+                for batch in parquet.iter_batches(READ_ROWS, columns=[name]):
+                    yield batch.column(0)
+            except (pa.ArrowInvalid, OSError) as why:
+                raise _damaged(file, why) from None
+
+    def column(self, name: str) -> pa.ChunkedArray | None:
+        """One column of the metadata, one value per row; None where the store has none of that name."""
+        if name not in self.column_names:
+            # A folder of clip-retrieval's: the key is the path, and the path, where there is none, the row's number.
+            if name == "key" and "image_path" in self.column_names:
+                return self.column("image_path")
+            return pa.chunked_array([[str(i) for i in range(len(self))]]) if name in ("key", "image_path") else None
+        chunks = [chunk for chunk in self.column_chunks(name) if not pa.types.is_null(chunk.type)]
+        return pa.chunked_array(chunks)
+
+    @cached_property
+    def captions(self) -> Captions:
+        """All captions, row by row."""
+        size = sum(file.stat().st_size for _, file in self._metadata_files)
+        own = "captions" in self.column_names
+        if not own and "caption" not in self.column_names:
+            return Captions(np.zeros(len(self) + 1, np.int32), pa.array([], pa.large_string()), lambda name: None)
+        counts: list[np.ndarray] = []
+
+        def texts() -> Iterator[pa.Array]:
+            for chunk in self.column_chunks("captions" if own else "caption"):
+                if pa.types.is_string(chunk.type) or pa.types.is_large_string(chunk.type):
+                    there = pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(chunk)), 0).fill_null(False)
+                    counts.append(there.to_numpy(zero_copy_only=False).astype(np.int32))
+                    yield chunk.filter(there)
+                elif pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type):
+                    counts.append(pc.list_value_length(chunk).fill_null(0).to_numpy().astype(np.int32))
+                    flat = chunk.flatten()
+                    yield flat if flat.type != pa.null() else flat.cast(pa.string())
+                else:
+                    counts.append(np.zeros(len(chunk), np.int32))
+
+        joined = join_texts(texts(), 3 * size)  # compressed to about a third
+        return Captions(offsets_of(np.concatenate(counts)), joined, self._labels if own else lambda name: None)
+
+    def _labels(self, column: str) -> pa.DictionaryArray | None:
+        """A label of each caption: its language (langs), or its text field (fields)."""
+        if column not in self.column_names:
+            return None
+        chunks = [chunk.flatten().cast(pa.string()).dictionary_encode() for chunk in self.column_chunks(column)]
+        return pa.chunked_array(chunks).unify_dictionaries().combine_chunks()
+
+    @cached_property
+    def splits(self) -> list[str]:
+        """The splits that there are; none where the store has no column of splits."""
+        if "split" not in self.column_names:
+            return []
+        found = {str(one) for chunk in self.column_chunks("split") for one in pc.unique(chunk).to_pylist()}
+        return sorted(found)
+
+    def select(
+        self,
+        split: str | None = None,
+        lang: Sequence[str] = (),
+        fields: Sequence[str] = (),
+        captions: Captions | None = None,
+    ) -> Selection:
         """The images of a split that have captions, with their captions in these languages and of these text fields.
 
-        Raises `StoreError` where the store has no such split, language, field or captions.
+        `captions` stand in for those of the store. Raises `StoreError` where there is no such split, language, field
+        or caption.
         """
-        table = self.metadata
-        rows = np.arange(len(self))
+        whose = "texts for its images" if captions else "captions"
+        captions = captions or self.captions
+        rows = np.arange(len(self), dtype=integers(len(self)))
         if split is not None:
-            if "split" not in table.column_names:
+            if "split" not in self.column_names:
                 raise StoreError(f"{self.path} has no splits, {split!r} was asked for: embed with a split column")
-            known = set(pc.unique(table["split"]).to_pylist())
-            if split not in known:
-                raise StoreError(f"{self.path} has no split {split!r} ({nearest(split, map(str, known))})")
-            rows = np.flatnonzero(pc.equal(table["split"], split).to_numpy())
-            table = table.take(pa.array(rows))
-        if lang:
-            if "langs" not in table.column_names:
-                raise StoreError(f"{self.path} has no languages, {', '.join(lang)} asked for: embed with a lang column")
-            known = set(pc.unique(pc.list_flatten(table["langs"])).to_pylist())
-            for name in lang:
-                if name not in known:
-                    raise StoreError(f"{self.path} has no captions in {name!r} ({nearest(name, map(str, known))})")
-            table = select_captions(table, "langs", lang)
-        if fields:
-            self._check_fields(fields)
-            table = select_captions(table, "fields", fields)
-        keep = np.flatnonzero(pc.list_value_length(table["captions"]).to_numpy() > 0)
-        if not keep.size:
-            raise StoreError(f"{self.path} has no captions: embed its images with a table of captions")
-        return Selection(self, rows[keep], table.take(pa.array(keep)))
-
-    def _check_fields(self, names: Sequence[str]) -> None:
-        if "fields" not in self.metadata.column_names:
-            raise StoreError(
-                f"{self.path} has one text field, {', '.join(names)} asked for: embed with several --caption-column"
+            if split not in self.splits:
+                raise StoreError(f"{self.path} has no split {split!r} ({nearest(split, self.splits)})")
+            rows = rows[
+                np.concatenate([pc.equal(c, split).fill_null(False).to_numpy(False) for c in self._split_chunks()])
+            ]
+        keep = np.ones(len(captions.texts), dtype=bool)
+        for names, label, what, how in (
+            (lang, "langs", "languages", "a lang column"),
+            (fields, "fields", "", "several --caption-column"),
+        ):
+            if names:
+                keep &= self._labelled(captions, names, label, what, how)
+        found = Selection.of(self, rows, captions, None if keep.all() else keep)
+        if not len(found):
+            remedy = (
+                "give --texts of this store" if whose != "captions" else "embed its images with a table of captions"
             )
-        known = set(pc.unique(pc.list_flatten(self.metadata["fields"])).to_pylist())
+            raise StoreError(f"{self.path} has no {whose}: {remedy}")
+        return found
+
+    def _split_chunks(self) -> Iterator[pa.Array]:
+        return (chunk.cast(pa.string()) for chunk in self.column_chunks("split"))
+
+    def _labelled(self, captions: Captions, names: Sequence[str], label: str, what: str, how: str) -> np.ndarray:
+        """Which captions have one of these labels. Raises `StoreError` for a label that none has."""
+        of_captions = captions.labels(label)
+        if of_captions is None:
+            if what:
+                raise StoreError(f"{self.path} has no {what}, {', '.join(names)} asked for: embed with {how}")
+            raise StoreError(f"{self.path} has one text field, {', '.join(names)} asked for: embed with {how}")
+        known = of_captions.dictionary.to_pylist()
         for name in names:
             if name not in known:
-                raise StoreError(f"{self.path} has no text field {name!r} ({nearest(name, known)})")
+                missing = "captions in" if label == "langs" else "text field"
+                raise StoreError(f"{self.path} has no {missing} {name!r} ({nearest(name, map(str, known))})")
+        codes = of_captions.indices.fill_null(-1).to_numpy()
+        found: np.ndarray = np.isin(codes, [known.index(name) for name in names])
+        return found
 
     def __repr__(self) -> str:
         spec = self.tower["spec"] if self.tower else "unknown"
@@ -205,13 +328,44 @@ class FeatureStore:
 
 
 class Selection:
-    """Some of a store's images, with their captions."""
+    """Some of a store's images, with some of their captions.
 
-    def __init__(self, store: FeatureStore, rows: np.ndarray, table: pa.Table) -> None:
-        self.store, self.rows, self._table = store, rows, table.combine_chunks()
-        lists = self._table["captions"].combine_chunks()
-        self.caption_array = lists.flatten()
-        self._offsets = np.concatenate([[0], np.cumsum(pc.list_value_length(lists).to_numpy())])
+    Captions stay where they are, in one Arrow array for all selections of a store: a selection is numbers.
+    """
+
+    def __init__(
+        self, store: FeatureStore, rows: np.ndarray, captions: Captions, picks: np.ndarray | None, offsets: np.ndarray
+    ) -> None:
+        """Rows [n] of the store; `picks` [C] are their captions' places in `captions.texts`, None for all of them.
+
+        Image i's captions are those from `offsets[i]` to `offsets[i + 1]`.
+        """
+        self.store, self.rows, self.offsets = store, rows, offsets
+        self._captions, self._picks = captions, picks
+
+    @classmethod
+    def of(cls, store: FeatureStore, rows: np.ndarray, captions: Captions, keep: np.ndarray | None) -> Selection:
+        """Those of the rows that have a caption; where `keep` [C] is given, only with the captions that it marks."""
+        first, last = captions.offsets[rows], captions.offsets[rows + 1]
+        if keep is None:
+            counts = last - first
+        else:
+            kept = np.concatenate([[0], np.cumsum(keep)])
+            counts = kept[last] - kept[first]
+        there = counts > 0
+        whole = len(rows) == len(captions.offsets) - 1 and bool((np.diff(rows) > 0).all())
+        if keep is None and there.all() and whole:
+            return cls(store, rows, captions, None, captions.offsets)
+        rows, first, last = rows[there], first[there], last[there]
+        picks = ranges(first, last - first)
+        if keep is not None:
+            picks = picks[keep[picks]]
+        return cls(store, rows, captions, picks.astype(integers(len(captions.texts))), offsets_of(counts[there]))
+
+    @property
+    def sources(self) -> Sequence[Selection]:
+        """The selections that this one is put together from, each of one store: this one alone."""
+        return (self,)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -219,18 +373,53 @@ class Selection:
     @cached_property
     def keys(self) -> list[str]:
         """The images' names, as their source has them."""
-        found: list[str] = self._table["key"].to_pylist()
-        return found
+        return self._values("key")
 
     @property
     def image_files(self) -> list[str]:
         """The images' files."""
-        found: list[str] = self._table["image_path"].to_pylist()
+        return self._values("image_path")
+
+    def _values(self, name: str) -> list[str]:
+        column = self.column(name)
+        assert column is not None  # of these two, every store has one
+        found: list[str] = column.cast(pa.string()).to_pylist()
         return found
 
     def column(self, name: str) -> pa.Array | None:
         """A column of the metadata, one value per image; None where the store has none of that name."""
-        return self._table[name].combine_chunks() if name in self._table.column_names else None
+        whole = self.store.column(name)
+        if whole is None:
+            return None
+        if pa.types.is_string(whole.type) and whole.nbytes >= 2**31:
+            whole = whole.cast(pa.large_string())
+        return whole.take(pa.array(self.rows)).combine_chunks()
+
+    def image_hashes(self) -> np.ndarray | None:
+        """Numbers that are equal for equal image files, [n]; None where the store does not have their hashes."""
+        if "sha256" not in self.store.column_names:
+            return None
+        found = []
+        for chunk in self.store.column_chunks("sha256"):
+            if chunk.null_count:
+                return None
+            found.append(hash_texts(pc.utf8_slice_codeunits(chunk.cast(pa.string()), 0, 16)))
+        return np.concatenate(found)[self.rows]
+
+    @property
+    def caption_array(self) -> pa.Array:
+        """All captions, image by image."""
+        texts = self._captions.texts
+        return texts if self._picks is None else texts.take(pa.array(self._picks))
+
+    def take_captions(self, numbers: np.ndarray) -> pa.Array:
+        """The captions with these numbers in the selection, in this order."""
+        places = numbers if self._picks is None else self._picks[numbers]
+        return self._captions.texts.take(pa.array(places))
+
+    def iterate_captions(self) -> Iterator[str]:
+        """All captions, image by image, few in memory at a time."""
+        return chain.from_iterable(blocks(self, int(self.offsets[-1])))
 
     @property
     def captions(self) -> list[str]:
@@ -241,8 +430,19 @@ class Selection:
     @property
     def fields(self) -> list[str]:
         """For each of `captions`, the text field that it is of."""
-        found: list[str] = pc.list_flatten(self._table["fields"]).to_pylist()
+        of_all = self._captions.labels("fields")
+        if of_all is None:
+            raise StoreError(f"{self.store.path} has one text field: embed with several --caption-column")
+        found: list[str] = (of_all if self._picks is None else of_all.take(pa.array(self._picks))).to_pylist()
         return found
+
+    def of_field(self, name: str) -> np.ndarray:
+        """The numbers of the captions that are of this text field."""
+        of_all = self._captions.labels("fields")
+        if of_all is None or name not in (known := of_all.dictionary.to_pylist()):
+            return np.zeros(0, np.int64)
+        codes = of_all.indices.to_numpy() if self._picks is None else of_all.indices.to_numpy()[self._picks]
+        return np.flatnonzero(codes == known.index(name))
 
     @property
     def owner(self) -> np.ndarray:
@@ -252,15 +452,47 @@ class Selection:
     @property
     def counts(self) -> np.ndarray:
         """The number of captions of each image."""
-        return np.diff(self._offsets)
+        return np.diff(self.offsets)
 
     def subset(self, positions: np.ndarray) -> Selection:
         """The images at these positions of the selection."""
-        return Selection(self.store, self.rows[positions], self._table.take(pa.array(positions)))
+        counts = self.offsets[positions + 1] - self.offsets[positions]
+        numbers = ranges(self.offsets[positions], counts)
+        picks = numbers if self._picks is None else self._picks[numbers]
+        picks = picks.astype(integers(len(self._captions.texts)))
+        return Selection(self.store, self.rows[positions], self._captions, picks, offsets_of(counts))
 
     def features(self, positions: np.ndarray | None = None) -> np.ndarray:
         """Raw float32 features of the images at these positions (all by default)."""
         return self.store.features(self.rows if positions is None else self.rows[positions])
+
+    def touch(self, positions: np.ndarray) -> None:
+        """Have the system read these images' features into memory, so that `features` need not wait for the disk."""
+        self.store.touch(self.rows[positions])
+
+    def read_ahead(self, blocks: Sequence[range]) -> None:
+        """Have the system begin to read blocks of neighbouring images."""
+        for block in blocks:
+            self.store.read_ahead(int(self.rows[block[0]]), int(self.rows[block[-1]]) + 1)
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """`features` of all images, block by block: flat memory."""
+        return self.store.blocks(self.rows)
+
+
+def ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The numbers from each first on, as many as the count, one range after the other.
+
+    >>> ranges(np.array([7, 2]), np.array([2, 3])).tolist()
+    [7, 8, 2, 3, 4]
+    """
+    begins = np.cumsum(counts) - counts
+    found: np.ndarray = np.arange(int(counts.sum())) + np.repeat(first - begins, counts)
+    return found
+
+
+def _damaged(file: Path, why: Exception) -> StoreError:
+    return StoreError(f"{file} is damaged ({str(why).splitlines()[0]}): remove the store and embed again")
 
 
 class StoreWriter:

@@ -7,11 +7,12 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,9 +20,12 @@ from torch import Tensor, nn
 
 from litune import distributed
 from litune.checkpoint import METRICS, STATE, load_tensors, model_state, save_model, save_tensors
-from litune.config import TuneConfig, parse_rates
+from litune.config import TuneConfig, parse_mix, parse_rates
 from litune.data.batches import Batch, Batches, Field
 from litune.data.pixels import PixelLoader
+from litune.data.text_shards import shards
+from litune.data.texts import TOKENIZED_MOST, LaterTokens, first_of_equal, hash_texts, tokenize
+from litune.data.tokenizers import Tokens
 from litune.devices import keep_freed_memory, pick_bfloat16, processor_cores
 from litune.errors import ConfigError, MissingExtraError, RunError, StoreError
 from litune.evaluation.retrieval import retrieval
@@ -30,8 +34,10 @@ from litune.files import sweep_temporaries, write_text
 from litune.gradient_cache import Encoded, Part
 from litune.interop.card import write_card
 from litune.losses import Ids, MoreImages, sigmoid_loss, softmax_loss
+from litune.mixture import source_names
 from litune.model import LiT
 from litune.optim import make_optimizer, parameter_groups, rate_of, set_rate, stepping
+from litune.pair_losses import pair_losses
 from litune.progress import say, track
 from litune.schedules import parse_duration, parse_unlock, rate_share
 from litune.sharding import Shards, all_rows, own_rows
@@ -44,10 +50,13 @@ EVALUATE_MOST = 1000
 KEPT_MOST = 2**32
 """The most bytes of a locked text tower's vectors that are kept: beyond, texts are encoded anew in each step."""
 LOG_LINES = 1000
+SAMPLE = 10_000
+"""The captions whose lengths stand for all, where they are not tokenised before the first step."""
 BEST = "best"
 SCORES = 2**26
 """The most scores that a loss holds at once: 256 MB of float32."""
 
+T = TypeVar("T")
 OnLog = Callable[[dict[str, Any]], None]
 
 
@@ -82,11 +91,17 @@ class Tuning:
         self.device, self.bfloat16, self.on_log = device, pick_bfloat16(config.precision, device), on_log
         if device.type == "cpu":
             keep_freed_memory()
-        self.tokens = model.tokenizer(train.captions)
+        captions = int(train.offsets[-1])
+        self.tokens: Tokens | LaterTokens = (
+            tokenize(model.tokenizer, train, captions)
+            if captions <= TOKENIZED_MOST
+            else LaterTokens(model.tokenizer, train)
+        )
         self.size = min(config.batch_size, len(train))
         if self.size < distributed.world_size():
             raise ConfigError(f"a batch of {self.size} pairs can't be shared by {distributed.world_size()} processes")
-        self.batches = Batches(len(train), text_fields(train, config.fields), self.size, config.seed)
+        self.sources = source_names([one.store for one in train.sources])
+        self.batches = make_batches(train, config, self.size)
         count = partial(_steps, size=self.size, images=len(train))
         self.steps = max(1, count(config.duration or default_duration(len(train)), "duration"))
         self.rate_share = partial(
@@ -103,7 +118,8 @@ class Tuning:
         # Convolutions go backward in bfloat16 at half of float32's speed on CPUs.
         slow = config.precision == "auto" and device.type == "cpu"
         self.image_bfloat16 = self.bfloat16 and not (slow and is_convolutional(model.image))
-        self.ids = pair_ids(train) if config.mask_duplicates else None
+        self.image_ids = image_ids(train) if config.mask_duplicates else None
+        self.most_captions = int(train.counts.max()) if config.image_negatives else 0
         if config.tensorboard:
             board_writer()  # what is missing is better said before anything is written
         self.shards: Shards | None = None
@@ -134,7 +150,8 @@ class Tuning:
         for name, parameter in named.items():
             if rate_of(name, rates) == 0:
                 parameter.requires_grad_(False)
-        model.text.tune_only(np.unique(self.tokens.ids))
+        if isinstance(self.tokens, Tokens):  # of more captions, most tokens are in some
+            model.text.tune_only(np.unique(self.tokens.ids))
         sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
         if config.shard and distributed.world_size() > 1:
             self.shards = Shards(model.text)
@@ -171,13 +188,19 @@ class Tuning:
         say(
             f"tuning {self.config.text_tower} ({self.tuned_parameters / 1e6:.1f}M parameters, "
             f"{'bfloat16' if self.bfloat16 else 'float32'} on {f'{ranks} × ' if ranks > 1 else ''}{self.device.type}) "
-            f"on {len(self.train):,} images with {self.train.counts.sum():,} captions{held}; "
+            f"on {len(self.train):,} images with {self.train.offsets[-1]:,} captions{held}; "
             f"{self.steps:,} steps of {self.size:,} pairs"
         )
         if self.model.image_tuned:
             assert self.model.image is not None
             say(f"training the image tower {self.model.image.spec} from pictures")
-        cut = float((self.tokens.lengths >= self.model.tokenizer.max_tokens).mean())
+        if len(self.sources) > 1:
+            for name, one in zip(self.sources, self.train.sources, strict=True):
+                say(f"  {name}: {len(one):,} images with {one.offsets[-1]:,} captions")
+            say(f"mixed {' '.join(self.config.mix)}; an epoch is {self.batches.per_epoch:,} batches")
+        some = np.unique(np.linspace(0, self.train.offsets[-1] - 1, SAMPLE).astype(np.int64))
+        tokens = self.tokens if isinstance(self.tokens, Tokens) else self.tokens.take(some)
+        cut = float((tokens.lengths >= self.model.tokenizer.max_tokens).mean())
         if self.model.tokenizer.layout != "sticky_eos" and cut > 0.2:
             say(f"{cut:.0%} of the captions fill --max-tokens {self.config.max_tokens} and may be cut short")
 
@@ -187,7 +210,6 @@ class Tuning:
         began, before = time.monotonic(), self.progress.seconds
         self._keep_texts()
         saved = time.monotonic()
-        log_every = max(1, self.steps // LOG_LINES)
         done = self.progress.step
         with (
             _Log(self.config, done, self.on_log) as log,
@@ -200,12 +222,12 @@ class Tuning:
                 task.advance(self.size)
                 step = self.progress.step
                 task.note = f"loss {facts['loss']:.3f}" + self._recall_note()
-                if step % log_every == 0 or step == self.steps:
+                if self.log_due(step):
                     log.write(self._done() | facts | {"epoch": batch.epoch, "pairs_per_second": round(task.rate, 1)})
                 if step in self.evaluate_at:
                     with self._whole():
                         if distributed.is_main():
-                            log.write(self._done() | {"val": self.evaluate()})
+                            log.write(self._done() | {"val": self.evaluate()} | self.evaluate_sources())
                             self._keep_best()
                 due = time.monotonic() - saved >= self.config.checkpoint_seconds and step < self.steps
                 if distributed.broadcast_object(due) if self.shards else due:
@@ -213,24 +235,28 @@ class Tuning:
                     saved = time.monotonic()
         self.finish()
 
+    def log_due(self, step: int) -> bool:
+        """Whether this step, counted from 1, is logged; where sources take turns, a turn of each follows the other."""
+        turn = step // len(self.sources) if self.batches.mix == "alternate" else step
+        return turn % max(1, self.steps // LOG_LINES) == 0 or step == self.steps
+
     def _keep_texts(self) -> None:
         """Encode every caption once, where the text tower is locked, there is room, and all are likely to be drawn."""
-        model, captions = self.model, self.train.caption_array.dictionary_encode()
+        model, tokens = self.model, self.tokens
         locked = not any(parameter.requires_grad for parameter in model.text.parameters())
-        if (
-            not locked
-            or self.steps * self.size < len(captions)
-            or 4 * len(captions.dictionary) * model.text.width > KEPT_MOST
-        ):
+        if not locked or not isinstance(tokens, Tokens):
+            return
+        captions = self.train.caption_array.dictionary_encode()
+        if self.steps * self.size < len(captions) or 4 * len(captions.dictionary) * model.text.width > KEPT_MOST:
             return
         _, first = np.unique(captions.indices.to_numpy(), return_index=True)
 
         def encode(rows: np.ndarray) -> Tensor:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-                vectors: Tensor = model.text(pack(self.tokens.take(first[rows]), self.device))
+                vectors: Tensor = model.text(pack(tokens.take(first[rows]), self.device))
             return vectors
 
-        self.kept_texts = KeptTexts(self.tokens.lengths[first], captions.indices.to_numpy(), encode, self.device)
+        self.kept_texts = KeptTexts(tokens.lengths[first], captions.indices.to_numpy(), encode, self.device)
 
     def _coming(self, done: int) -> Iterator[tuple[Batch, np.ndarray | None]]:
         """The rank's part of the batches from step `done` on, with pictures where the image tower is tuned."""
@@ -238,9 +264,16 @@ class Tuning:
         own = np.array_split(np.arange(self.size), ranks)[rank]
         batches = (batch.take(own) for batch in self.batches.from_step(done, self.steps))
         if not self.model.image_tuned:
-            return ((batch, None) for batch in batches)
+            return ahead((self._read(batch), None) for batch in batches)
         loader = self._pixels(self.train, augment=True)
         return loader.from_batches(batches)
+
+    def _read(self, batch: Batch) -> Batch:
+        """A batch whose features are in memory, its captions tokenised where they were not before the first step."""
+        self.train.touch(batch.images)
+        if isinstance(self.tokens, Tokens):
+            return batch
+        return dataclasses.replace(batch, tokens=self.tokens.take(batch.all_captions))
 
     def _pixels(self, pairs: Selection, *, augment: bool) -> PixelLoader:
         assert self.model.image is not None
@@ -256,14 +289,15 @@ class Tuning:
             max_damaged=self.config.max_damaged,
         )
 
-    def step(self, batch: Batch, pixels: np.ndarray | None = None) -> dict[str, float]:
+    def step(self, batch: Batch, pixels: np.ndarray | None = None) -> dict[str, Any]:
         """One step of the optimizer; returns what is logged."""
         share = self.rate_share(self.progress.step)
         image_share = self.unlock.share(self.progress.step, self.steps, batch_size=self.size, images=len(self.train))
         set_rate(self.optimizer, share, image_share)
         images = self._encode_images(batch, pixels, tuned=image_share > 0)
-        texts = self._encode_texts(np.concatenate([c[c >= 0] for c in batch.captions]))
-        loss = self._loss(batch, images.features, texts.features)
+        texts = self._encode_texts(batch.all_captions, batch.tokens)
+        more_images = self._more_images(batch)
+        loss = self._loss(batch, images.features, texts.features, more_images)
         value = loss.item()
         if not math.isfinite(value):
             keys = ", ".join(self.train.keys[i] for i in batch.images[:3])
@@ -271,6 +305,8 @@ class Tuning:
                 f"the loss is {value} at step {self.progress.step} (images {keys}, …): lower --learning-rate, or "
                 f"try --precision float32, in another --out; the last checkpoint stays in {self.config.out}"
             )
+        due = len(self.sources) > 1 and self.log_due(self.progress.step + 1)
+        of_sources = self._source_losses(batch, images.features, texts.features, more_images) if due else {}
         loss.backward()
         texts.backward()
         images.backward()
@@ -282,7 +318,7 @@ class Tuning:
             nn.utils.clip_grads_with_norm_(tuned, self.config.clip_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        facts = {
+        facts: dict[str, Any] = {
             "loss": value,
             "scale": self.model.scale.item(),
             "gradient_norm": norm.item(),
@@ -290,10 +326,10 @@ class Tuning:
         }
         if self.model.logit_bias is not None:
             facts["bias"] = self.model.logit_bias.item()
-        return facts
+        return facts | ({"sources": of_sources} if due else {})
 
-    def _encode_texts(self, captions: np.ndarray) -> Encoded:
-        """Features [n, D] of these captions."""
+    def _encode_texts(self, captions: np.ndarray, tokens: Tokens | None = None) -> Encoded:
+        """Features [n, D] of these captions, whose tokens may have been made ahead."""
 
         def part(rows: np.ndarray, seed: int) -> Tensor:
             torch.manual_seed(seed)  # dropout, the same in both passes
@@ -301,9 +337,12 @@ class Tuning:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
                 if self.kept_texts is not None:
                     return self.model.features_of_texts(self.kept_texts(encoded))
+                if tokens is not None and len(tokens):
+                    return self.model.text_features(tokens.take(encoded))[: len(rows)]
                 return self.model.text_features(self.tokens.take(encoded))[: len(rows)]
 
-        parts = self._parts(captions, self.text_micro, part, stream=0, alike=self.shards is not None)
+        rows = captions if tokens is None else np.arange(len(tokens))
+        parts = self._parts(rows, self.text_micro, part, stream=0, alike=self.shards is not None)
         return Encoded(parts, [self.model.text, self.model.text_head])
 
     def _encode_images(self, batch: Batch, pixels: np.ndarray | None, *, tuned: bool) -> Encoded:
@@ -352,21 +391,15 @@ class Tuning:
         ).generate_state(len(parts), np.uint64)
         return [partial(encode, part, int(seed >> 1)) for part, seed in zip(parts, seeds, strict=True)]
 
-    def _loss(self, batch: Batch, images: Tensor, texts: Tensor) -> Tensor:
+    def _loss(self, batch: Batch, images: Tensor, texts: Tensor, more_images: MoreImages | None) -> Tensor:
         """The losses of the text fields, summed."""
         config, model = self.config, self.model
         total = torch.zeros((), device=self.device)
-        more_images = self._more_images(batch)
-        begin = 0
-        for captions in batch.captions:
-            there = np.flatnonzero(captions >= 0)
-            own = texts[begin : begin + len(there)]
-            begin += len(there)
-            others = images if len(there) == len(captions) else images[torch.from_numpy(there).to(self.device)]
+        for others, own, there, captions in self._of_fields(batch, images, texts):
             rows = distributed.sum_counts(len(there))
             if rows == 0:
                 continue  # no image of the batch has this field
-            ids = self._ids(batch.images[there], captions[there])
+            ids = self._ids(batch.images[there], captions)
             chunk = max(64, SCORES // (rows + config.image_negatives))
             if model.logit_bias is not None:
                 total = total + sigmoid_loss(
@@ -385,11 +418,65 @@ class Tuning:
             )
         return total
 
+    def _of_fields(
+        self, batch: Batch, images: Tensor, texts: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, np.ndarray, np.ndarray]]:
+        """For each text field: features of the images that have it and of their texts; which they are; the captions."""
+        begin = 0
+        for captions in batch.captions:
+            there = np.flatnonzero(captions >= 0)
+            own = texts[begin : begin + len(there)]
+            begin += len(there)
+            others = images if len(there) == len(captions) else images[torch.from_numpy(there).to(self.device)]
+            yield others, own, there, captions[there]
+
+    def _source_losses(
+        self, batch: Batch, images: Tensor, texts: Tensor, more_images: MoreImages | None
+    ) -> dict[str, dict[str, float]]:
+        """For each source that is in the global batch, its number of pairs and the mean of their losses.
+
+        Each pair has its loss in the whole batch: the mean of all, weighted by the numbers of pairs, is the batch's
+        loss. Text fields are summed, each the mean over those pairs that have it.
+        """
+        config, model = self.config, self.model
+        source = np.searchsorted(self.batches.starts, batch.images, "right") - 1
+        most = len(self.sources)
+        losses = torch.zeros(most, dtype=torch.float64)
+        for others, own, there, captions in self._of_fields(batch, images, texts):
+            rows = distributed.sum_counts(len(there))
+            if rows == 0:
+                continue
+            found = pair_losses(
+                others.detach().float(),
+                own.detach().float(),
+                model.scale.detach(),
+                bias=None if model.logit_bias is None else model.logit_bias.detach(),
+                image_to_text=config.image_to_text,
+                ids=self._ids(batch.images[there], captions),
+                more_images=more_images,
+                chunk=max(64, SCORES // (rows + config.image_negatives)),
+                negatives=config.negatives,
+            )
+            sums = np.bincount(source[there], weights=found.double().cpu().numpy(), minlength=most)
+            both = torch.from_numpy(np.stack([sums, np.bincount(source[there], minlength=most)]))
+            distributed.sum_([both])
+            losses += both[0] / both[1].clamp(min=1)
+        pairs = torch.from_numpy(np.bincount(source, minlength=most))
+        distributed.sum_([pairs])
+        return {
+            name: {"pairs": int(count), "loss": float(loss)}
+            for name, count, loss in zip(self.sources, pairs, losses, strict=True)
+            if count
+        }
+
     def _ids(self, images: np.ndarray, captions: np.ndarray) -> Ids | None:
-        if self.ids is None:
+        if not self.config.mask_duplicates:
             return None
-        of_images, of_captions = self.ids
-        return Ids(torch.from_numpy(of_images[images]), torch.from_numpy(of_captions[captions]))
+        texts = hash_texts(self.train.take_captions(captions))
+        return Ids(torch.from_numpy(self._image_ids(images)), torch.from_numpy(texts))
+
+    def _image_ids(self, images: np.ndarray) -> np.ndarray:
+        return images if self.image_ids is None else self.image_ids[images]
 
     def _more_images(self, batch: Batch) -> MoreImages | None:
         """Images from outside the batch, drawn for this step alone; each rank brings its share."""
@@ -404,13 +491,14 @@ class Tuning:
         drawn = np.array_split(drawn, distributed.world_size())[distributed.rank()]
         with torch.no_grad():
             features = self.model.image_features(torch.from_numpy(self.train.features(drawn)).to(self.device))
-        of_images, of_captions = self.ids or (np.arange(len(self.train)), np.full(self.train.counts.sum(), -1))
-        counts = self.train.counts
-        first = np.cumsum(counts) - counts
-        place = np.arange(counts.max())
-        captions = np.minimum(first[drawn, None] + place, len(of_captions) - 1)
-        texts = np.where(place < counts[drawn, None], of_captions[captions], -1)
-        return MoreImages(features, torch.from_numpy(of_images[drawn]), torch.from_numpy(texts))
+        first = self.train.offsets[drawn].astype(np.int64)
+        counts = self.train.offsets[drawn + 1] - first
+        place = np.arange(self.most_captions)
+        there = place < counts[:, None]
+        texts = np.full(there.shape, -1)
+        if self.config.mask_duplicates:
+            texts[there] = hash_texts(self.train.take_captions((first[:, None] + place)[there]))
+        return MoreImages(features, torch.from_numpy(self._image_ids(drawn)), torch.from_numpy(texts))
 
     def _sum_gradients(self, tuned: list[nn.Parameter]) -> Tensor:
         """Add up every rank's share of the gradients; what no rank has a gradient for stays without.
@@ -437,7 +525,24 @@ class Tuning:
     def evaluate(self) -> dict[str, Any]:
         """Retrieval on the held-out pairs (at most 1,000 images), in tuning's own precision."""
         assert self.val is not None
-        val = self.val
+        self.last_evaluation = self._evaluate(self.val)
+        return self.last_evaluation
+
+    def evaluate_sources(self) -> dict[str, dict[str, Any]]:
+        """The same on the held-out pairs of each source by itself, where there are several."""
+        assert self.val is not None
+        if len(self.sources) == 1:
+            return {}
+        places = {one.store.path: name for name, one in zip(self.sources, self.train.sources, strict=True)}
+        found = {places[one.store.path]: {"val": self._evaluate(one)} for one in self.val.sources}
+        recalls = {name: one["val"]["text_to_image"]["recall@10"] for name, one in found.items()}
+        say(
+            f"step {self.progress.step:,}{self._recall_note()}: "
+            + ", ".join(f"{n} {r:.1%}" for n, r in recalls.items())
+        )
+        return {"sources": found}
+
+    def _evaluate(self, val: Selection) -> dict[str, Any]:
         if len(val) > EVALUATE_MOST:
             val = val.subset(np.linspace(0, len(val) - 1, EVALUATE_MOST).round().astype(int))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
@@ -446,9 +551,7 @@ class Tuning:
         owner = np.full(len(val), -1)
         owner[kept] = np.arange(len(kept))
         there = owner[val.owner] >= 0
-        found = retrieval(images, texts[torch.from_numpy(there)], torch.from_numpy(owner[val.owner][there]))
-        self.last_evaluation = found
-        return found
+        return retrieval(images, texts[torch.from_numpy(there)], torch.from_numpy(owner[val.owner][there]))
 
     def _held_out_images(self, val: Selection) -> tuple[Tensor, np.ndarray]:
         """Features of the held-out images, and the positions of those that could be read."""
@@ -515,10 +618,16 @@ class Tuning:
         facts = {
             "steps": self.steps,
             "images": len(self.train),
-            "captions": int(self.train.counts.sum()),
+            "captions": int(self.train.offsets[-1]),
             "tower": self.store.tower,
             "pairs": self.store.manifest.get("pairs"),
         }
+        if len(self.sources) > 1 or self.config.texts:
+            facts["sources"] = [
+                [str(one.store.path), len(one), int(one.offsets[-1]), one.store.manifest.get("pairs")]
+                for one in self.train.sources
+            ]
+            facts["texts"] = [[f.name, f.stat().st_size] for path in self.config.texts for f in shards(path)]
         return dict(json.loads(json.dumps(facts)))
 
     def go_on(self) -> None:
@@ -596,10 +705,11 @@ class Tuning:
                 "tower": self.store.tower,
                 "pairs": self.store.manifest.get("pairs"),
             },
+            **({"sources": self._describe_sources()} if len(self.sources) > 1 else {}),
             "tuned_on": {
-                "split": self.config.split if "split" in self.store.metadata.column_names else None,
+                "split": self.config.split if self.store.splits else None,
                 "images": len(self.train),
-                "captions": int(self.train.counts.sum()),
+                "captions": int(self.train.offsets[-1]),
                 "held_out_images": len(self.val) if self.val else 0,
             },
             "tuned_parameters": self.tuned_parameters,
@@ -612,6 +722,18 @@ class Tuning:
             "seed": self.config.seed,
             "libraries": library_versions(),
             "held_out": self.last_evaluation,
+        }
+
+    def _describe_sources(self) -> dict[str, dict[str, Any]]:
+        """Where the images of each source came from."""
+        return {
+            name: {
+                "path": str(one.store.path),
+                "images": len(one),
+                "captions": int(one.offsets[-1]),
+                "pairs": one.store.manifest.get("pairs"),
+            }
+            for name, one in zip(self.sources, self.train.sources, strict=True)
         }
 
 
@@ -666,30 +788,49 @@ def _numbers(facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, flo
             yield prefix + name, value
 
 
+def make_batches(train: Selection, config: TuneConfig, size: int) -> Batches:
+    """The batches of a run. Raises `ConfigError` where a store has fewer images than a batch takes of it."""
+    sources = [len(one) for one in train.sources]
+    mix = parse_mix(config.mix, len(sources)) if len(sources) > 1 else "proportional"
+    if mix != "proportional":
+        shares = [1.0] * len(sources) if mix == "alternate" else [float(weight / sum(mix)) for weight in mix]
+        for one, share in zip(train.sources, shares, strict=True):
+            if (wanted := math.ceil(share * size)) > len(one):
+                raise ConfigError(
+                    f"{one.store.path} has {len(one):,} images to tune on, fewer than the {wanted:,} that a batch "
+                    "takes of it: lower --batch-size or its weight in --mix"
+                )
+    fields = text_fields(train, config.fields)
+    return Batches(len(train), fields, size, config.seed, config.shuffle, sources, mix, train.read_ahead)
+
+
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """The items, each made in a thread while the one before is in use."""
+    items = iter(items)
+    with ThreadPoolExecutor(1, thread_name_prefix="loader") as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item
+
+
 def text_fields(train: Selection, names: tuple[str, ...]) -> list[Field]:
     """The captions of each of the named text fields; all captions as one field where none is named."""
-    first = np.concatenate([[0], np.cumsum(train.counts)])
     if not names:
-        return [Field(first, np.arange(first[-1]))]
+        return [Field(train.offsets, None)]
     found = []
-    of_caption = np.array(train.fields)
     for name in names:
-        captions = np.flatnonzero(of_caption == name)
+        captions = train.of_field(name)
         if not len(captions):
             raise StoreError(f"no image of {train.store.path} that is tuned on has the text field {name!r}")
-        counts = np.bincount(train.owner[captions], minlength=len(train))
-        found.append(Field(np.concatenate([[0], np.cumsum(counts)]), captions))
+        found.append(Field(np.searchsorted(captions, train.offsets), captions))
     return found
 
 
-def pair_ids(train: Selection) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers that are equal for equal images [N] (by the hash of their files) and for equal captions [C]."""
-    captions = train.caption_array.dictionary_encode()
-    hashes = train.column("sha256")
-    images = np.arange(len(train))
-    if hashes is not None and hashes.null_count == 0:
-        images = hashes.dictionary_encode().indices.to_numpy().astype(np.int64)
-    return images, captions.indices.to_numpy().astype(np.int64)
+def image_ids(train: Selection) -> np.ndarray | None:
+    """Numbers [N] that are equal for equal image files: the position of the first; None where no two are equal."""
+    hashes = train.image_hashes()
+    return None if hashes is None else first_of_equal(hashes)
 
 
 def default_duration(images: int) -> str:

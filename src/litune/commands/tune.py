@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from litune import distributed
 from litune.checkpoint import CONFIG, MANIFEST, load
 from litune.config import TuneConfig, command, to_json
+from litune.data.text_shards import Images, read_texts
+from litune.data.texts import Captions, integers, join_texts
 from litune.data.tokenizers import Tokenizer, find_tokenizer, train_tokenizer
 from litune.devices import pick_device
-from litune.errors import ConfigError, OutputExistsError, RunError
+from litune.errors import ConfigError, OutputExistsError, RunError, StoreError
 from litune.features import FeatureStore, Selection
 from litune.files import clear_output, read_json, write_json
+from litune.mixture import Mixture, check_one_tower, known_store, source_names
 from litune.model import LiT
 from litune.progress import say
 from litune.towers.heads import make_head
@@ -43,14 +47,16 @@ def tune(config: TuneConfig, on_log: OnLog | None = None) -> LiT:
     finished, `RunError` where it has another config or the loss stops being finite.
     """
     distributed.start(config.device)
-    store = FeatureStore(config.store)
+    stores = [FeatureStore(path) for path in config.stores]
+    check_one_tower(stores)
+    store = known_store(stores)
     spec = text_spec(config)
-    train, val = choose_pairs(store, config)
+    train, val = choose_mixture(stores, config)
     goes_on = distributed.from_main(lambda: can_go_on(config))
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
     start = started_from(spec, config)
-    tokenizer = make_tokenizer(spec, config, train.captions, start)
+    tokenizer = make_tokenizer(spec, config, train.iterate_captions(), start)
     model = make_model(store, spec, tokenizer, train, config, start).to(device)
     run = Tuning(config, store, train, val, model, device, on_log)
     if not goes_on:
@@ -80,14 +86,46 @@ def text_spec(config: TuneConfig) -> TextSpec:
     return spec
 
 
-def choose_pairs(store: FeatureStore, config: TuneConfig) -> tuple[Selection, Selection | None]:
-    """The pairs to tune on and, where there are any, the held-out ones."""
-    select = partial(store.select, lang=config.lang, fields=config.fields)
-    if "split" in store.metadata.column_names:
-        splits = set(store.metadata["split"].to_pylist())
+def choose_mixture(stores: Sequence[FeatureStore], config: TuneConfig) -> tuple[Selection, Selection | None]:
+    """The pairs of all stores to tune on, and the held-out ones."""
+    captions: Sequence[Captions | None] = [None] * len(stores)
+    if config.texts:
+        captions = texts_of(stores, config)
+    chosen = [choose_pairs(store, config, texts) for store, texts in zip(stores, captions, strict=True)]
+    if len(stores) == 1:
+        return chosen[0]
+    held_out = [val for _, val in chosen if val is not None]
+    if held_out and len(held_out) < len(stores):
+        names = ", ".join(str(store.path) for store, (_, val) in zip(stores, chosen, strict=True) if val is None)
+        say(f"nothing is held out of {names}: the others alone are evaluated")
+    return Mixture([train for train, _ in chosen]), Mixture(held_out) if held_out else None
+
+
+def texts_of(stores: Sequence[FeatureStore], config: TuneConfig) -> list[Captions]:
+    """The captions of --texts for each of the stores."""
+    names = source_names(stores)
+    images = [
+        Images(tuple({name, store.path.name, str(store.path)}), len(store), partial(_keys, store))
+        for name, store in zip(names, stores, strict=True)
+    ]
+    return read_texts(config.texts, images, config.max_damaged)
+
+
+def _keys(store: FeatureStore) -> pa.Array:
+    column = store.column("key")
+    assert column is not None  # every store has one
+    return join_texts(column.chunks, column.nbytes)
+
+
+def choose_pairs(
+    store: FeatureStore, config: TuneConfig, captions: Captions | None = None
+) -> tuple[Selection, Selection | None]:
+    """The pairs to tune on and, where there are any, the held-out ones; with `captions` instead of the store's."""
+    select = partial(store.select, lang=config.lang, fields=config.fields, captions=captions)
+    if store.splits:
         pairs = select(config.split)
-        if config.val_split in splits and config.val_split != config.split:
-            return _enough(pairs), select(config.val_split)
+        if config.val_split in store.splits and config.val_split != config.split:
+            return _enough(pairs), held_out_split(store, config, captions)
         if config.val_split != TuneConfig.val_split:
             select(config.val_split)  # says which splits there are
             raise ConfigError(f"--split and --val-split are both {config.split!r}: evaluate on pairs not tuned on")
@@ -97,8 +135,19 @@ def choose_pairs(store: FeatureStore, config: TuneConfig) -> tuple[Selection, Se
     if held_out < 2:
         return _enough(pairs), None
     # By the seed of the store's order alone: another run's seed holds out the same images.
-    order = np.random.default_rng(0).permutation(len(pairs))
+    order = np.random.default_rng(0).permutation(np.arange(len(pairs), dtype=integers(len(pairs))))
     return _enough(pairs.subset(np.sort(order[held_out:]))), pairs.subset(np.sort(order[:held_out]))
+
+
+def held_out_split(store: FeatureStore, config: TuneConfig, captions: Captions | None) -> Selection:
+    """The pairs of the split to evaluate on; with its own captions where `captions` has none for it."""
+    select = partial(store.select, config.val_split, config.lang, config.fields)
+    if captions is not None:
+        try:
+            return select(captions=captions)
+        except StoreError:
+            say(f"{store.path} has no texts of the split {config.val_split!r}: its own captions are evaluated")
+    return select()
 
 
 def _enough(pairs: Selection) -> Selection:
@@ -170,7 +219,7 @@ def started_from(spec: TextSpec, config: TuneConfig) -> LiT | None:
     return start
 
 
-def make_tokenizer(spec: TextSpec, config: TuneConfig, captions: Sequence[str], start: LiT | None = None) -> Tokenizer:
+def make_tokenizer(spec: TextSpec, config: TuneConfig, captions: Iterable[str], start: LiT | None = None) -> Tokenizer:
     """The text tower's own tokenizer (that of the run `start`), the one asked for, or one trained on the captions."""
     if config.tokenizer and spec.pretrained:
         raise ConfigError(f"--tokenizer is for towers from scratch: {spec.spec} was trained with its own")
@@ -227,7 +276,7 @@ def make_model(
     if start is not None:
         keep_heads(spec, start, model)
     if image_map != "none":
-        mean, covariance = moments(train)
+        mean, covariance = moments(train, covariance=model.whitening is not None)
         model.center.copy_(torch.from_numpy(mean))
         if model.whitening is not None:
             model.whitening.copy_(torch.from_numpy(whitening(covariance, config.shrinkage)))
@@ -293,16 +342,20 @@ def output_width(tower: ImageTower) -> int:
     return int(tower.encode(pixels).shape[1])
 
 
-def moments(pairs: Selection) -> tuple[np.ndarray, np.ndarray]:
-    """The mean [D] and covariance [D, D] of the images' raw features, summed in float64 block by block."""
+def moments(pairs: Selection, *, covariance: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """The mean [D] and covariance [D, D] of the images' raw features, summed in float64 block by block.
+
+    Without `covariance`, which costs D times as much as the mean, that is zero.
+    """
     width = pairs.store.width
     total, products = np.zeros(width), np.zeros((width, width))
-    for block in pairs.store.blocks(pairs.rows):
+    for block in pairs.blocks():
         values = block.astype(np.float64)
         total += values.sum(axis=0)
-        products += values.T @ values
+        if covariance:
+            products += values.T @ values
     mean = total / len(pairs)
-    return mean, products / len(pairs) - np.outer(mean, mean)
+    return mean, products / len(pairs) - np.outer(mean, mean) if covariance else products
 
 
 def whitening(covariance: np.ndarray, shrinkage: float) -> np.ndarray:

@@ -1,0 +1,212 @@
+"""Whether what feeds a tuning step keeps up with it, and what millions of images cost in memory.
+
+`python benchmarks/loader_speed.py --rows 10000000`; what the figures mean stands in ../docs/mixing.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from bench_options import add_options
+
+# A process's peak begins at that of the process that started it: what needs much is imported in processes of their own.
+
+SHARD = 250_000
+
+
+def prepare(options: argparse.Namespace, folder: Path, rows: int) -> None:
+    """Write a store of so many images: real captions, again and again; one file of random features, linked as often."""
+    import os
+
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    from bench_store import read_captions
+
+    from litune.features import FORMAT, MANIFEST
+    from litune.files import write_json
+
+    captions = pa.array(read_captions(options.captions, options.split, options.lang))
+    size = min(rows, SHARD)
+    features = np.random.default_rng(0).standard_normal((size, options.dim), dtype=np.float32).astype(np.float16)
+    (folder / "img_emb").mkdir(parents=True)
+    (folder / "metadata").mkdir()
+    for number, start in enumerate(range(0, rows, size)):
+        numbers = np.arange(start, min(start + size, rows))
+        file = folder / "img_emb" / f"img_emb_{number:04d}.npy"
+        first = folder / "img_emb" / "img_emb_0000.npy"
+        if number == 0 or len(numbers) < size:
+            np.save(file, features[: len(numbers)])
+        else:
+            os.link(first, file)
+        keys = pc.binary_join_element_wise(pa.array(numbers).cast(pa.string()), ".png", "")
+        texts = captions.take(pa.array(numbers % len(captions)))
+        lists = pa.ListArray.from_arrays(pa.array(np.arange(len(numbers) + 1, dtype=np.int32)), texts)
+        table = pa.table({"key": keys, "image_path": keys, "captions": lists})
+        pa.parquet.write_table(table, folder / "metadata" / f"metadata_{number:04d}.parquet")
+    facts = {"tower": None, "images": rows, "rows": rows, "seen": rows, "dtype": "float16", "pairs": None}
+    write_json(folder / MANIFEST, {"format": FORMAT, "complete": True, "width": options.dim, **facts})
+
+
+class Memory:
+    """The most memory of this process's own that is seen while it runs: what is not a file's page, in bytes."""
+
+    def __init__(self) -> None:
+        self.most = 0
+        self._stop = threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.02):
+            self.most = max(self.most, anonymous())
+
+
+def anonymous() -> int:
+    """Memory that is the process's own, in bytes; all that is resident where the system does not tell."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    line = next(line for line in status.read_text().splitlines() if line.startswith("RssAnon"))
+    return 1024 * int(line.split()[1])
+
+
+def measure(options: argparse.Namespace, folder: Path, steps: int) -> dict[str, Any]:
+    """One store's figures, from a process that has done nothing else; with `steps`, those of real steps too."""
+    import torch
+    from bench_run import machine, start_run
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    imported, memory = anonymous(), Memory()
+    # The text tower first, so that loading it is no part of what is measured.
+    from litune.towers.text import make_text_tower, parse_text_spec
+
+    make_text_tower(parse_text_spec(options.text_tower), vocab_size=0, max_tokens=16, pooling="auto", dropout=None)
+    begin = time.perf_counter()
+    run = start_run(
+        folder,
+        text_tower=options.text_tower,
+        batch_size=options.batch_size,
+        precision=options.precision,
+        shuffle=options.shuffle,
+        duration="10epochs",
+    )
+    opened = time.perf_counter() - begin
+    batches = run._coming(0)
+    first, _ = next(batches)
+    to_first = time.perf_counter() - begin
+    seen, begin = 0, time.perf_counter()
+    while time.perf_counter() - begin < options.seconds:
+        batch, _ = next(batches)
+        run.train.features(batch.images)
+        run._ids(batch.images, batch.captions[0])
+        tokens = batch.tokens or run.tokens.take(batch.all_captions)
+        assert len(tokens) == len(batch.images)
+        seen += len(batch.images)
+    loader = (time.perf_counter() - begin) / seen
+    batches.close()
+    run.batches._passes.clear()
+    begin = time.perf_counter()
+    again = run._coming(run.batches.per_epoch // 2)
+    next(again)
+    to_resume = opened + time.perf_counter() - begin
+    again.close()
+    most = memory.most
+    seconds = []
+    for _ in range(steps):
+        begin = time.perf_counter()
+        run.step(first)
+        seconds.append(time.perf_counter() - begin)
+        run.progress.step += 1
+    return {
+        "loader": loader,
+        "step": sorted(seconds)[len(seconds) // 2] / options.batch_size if seconds else None,
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+        "own": most - imported,
+        "own_peak_gb": most / 1e9,
+        "seconds_to_first_batch": to_first,
+        "seconds_to_resume": to_resume,
+        **machine(),
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parse(arguments)
+    if options.inside:
+        what, folder, number = options.inside[0], Path(options.inside[1]), int(options.inside[2])
+        print(json.dumps({"prepare": prepare, "measure": measure}[what](options, folder, number)))
+        return
+    with tempfile.TemporaryDirectory(dir=options.folder) as place:
+
+        def fresh(what: str, folder: str, number: int) -> Any:
+            inside = ["--inside", what, str(Path(place) / folder), str(number)]
+            run = subprocess.run([sys.executable, __file__, *arguments, *inside], check=True, stdout=subprocess.PIPE)
+            return json.loads(run.stdout.splitlines()[-1])
+
+        fresh("prepare", "half", options.rows // 2)
+        fresh("prepare", "whole", options.rows)
+        half = fresh("measure", "half", 0)
+        whole = fresh("measure", "whole", 0 if options.step_rate else options.steps)
+    step = 1 / options.step_rate if options.step_rate else whole.pop("step")
+    found = {
+        "rows": options.rows,
+        "pairs_per_second_loader": 1 / whole.pop("loader"),
+        "pairs_per_second_step": 1 / step,
+        "share_of_step": 0.0,
+        "peak_gb": whole.pop("peak_gb"),
+        "bytes_per_row": (whole.pop("own") - half["own"]) / (options.rows - options.rows // 2),
+        **{name: value for name, value in whole.items() if name != "step"},
+        "settings": {
+            "text_tower": options.text_tower,
+            "dim": options.dim,
+            "batch_size": options.batch_size,
+            "shuffle": options.shuffle,
+            "captions": options.captions.name if options.captions else "emoji names",
+        },
+    }
+    found["share_of_step"] = found["pairs_per_second_step"] / found["pairs_per_second_loader"]
+    print_table(found)
+    print(json.dumps(found))
+
+
+def print_table(found: dict[str, Any]) -> None:
+    print(f"{found['cpu']}, {found['threads']} threads, torch {found['torch']}")
+    print(f"{found['rows']:,} images, D = {found['settings']['dim']}, {found['settings']['text_tower']}")
+    print(f"loader {found['pairs_per_second_loader']:12,.0f} pairs/s")
+    print(f"step   {found['pairs_per_second_step']:12,.0f} pairs/s: the loader's share {found['share_of_step']:.1%}")
+    print(f"memory {found['peak_gb']:.2f} GB with the pages of files, {found['own_peak_gb']:.2f} GB without them")
+    print(f"       {found['bytes_per_row']:.0f} bytes an image")
+    first, resumed = found["seconds_to_first_batch"], found["seconds_to_resume"]
+    print(f"first batch after {first:.1f} s, after an interruption {resumed:.1f} s")
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    parser.set_defaults(dim=64)
+    parser.add_argument("--rows", type=int, default=200_000, help="images in the store")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--shuffle", choices=["full", "window"], default="full")
+    parser.add_argument("--seconds", type=float, default=5.0, help="how long the loader runs")
+    parser.add_argument("--steps", type=int, default=7, help="real steps; the median is taken")
+    parser.add_argument("--step-rate", type=float, help="pairs a second of a step that was measured elsewhere")
+    parser.add_argument("--folder", type=Path, help="where the store is written, for a while")
+    parser.add_argument("--inside", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.rows, options.seconds, options.steps = 2_000, 0.2, 1
+    return options
+
+
+if __name__ == "__main__":
+    main()
