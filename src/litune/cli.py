@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import make_dataclass
 from typing import Annotated, Any
 
 import tyro
@@ -18,11 +19,14 @@ from litune.config import (
     ClassifyConfig,
     Command,
     CompareConfig,
+    DedupConfig,
     EmbedConfig,
     EvalConfig,
     ExportConfig,
+    FilterConfig,
     ImportConfig,
     InspectConfig,
+    OverviewConfig,
     PushConfig,
     QuickstartConfig,
     SearchConfig,
@@ -35,7 +39,7 @@ DESCRIPTION = """Give any image model a language.
 litune locks an image tower that already sees well, teaches a text tower to read it, and from then on classifies
 and searches images by free-form text (locked-image tuning, LiT)."""
 
-# Each command's config and where its function is.
+# Each command's config and where its function is; a name of two words is a command of a group.
 COMMANDS: dict[str, tuple[type[Any], str]] = {
     "quickstart": (QuickstartConfig, "litune.commands.quickstart:quickstart"),
     "embed": (EmbedConfig, "litune.commands.embed:embed"),
@@ -48,7 +52,11 @@ COMMANDS: dict[str, tuple[type[Any], str]] = {
     "import": (ImportConfig, "litune.commands.import_:import_"),
     "export": (ExportConfig, "litune.commands.export:export"),
     "push": (PushConfig, "litune.commands.push:push"),
+    "data inspect": (OverviewConfig, "litune.commands.data_inspect:inspect_data"),
+    "data filter": (FilterConfig, "litune.commands.data_filter:filter_data"),
+    "data dedup": (DedupConfig, "litune.commands.data_dedup:dedup_data"),
 }
+GROUPS = {"data": "Look at pairs, filter them, and remove near-duplicates."}
 
 # Those that several processes do together, under torchrun.
 ON_RANKS = (EmbedConfig, TuneConfig, EvalConfig)
@@ -60,15 +68,21 @@ FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 def parse(argv: Sequence[str]) -> Any:
     """The config that the command line asks for. Exits with 2 and a usage message where it can't be read."""
+    group = argv[0] if argv and argv[0] in GROUPS else ""
+    known = {name.removeprefix(group).strip(): kind for name, (kind, _) in COMMANDS.items() if name.startswith(group)}
+    # Outside of a group, its commands are one entry, which `litune GROUP` then opens.
+    known = {name: kind for name, kind in known.items() if " " not in name}
+    if not group:
+        known |= {name: make_dataclass(name, [], namespace={"__doc__": about}) for name, about in GROUPS.items()}
     choices: Any = None
-    for name, (config, _) in COMMANDS.items():
-        choice = Annotated[config, tyro.conf.subcommand(name)]  # type: ignore[valid-type]
+    for name, config in known.items():
+        choice = Annotated[config, tyro.conf.subcommand(name)]
         choices = choice if choices is None else choices | choice
     return tyro.cli(
         choices,
-        prog="litune",
-        description=DESCRIPTION,
-        args=list(argv),
+        prog=f"litune {group}".strip(),
+        description=GROUPS.get(group, DESCRIPTION),
+        args=list(argv[1:] or ["--help"]) if group else list(argv),
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes),
     )
 

@@ -1,0 +1,133 @@
+"""Whether two pictures show the same photo: their thumbnails, aligned, then compared patch by patch.
+
+A copy may be cropped, scaled, mirrored, brighter, compressed or written upon. Gains and offsets of brightness are taken
+out; scale and place in both directions are found by Gauss-Newton steps on the difference of the two thumbnails, from
+coarse to fine (inverse compositional: Baker and Matthews, "Lucas-Kanade 20 years on", 2004); and the agreement is the
+mean correlation of small patches, so that a caption written into a corner costs a few patches, while two photos of
+like layout agree in few.
+"""
+
+from __future__ import annotations
+
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional as F
+
+SIDE = 64
+"""Pixels of a thumbnail, each way; the aspect is not kept."""
+LEVELS = ((8, 6), (16, 8), (32, 6), (64, 4))
+"""Pixels and steps of the alignment, from coarse to fine."""
+PATCH = 8
+TEXTURE = 4.0
+"""The standard deviation, in gray levels, below which a patch is flat."""
+SCALES, SHIFT = (0.6, 1.7), 0.7
+"""What an alignment may do: scale, and shift in half thumbnails."""
+
+
+def thumbnail(file: BinaryIO) -> tuple[np.ndarray, tuple[int, int]]:
+    """A picture in gray, upright, squeezed to [SIDE, SIDE] uint8; and its width and height."""
+    image: Image.Image = Image.open(file)
+    size = image.size
+    image.draft("L", (2 * SIDE, 2 * SIDE))  # a JPEG is decoded at a fraction of its size, and in gray alone
+    image = ImageOps.exif_transpose(image)
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return np.asarray(image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)), size
+
+
+def agreement(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """How well P pairs of thumbnails, uint8 [P, SIDE, SIDE], agree after alignment: [P], at most 1.
+
+    The other one is also tried mirrored.
+    """
+    with torch.inference_mode():
+        fixed, moving = (torch.from_numpy(t).float()[:, None] for t in (one, other))
+        both = torch.stack([moving, moving.flip(-1)])
+        place = torch.zeros(2, len(fixed), 2, 2)
+        place[:, :, 0] = 1
+        for h in range(2):
+            for side, steps in LEVELS[:2]:
+                place[h] = _align(_shrink(fixed, side), _shrink(both[h], side), place[h], steps)
+        side = LEVELS[1][0]
+        coarse = torch.stack([_correlation(_shrink(fixed, side), _shrink(both[h], side), place[h]) for h in range(2)])
+        best = coarse.argmax(0)
+        rows = torch.arange(len(fixed))
+        moving, found = both[best, rows], place[best, rows]
+        for side, steps in LEVELS[2:]:
+            found = _align(_shrink(fixed, side), _shrink(moving, side), found, steps)
+        return _patches(fixed, moving, found).numpy()
+
+
+def _shrink(pictures: Tensor, side: int) -> Tensor:
+    return pictures if side == SIDE else F.avg_pool2d(pictures, SIDE // side)
+
+
+def _coordinates(side: int) -> Tensor:
+    """The middles of pixels, from -1 to 1."""
+    return (torch.arange(side) + 0.5) * 2 / side - 1
+
+
+def _sample(pictures: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    """Pictures [P, 1, S, S] read at scale · x + shift (`place` [P, scale or shift, x or y]), and where that is inside."""
+    at = _coordinates(pictures.shape[-1])
+    x = place[:, 0, 0, None] * at + place[:, 1, 0, None]
+    y = place[:, 0, 1, None] * at + place[:, 1, 1, None]
+    grid = torch.stack([x[:, None, :].expand(-1, len(at), -1), y[:, :, None].expand(-1, -1, len(at))], dim=-1)
+    read = F.grid_sample(pictures, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    inside = ((x.abs() <= 1)[:, None, :] & (y.abs() <= 1)[:, :, None])[:, None].float()
+    return read, inside
+
+
+def _standardize(values: Tensor, inside: Tensor) -> Tensor:
+    """Mean 0 and deviation 1 over the inside, 0 outside."""
+    count = inside.sum((-1, -2), keepdim=True).clamp(min=1)
+    centered = (values - (values * inside).sum((-1, -2), keepdim=True) / count) * inside
+    return centered / ((centered**2).sum((-1, -2), keepdim=True) / count).sqrt().clamp(min=1)
+
+
+def _align(fixed: Tensor, moving: Tensor, place: Tensor, steps: int) -> Tensor:
+    """Gauss-Newton steps towards the `place` at which `moving` looks like `fixed`."""
+    side = fixed.shape[-1]
+    at = _coordinates(side)
+    target = _standardize(fixed, torch.ones_like(fixed))
+    padded = F.pad(target, (1, 1, 1, 1), mode="replicate")
+    dx = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) * side / 4
+    dy = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) * side / 4
+    slopes = torch.stack([dx * at, dy * at[:, None], dx, dy], dim=-1)[:, 0].flatten(1, 2)  # [P, S·S, 4]
+    for _ in range(steps):
+        read, inside = _sample(moving, place)
+        error = (_standardize(read, inside) - _standardize(fixed, inside)).flatten(1)
+        weighted = slopes * inside.flatten(1)[..., None]
+        normal = weighted.transpose(1, 2) @ slopes
+        normal += torch.eye(4) * (1e-3 * normal.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + 1e-6)
+        step = torch.linalg.solve(normal, (weighted * error[..., None]).sum(1)).view(-1, 2, 2).clamp(-0.3, 0.3)
+        scale = place[:, 0] / (1 + step[:, 0])
+        shift = place[:, 1] - scale * step[:, 1]
+        place = torch.stack([scale.clamp(*SCALES), shift.clamp(-SHIFT, SHIFT)], dim=1)
+    return place
+
+
+def _correlation(fixed: Tensor, moving: Tensor, place: Tensor) -> Tensor:
+    read, inside = _sample(moving, place)
+    product = _standardize(read, inside) * _standardize(fixed, inside)
+    return product.sum((1, 2, 3)) / inside.sum((1, 2, 3)).clamp(min=1)
+
+
+def _patches(fixed: Tensor, moving: Tensor, place: Tensor) -> Tensor:
+    """The mean correlation of patches, over those that are inside and not flat in both."""
+    read, inside = _sample(moving, place)
+
+    def mean(values: Tensor) -> Tensor:
+        return F.avg_pool2d(values, PATCH)[:, 0]
+
+    whole = mean(inside) == 1
+    variances = [(mean(v**2) - mean(v) ** 2).clamp(min=0) for v in (fixed, read)]
+    covariance = mean(fixed * read) - mean(fixed) * mean(read)
+    counted = whole & (torch.maximum(*variances) >= TEXTURE**2)
+    correlation = covariance / (variances[0] * variances[1]).sqrt().clamp(min=1)
+    return torch.where(counted, correlation, 0).sum((1, 2)) / counted.sum((1, 2)).clamp(min=1)
