@@ -253,6 +253,16 @@ def show_export(config: ExportConfig, about: dict[str, Any]) -> None:
                 print(f"{name:16}" + "  ".join(f"{k} {before[way][k]:.1%} → {after[way][k]:.1%}" for k in before[way]))
 
 
+def show_filtered(config: FilterConfig, found: dict[str, Any]) -> None:
+    """Print what each rule dropped, with an example."""
+    print(f"{'rule':28}{'tested':>12}{'images':>12}{'captions':>12}  dropped, as")
+    for rule in found["rules"]:
+        counts = rule["tested"], rule["dropped_images"], rule["dropped_captions"]
+        example = next(iter(rule["examples"]), {})
+        print(f"{rule['rule']:28}" + "".join(f"{n:>12,}" for n in counts), "", example.get("caption", example.get("key", "")))
+    print(f"{'kept':28}{'':12}{found['kept_images']:>12,}{found['kept_captions']:>12,}")
+
+
 SHOW: dict[type[Any], Callable[[Any, Any], None]] = {
     EvalConfig: show_eval,
     CompareConfig: show_compare,
@@ -260,4 +270,5 @@ SHOW: dict[type[Any], Callable[[Any, Any], None]] = {
     SearchConfig: show_found,
     InspectConfig: show_inspected,
     ExportConfig: show_export,
+    FilterConfig: show_filtered,
 }

@@ -554,7 +554,7 @@ class PushConfig:
 
 
 @dataclass(frozen=True)
-class _ReadingConfig:
+class ReadingConfig:
     """How pairs are read: the same settings, with the same meaning, as those of `EmbedConfig`."""
 
     pairs: Annotated[Positional[Path], arg(metavar="PAIRS")]
@@ -586,7 +586,7 @@ class _ReadingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FilterConfig(_ReadingConfig):
+class FilterConfig(ReadingConfig):
     """Keep the pairs that pass rules on images, captions and their agreement.
 
     Rules that are set work in the order of the options below; each sees what those before it have left, and the report
@@ -669,7 +669,7 @@ class FilterConfig(_ReadingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DedupConfig(_ReadingConfig):
+class DedupConfig(ReadingConfig):
     """Remove near-duplicates: of evaluation images, and within the pairs.
 
     Candidates are found by the features of an image tower; a pair of images counts as duplicates when their pixels
@@ -709,7 +709,7 @@ class DedupConfig(_ReadingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OverviewConfig(_ReadingConfig):
+class OverviewConfig(ReadingConfig):
     """See what is in a set of pairs: counts, languages, lengths, sizes, repeats, damage, tokens.
 
     Prints it; with --out also writes it as JSON and as one HTML page that needs nothing else.

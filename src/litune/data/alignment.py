@@ -19,11 +19,15 @@ from torch.nn import functional as F
 
 SIDE = 64
 """Pixels of a thumbnail, each way; the aspect is not kept."""
-LEVELS = ((8, 6), (16, 8), (32, 6), (64, 4))
-"""Pixels and steps of the alignment, from coarse to fine."""
+COARSE, FINE = ((8, 5), (16, 5)), ((32, 5), (64, 3))
+"""Pixels and steps of the alignment, both ways round and then of the better one alone."""
+LIKE = 0.5
+"""The least correlation of the coarse pictures for going on."""
 PATCH = 8
 TEXTURE = 4.0
 """The standard deviation, in gray levels, below which a patch is flat."""
+FEWEST = 8
+"""Patches that two nearly flat pictures must at least have in common, of 64, to agree fully."""
 SCALES, SHIFT = (0.6, 1.7), 0.7
 """What an alignment may do: scale, and shift in half thumbnails."""
 
@@ -43,24 +47,27 @@ def thumbnail(file: BinaryIO) -> tuple[np.ndarray, tuple[int, int]]:
 def agreement(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """How well P pairs of thumbnails, uint8 [P, SIDE, SIDE], agree after alignment: [P], at most 1.
 
-    The other one is also tried mirrored.
+    The other one is also tried mirrored. Where one is a crop of the other, alignment is surer when it is the `other`.
+    Pairs that are unlike already when coarse (most) have 0.
     """
+    found = np.zeros(len(one), np.float32)
     with torch.inference_mode():
         fixed, moving = (torch.from_numpy(t).float()[:, None] for t in (one, other))
-        both = torch.stack([moving, moving.flip(-1)])
-        place = torch.zeros(2, len(fixed), 2, 2)
-        place[:, :, 0] = 1
-        for h in range(2):
-            for side, steps in LEVELS[:2]:
-                place[h] = _align(_shrink(fixed, side), _shrink(both[h], side), place[h], steps)
-        side = LEVELS[1][0]
-        coarse = torch.stack([_correlation(_shrink(fixed, side), _shrink(both[h], side), place[h]) for h in range(2)])
-        best = coarse.argmax(0)
-        rows = torch.arange(len(fixed))
-        moving, found = both[best, rows], place[best, rows]
-        for side, steps in LEVELS[2:]:
-            found = _align(_shrink(fixed, side), _shrink(moving, side), found, steps)
-        return _patches(fixed, moving, found).numpy()
+        both = torch.cat([moving, moving.flip(-1)])
+        place = torch.zeros(len(both), 2, 2)
+        place[:, 0] = 1
+        for side, steps in COARSE:
+            small = _shrink(fixed, side).repeat(2, 1, 1, 1), _shrink(both, side)
+            place = _align(*small, place, steps)
+        likeness, mirrored = _correlation(*small, place).view(2, -1).max(0)
+        rows = torch.nonzero(likeness >= LIKE)[:, 0]
+        if len(rows):
+            chosen = mirrored[rows] * len(fixed) + rows
+            fixed, moving, place = fixed[rows], both[chosen], place[chosen]
+            for side, steps in FINE:
+                place = _align(_shrink(fixed, side), _shrink(moving, side), place, steps)
+            found[rows.numpy()] = _patches(fixed, moving, place).numpy()
+    return found
 
 
 def _shrink(pictures: Tensor, side: int) -> Tensor:
@@ -91,21 +98,21 @@ def _standardize(values: Tensor, inside: Tensor) -> Tensor:
 
 
 def _align(fixed: Tensor, moving: Tensor, place: Tensor, steps: int) -> Tensor:
-    """Gauss-Newton steps towards the `place` at which `moving` looks like `fixed`."""
+    """Gauss-Newton steps from `place` to where `moving` looks like `fixed`."""
     side = fixed.shape[-1]
     at = _coordinates(side)
-    target = _standardize(fixed, torch.ones_like(fixed))
-    padded = F.pad(target, (1, 1, 1, 1), mode="replicate")
-    dx = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) * side / 4
-    dy = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) * side / 4
-    slopes = torch.stack([dx * at, dy * at[:, None], dx, dy], dim=-1)[:, 0].flatten(1, 2)  # [P, S·S, 4]
+    target = F.pad(_standardize(fixed, torch.ones_like(fixed)), (1, 1, 1, 1), mode="replicate")
+    dx = (target[..., 1:-1, 2:] - target[..., 1:-1, :-2]) * side / 4
+    dy = (target[..., 2:, 1:-1] - target[..., :-2, 1:-1]) * side / 4
+    slopes = torch.cat([dx * at, dy * at[:, None], dx, dy], dim=1).flatten(2)  # [P, 4, S·S]
+    normal = slopes @ slopes.transpose(1, 2)
+    normal += torch.eye(4) * (1e-3 * normal.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + 1e-6)
+    solution = torch.linalg.solve(normal, slopes)  # once: it does not depend on the place
     for _ in range(steps):
         read, inside = _sample(moving, place)
-        error = (_standardize(read, inside) - _standardize(fixed, inside)).flatten(1)
-        weighted = slopes * inside.flatten(1)[..., None]
-        normal = weighted.transpose(1, 2) @ slopes
-        normal += torch.eye(4) * (1e-3 * normal.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + 1e-6)
-        step = torch.linalg.solve(normal, (weighted * error[..., None]).sum(1)).view(-1, 2, 2).clamp(-0.3, 0.3)
+        error = _standardize(read, inside) - _standardize(fixed, inside)
+        step = (solution @ error.flatten(1)[..., None]).view(-1, 2, 2)
+        step = (step / inside.mean((1, 2, 3)).clamp(min=0.1)[:, None, None]).clamp(-0.3, 0.3)
         scale = place[:, 0] / (1 + step[:, 0])
         shift = place[:, 1] - scale * step[:, 1]
         place = torch.stack([scale.clamp(*SCALES), shift.clamp(-SHIFT, SHIFT)], dim=1)
@@ -130,4 +137,4 @@ def _patches(fixed: Tensor, moving: Tensor, place: Tensor) -> Tensor:
     covariance = mean(fixed * read) - mean(fixed) * mean(read)
     counted = whole & (torch.maximum(*variances) >= TEXTURE**2)
     correlation = covariance / (variances[0] * variances[1]).sqrt().clamp(min=1)
-    return torch.where(counted, correlation, 0).sum((1, 2)) / counted.sum((1, 2)).clamp(min=1)
+    return torch.where(counted, correlation, 0).sum((1, 2)) / counted.sum((1, 2)).clamp(min=FEWEST)
