@@ -263,6 +263,15 @@ def show_filtered(config: FilterConfig, found: dict[str, Any]) -> None:
     print(f"{'kept':28}{'':12}{found['kept_images']:>12,}{found['kept_captions']:>12,}")
 
 
+def show_dedup(config: DedupConfig, found: dict[str, Any]) -> None:
+    """Print what was removed, and why."""
+    print(f"{'duplicates':40}{'equal bytes':>14}{'by pixels':>14}")
+    for name, counts in found["removed"].items():
+        where = "within the pairs" if name == "pairs" else f"of {name}"
+        print(f"{where:40}{counts['exact']:>14,}{counts['near']:>14,}")
+    print(f"{found['damaged']:,} damaged; {found['kept']:,} of {found['images']:,} images kept")
+
+
 SHOW: dict[type[Any], Callable[[Any, Any], None]] = {
     EvalConfig: show_eval,
     CompareConfig: show_compare,
@@ -271,4 +280,5 @@ SHOW: dict[type[Any], Callable[[Any, Any], None]] = {
     InspectConfig: show_inspected,
     ExportConfig: show_export,
     FilterConfig: show_filtered,
+    DedupConfig: show_dedup,
 }

@@ -686,11 +686,11 @@ class DedupConfig(ReadingConfig):
     image_tower: str | None = None
     """The image tower of the features, for sets that are no feature stores (see litune embed); by default that of the
     first store given."""
-    neighbours: int = 8
+    neighbours: int = 4
     """Candidates of each image: so many nearest ones by features in each set."""
-    min_cosine: float = 0.4
+    min_cosine: float = 0.5
     """Candidates have at least this cosine (of features less their mean)."""
-    min_match: float = 0.7
+    min_match: float = 0.75
     """Duplicates have at least this agreement of their aligned pixels, from 0 to 1."""
     examples: int = 200
     """Pairs of pictures shown in report.html, at most."""
@@ -759,10 +759,13 @@ def _share(name: str, value: float) -> None:
 
 def to_json(config: Any) -> dict[str, Any]:
     """A config as plain JSON values, paths as strings."""
-    return {
-        key: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-        for key, value in dataclasses.asdict(config).items()
-    }
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [plain(one) for one in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return {key: plain(value) for key, value in dataclasses.asdict(config).items()}
 
 
 Settings = ParamSpec("Settings")

@@ -138,8 +138,9 @@ def _image_rules(config: FilterConfig, source: Source) -> list[Rule]:
 def _sizes(config: FilterConfig, source: Source) -> np.ndarray:
     """Widths and heights [n, 2], from the store or out of the files' headers; 0 for damaged images."""
     table = source.pairs.table
-    if {"width", "height"} <= set(table.column_names):
-        return np.stack([table[name].to_numpy() for name in ("width", "height")], axis=1)
+    if source.store is not None and {"width", "height"} <= set(source.store.metadata.column_names):
+        sizes = [source.store.metadata[name].to_numpy()[source.rows] for name in ("width", "height")]
+        return np.stack(sizes, axis=1)
     keys, paths = table["key"], table["path"]
     parts = gather(
         lambda row: read_facts(paths[row].as_py()),

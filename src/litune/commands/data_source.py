@@ -56,8 +56,8 @@ def read_source(config: ReadingConfig) -> Source:
 
 
 def store_pairs(store: FeatureStore) -> pa.Table:
-    """A store's metadata with the columns of `Pairs.table`, and the width, height and sha256 where it has them."""
-    names = ("key", "image_path", "captions", "langs", "fields", "split", "label", "width", "height", "sha256")
+    """A store's metadata as the columns of `Pairs.table`."""
+    names = ("key", "image_path", "captions", "langs", "fields", "split", "label")
     table = store.metadata.select([name for name in names if name in store.metadata.column_names])
     return table.rename_columns(["path" if name == "image_path" else name for name in table.column_names])
 

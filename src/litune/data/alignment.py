@@ -9,7 +9,7 @@ like layout agree in few.
 
 from __future__ import annotations
 
-from typing import BinaryIO
+import io
 
 import numpy as np
 import torch
@@ -32,16 +32,15 @@ SCALES, SHIFT = (0.6, 1.7), 0.7
 """What an alignment may do: scale, and shift in half thumbnails."""
 
 
-def thumbnail(file: BinaryIO) -> tuple[np.ndarray, tuple[int, int]]:
-    """A picture in gray, upright, squeezed to [SIDE, SIDE] uint8; and its width and height."""
-    image: Image.Image = Image.open(file)
-    size = image.size
+def thumbnail(data: bytes) -> np.ndarray:
+    """The bytes of a picture as gray values, upright, squeezed to [SIDE, SIDE] uint8."""
+    image: Image.Image = Image.open(io.BytesIO(data))
     image.draft("L", (2 * SIDE, 2 * SIDE))  # a JPEG is decoded at a fraction of its size, and in gray alone
     image = ImageOps.exif_transpose(image)
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    return np.asarray(image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)), size
+    return np.asarray(image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX))
 
 
 def agreement(one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from PIL import Image
 
-from litune.data.images import map_ahead, open_rgb
+from litune.data.images import map_ahead
 from litune.data.pairs import Damage
 from litune.errors import DataError
 from litune.files import atomic, read_json, sweep_temporaries, write_json
@@ -30,15 +30,15 @@ def open_picture(path: str) -> BinaryIO:
     return open(path, "rb")
 
 
-def read_facts(path: str, *, content: bool = False, verify: bool = False) -> Facts:
+def read_facts(path: str, *, content: bool = False, look: Callable[[bytes], object] | None = None) -> Facts:
     """An image's width and height (upright), format, and length in bytes, from its header.
 
-    With `content` its SHA-256 as well, which reads the whole file; with `verify` it is decoded to its end.
+    With `content` its SHA-256 as well, and its bytes are shown to `look`; an error that this raises is damage.
     """
     facts: Facts = {"width": 0, "height": 0, "format": "", "bytes": 0, "sha256": "", "damage": ""}
     try:
         with open_picture(path) as file:
-            data = file.read() if content or verify else b""
+            data = file.read() if content else b""
             facts["bytes"] = file.seek(0, 2)
             file.seek(0)
             if content:
@@ -49,8 +49,8 @@ def read_facts(path: str, *, content: bool = False, verify: bool = False) -> Fac
                 facts |= {"format": image.format or "", "width": width, "height": height}
                 if turned:
                     facts |= {"width": height, "height": width}
-            if verify:
-                open_rgb(data)
+            if look is not None:
+                look(data)
     except DataError as why:
         facts["damage"] = str(why)
     # Pillow's readers raise whatever they meet in a damaged file: OSError, SyntaxError, ValueError, struct.error …
@@ -89,7 +89,7 @@ def gather(
         write_json(folder / _ABOUT, about)
     sweep_temporaries(folder)
     damaged = 0
-    with track(what, "images", len(rows), PART * _done(folder, len(rows))) as task:
+    with track(what, "images", len(rows), _done(folder, len(rows))) as task:
         for start in range(0, len(rows), PART):
             part = rows[start : start + PART]
             file = folder / f"{start // PART:06}.parquet"
@@ -119,5 +119,6 @@ def gather(
 
 
 def _done(folder: Path, rows: int) -> int:
-    """How many parts are there from before."""
-    return sum((folder / f"{start // PART:06}.parquet").exists() for start in range(0, rows, PART))
+    """How many images are done from before."""
+    starts = (start for start in range(0, rows, PART) if (folder / f"{start // PART:06}.parquet").exists())
+    return sum(min(PART, rows - start) for start in starts)
