@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import make_dataclass
 from typing import Annotated, Any
 
 import tyro
@@ -18,12 +19,15 @@ from litune.config import (
     ClassifyConfig,
     Command,
     CompareConfig,
+    DedupConfig,
     EmbedConfig,
     EvalConfig,
     ExportConfig,
+    FilterConfig,
     ImportConfig,
     InspectConfig,
     ProbeConfig,
+    OverviewConfig,
     PushConfig,
     QuickstartConfig,
     SearchConfig,
@@ -37,7 +41,7 @@ DESCRIPTION = """Give any image model a language.
 litune locks an image tower that already sees well, teaches a text tower to read it, and from then on classifies
 and searches images by free-form text (locked-image tuning, LiT)."""
 
-# Each command's config and where its function is.
+# Each command's config and where its function is; a name of two words is a command of a group.
 COMMANDS: dict[str, tuple[type[Any], str]] = {
     "quickstart": (QuickstartConfig, "litune.commands.quickstart:quickstart"),
     "embed": (EmbedConfig, "litune.commands.embed:embed"),
@@ -52,7 +56,11 @@ COMMANDS: dict[str, tuple[type[Any], str]] = {
     "import": (ImportConfig, "litune.commands.import_:import_"),
     "export": (ExportConfig, "litune.commands.export:export"),
     "push": (PushConfig, "litune.commands.push:push"),
+    "data inspect": (OverviewConfig, "litune.commands.data_inspect:inspect_data"),
+    "data filter": (FilterConfig, "litune.commands.data_filter:filter_data"),
+    "data dedup": (DedupConfig, "litune.commands.data_dedup:dedup_data"),
 }
+GROUPS = {"data": "Look at pairs, filter them, and remove near-duplicates."}
 
 # Those that several processes do together, under torchrun.
 ON_RANKS = (EmbedConfig, TuneConfig, EvalConfig)
@@ -64,15 +72,21 @@ FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 def parse(argv: Sequence[str]) -> Any:
     """The config that the command line asks for. Exits with 2 and a usage message where it can't be read."""
+    group = argv[0] if argv and argv[0] in GROUPS else ""
+    known = {name.removeprefix(group).strip(): kind for name, (kind, _) in COMMANDS.items() if name.startswith(group)}
+    # Outside of a group, its commands are one entry, which `litune GROUP` then opens.
+    known = {name: kind for name, kind in known.items() if " " not in name}
+    if not group:
+        known |= {name: make_dataclass(name, [], namespace={"__doc__": about}) for name, about in GROUPS.items()}
     choices: Any = None
-    for name, (config, _) in COMMANDS.items():
-        choice = Annotated[config, tyro.conf.subcommand(name)]  # type: ignore[valid-type]
+    for name, config in known.items():
+        choice = Annotated[config, tyro.conf.subcommand(name)]
         choices = choice if choices is None else choices | choice
     return tyro.cli(
         choices,
-        prog="litune",
-        description=DESCRIPTION,
-        args=list(argv),
+        prog=f"litune {group}".strip(),
+        description=GROUPS.get(group, DESCRIPTION),
+        args=list(argv[1:] or ["--help"]) if group else list(argv),
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes),
     )
 
@@ -288,6 +302,25 @@ def show_export(config: ExportConfig, about: dict[str, Any]) -> None:
                 print(f"{name:16}" + "  ".join(f"{k} {before[way][k]:.1%} → {after[way][k]:.1%}" for k in before[way]))
 
 
+def show_filtered(config: FilterConfig, found: dict[str, Any]) -> None:
+    """Print what each rule dropped, with an example."""
+    print(f"{'rule':28}{'tested':>12}{'images':>12}{'captions':>12}  dropped, as")
+    for rule in found["rules"]:
+        counts = rule["tested"], rule["dropped_images"], rule["dropped_captions"]
+        example = next(iter(rule["examples"]), {})
+        print(f"{rule['rule']:28}" + "".join(f"{n:>12,}" for n in counts), "", example.get("caption", example.get("key", "")))
+    print(f"{'kept':28}{'':12}{found['kept_images']:>12,}{found['kept_captions']:>12,}")
+
+
+def show_dedup(config: DedupConfig, found: dict[str, Any]) -> None:
+    """Print what was removed, and why."""
+    print(f"{'duplicates':40}{'equal bytes':>14}{'by pixels':>14}")
+    for name, counts in found["removed"].items():
+        where = "within the pairs" if name == "pairs" else f"of {name}"
+        print(f"{where:40}{counts['exact']:>14,}{counts['near']:>14,}")
+    print(f"{found['damaged']:,} damaged; {found['kept']:,} of {found['images']:,} images kept")
+
+
 SHOW: dict[type[Any], Callable[[Any, Any], None]] = {
     EvalConfig: show_eval,
     CompareConfig: show_compare,
@@ -296,4 +329,6 @@ SHOW: dict[type[Any], Callable[[Any, Any], None]] = {
     InspectConfig: show_inspected,
     ProbeConfig: show_probe,
     ExportConfig: show_export,
+    FilterConfig: show_filtered,
+    DedupConfig: show_dedup,
 }

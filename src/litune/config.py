@@ -829,6 +829,192 @@ class PushConfig:
     """The address of another hub; by default that of HF_ENDPOINT, or huggingface.co."""
 
 
+@dataclass(frozen=True)
+class ReadingConfig:
+    """How pairs are read: the same settings, with the same meaning, as those of `EmbedConfig`."""
+
+    pairs: Annotated[Positional[Path], arg(metavar="PAIRS")]
+    """The pairs: whatever litune embed reads, or a feature store."""
+    images: Path | None = None
+    """The folder that the table's image paths are relative to, if litune should not look for it."""
+    image_column: str | None = None
+    """The table's column of image paths; by default the first of image, image_path, file_name, filename, …"""
+    caption_column: tuple[str, ...] = ()
+    """The table's column of captions; by default the first of caption, captions, text, title, … Several are kept as
+    text fields of their own."""
+    split_column: str = "split"
+    """The table's column of splits (train, val, …), if it has one."""
+    lang_column: str = "lang"
+    """The table's column of languages, if it has one."""
+    split: tuple[str, ...] = ()
+    """Take only the images of these splits."""
+    lang: tuple[str, ...] = ()
+    """Take only the captions in these languages."""
+    workers: int = 0
+    """Threads that read images; 0: one per processor core."""
+    max_damaged: float = 0.01
+    """Stop when more than this share of the images or captions can't be used."""
+
+    def __post_init__(self) -> None:
+        _choices(self)
+        _at_least("workers", self.workers, 0)
+        _share("max-damaged", self.max_damaged)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterConfig(ReadingConfig):
+    """Keep the pairs that pass rules on images, captions and their agreement.
+
+    Rules that are set work in the order of the options below; each sees what those before it have left, and the report
+    counts what it dropped, with examples. An image whose captions are all dropped is dropped.
+    """
+
+    out: Path
+    """The table of kept pairs to write (.parquet, .jsonl or .csv: litune embed reads it); or, where PAIRS is a feature
+    store, a folder: the store of what is kept."""
+    dropped: Path | None = None
+    """Also list what was dropped, with the rule that did it (.parquet, .jsonl or .csv)."""
+    report: Path | None = None
+    """Also write the counts and examples as JSON."""
+    preset: Literal["yfcc", "align", "lit"] | None = None
+    """A published set of rules: yfcc (titles, descriptions and tags as in the LiT paper), align (image and text rules of
+    ALIGN), lit (ALIGN's image rules and hardly any on text). Further options add to it or replace its values."""
+
+    # Images
+    min_side: int | None = None
+    """The image's shorter side has at least this many pixels."""
+    max_aspect: float | None = None
+    """The longer side is at most this many times the shorter one."""
+    max_captions: int | None = None
+    """The image has at most this many captions."""
+
+    # Captions
+    titles: Literal["keep", "yfcc"] | None = None
+    """yfcc: drop titles that start with DSC, IMG or Picture, are just "image", or are more than half digits."""
+    title_field: str = "title"
+    """The text field (see --caption-column) that --titles is about."""
+    tags: Literal["keep", "shuffle"] | None = None
+    """shuffle: write a list of tags as a text, in an order drawn for each image."""
+    tags_field: str = "tags"
+    """The text field that --tags is about."""
+    boilerplate: Literal["keep", "drop"] | None = None
+    """drop: drop what says nothing of the image: names of files and cameras' numbers, addresses, "untitled", numbers."""
+    min_chars: int | None = None
+    """A caption has at least this many characters."""
+    max_chars: int | None = None
+    """A caption has at most this many characters."""
+    min_words: int | None = None
+    """A caption has at least this many words; a Chinese or Japanese character is a word."""
+    max_words: int | None = None
+    """A caption has at most this many words."""
+    min_letters: float | None = None
+    """At least this share of a caption's characters, spaces aside, are letters."""
+    max_repeats: int | None = None
+    """At most this many images have the caption (case and spaces aside); all such captions are dropped otherwise."""
+    vocabulary: int | None = None
+    """Every word and pair of neighbouring words of a caption is among this many most frequent ones of all captions."""
+    languages: tuple[str, ...] = ()
+    """The caption is in one of these languages (en, de, zh, …), as identified from its letters (extra data)."""
+    min_certainty: float = 0.0
+    """The identified language has at least this probability, among all that are known."""
+    agree: Path | None = None
+    """A run that scores how well caption and image agree; PAIRS is a feature store of its image tower."""
+    min_agreement: float | None = None
+    """The cosine of caption and image under --agree is at least this."""
+
+    seed: int = 0
+    """Seeds the order of tags."""
+    overwrite: bool = False
+    """Replace files that are there, or a store at --out."""
+    device: Device = "auto"
+    """Where the run of --agree runs."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("min_side", "max_captions", "min_chars", "max_chars", "min_words", "max_words", "max_repeats"):
+            value = getattr(self, name)
+            if value is not None:
+                _at_least(name.replace("_", "-"), value, 1)
+        for name in ("min_letters", "min_certainty"):
+            if getattr(self, name) is not None:
+                _share(name.replace("_", "-"), getattr(self, name))
+        if (self.agree is None) != (self.min_agreement is None):
+            raise ConfigError("--agree names the run and --min-agreement the least cosine: give both, or neither")
+        if self.min_certainty and not self.languages:
+            raise ConfigError("--min-certainty is of the identified language: give --languages as well")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DedupConfig(ReadingConfig):
+    """Remove near-duplicates: of evaluation images, and within the pairs.
+
+    Candidates are found by the features of an image tower; a pair of images counts as duplicates when their pixels
+    agree after they were aligned. An interrupted run goes on where it was with the same command.
+    """
+
+    out: Path
+    """The folder to write: kept.parquet (litune embed reads it), removed.jsonl, report.json, report.html; where PAIRS is a
+    feature store, also store/, the store of what is kept."""
+    against: tuple[Path, ...] = ()
+    """Sets whose images must not be among the pairs: feature stores, or whatever litune embed reads."""
+    within: bool = True
+    """Also keep only one image of those that are duplicates of each other."""
+    image_tower: str | None = None
+    """The image tower of the features, for sets that are no feature stores (see litune embed); by default that of the
+    first store given."""
+    neighbours: int = 4
+    """Candidates of each image: so many nearest ones by features in each set."""
+    min_cosine: float = 0.5
+    """Candidates have at least this cosine (of features less their mean)."""
+    min_match: float = 0.75
+    """Duplicates have at least this agreement of their aligned pixels, from 0 to 1."""
+    examples: int = 200
+    """Pairs of pictures shown in report.html, at most."""
+    overwrite: bool = False
+    """Replace the report and the kept pairs at --out; features that are there are used again."""
+    device: Device = "auto"
+    """Where the image tower runs."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least("neighbours", self.neighbours, 1)
+        _at_least("examples", self.examples, 0)
+        _share("min-match", self.min_match)
+        if not self.against and not self.within:
+            raise ConfigError("nothing to compare: give --against SET, or leave out --no-within")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverviewConfig(ReadingConfig):
+    """See what is in a set of pairs: counts, languages, lengths, sizes, repeats, damage, tokens.
+
+    Prints it; with --out also writes it as JSON and as one HTML page that needs nothing else.
+    """
+
+    out: Path | None = None
+    """A folder to write overview.json and overview.html into."""
+    sample: int = 0
+    """Open this many images, drawn at random; 0: all. Captions are counted all the same."""
+    verify: bool = False
+    """Decode every opened image to its end; by default only headers are read."""
+    tokenizer: str = "minilm"
+    """The text tower (see litune tune) whose tokens are counted, or none."""
+    max_tokens: int = 16
+    """Tokens of a caption that tuning would read."""
+    pictures: int = 48
+    """Pictures on the contact sheet of the page."""
+    seed: int = 0
+    """Seeds what is drawn."""
+    overwrite: bool = False
+    """Replace what is at --out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least("sample", self.sample, 0)
+        _at_least("pictures", self.pictures, 0)
+        _at_least("max-tokens", self.max_tokens, 2)
+
+
 def _choices(config: Any) -> None:
     """Check settings of few choices, as the command line does, for those who call from Python."""
     for name, hint in get_type_hints(type(config)).items():
@@ -852,6 +1038,9 @@ def to_json(config: Any) -> dict[str, Any]:
 
     def plain(value: Any) -> Any:
         return str(value) if isinstance(value, Path) else [*map(plain, value)] if isinstance(value, tuple) else value
+        if isinstance(value, tuple):
+            return [plain(one) for one in value]
+        return str(value) if isinstance(value, Path) else value
 
     return {key: plain(value) for key, value in dataclasses.asdict(config).items()}
 

@@ -1,0 +1,124 @@
+"""Rules on pairs, one after the other: what each drops, counted and kept by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+EXAMPLES = 5
+
+
+@dataclass
+class Pool:
+    """n images and their N captions under rules; `by_image` [n] and `by_caption` [N] name the rule that dropped each.
+
+    The number is the rule's place, from 1; 0 is kept. `table` has the columns of `Pairs.table`.
+    """
+
+    table: pa.Table
+    captions: pa.Array = field(init=False)
+    owner: np.ndarray = field(init=False)
+    by_image: np.ndarray = field(init=False)
+    by_caption: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.table = self.table.combine_chunks()
+        lists = self.table["captions"].combine_chunks()
+        self.captions = lists.flatten()
+        self.owner = np.repeat(np.arange(len(self.table)), pc.list_value_length(lists).to_numpy(zero_copy_only=False))
+        self.by_image = np.zeros(len(self.table), np.uint8)
+        self.by_caption = np.zeros(len(self.captions), np.uint8)
+
+    def flat(self, column: str) -> pa.Array | None:
+        """A column with one value per caption ("langs", "fields"), flat: [N]; None where there is none."""
+        return self.table[column].combine_chunks().flatten() if column in self.table.column_names else None
+
+    @property
+    def images_left(self) -> np.ndarray:
+        """The numbers of the images that are kept so far."""
+        return np.flatnonzero(self.by_image == 0)
+
+    @property
+    def captions_left(self) -> np.ndarray:
+        """The numbers of the captions that are kept so far."""
+        return np.flatnonzero(self.by_caption == 0)
+
+    def kept(self) -> pa.Table:
+        """The table of what is left."""
+        keep = self.by_caption == 0
+        counts = np.bincount(self.owner[keep], minlength=len(self.table))
+        offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
+        table = self.table
+        for name in ("captions", "langs", "fields"):
+            values = self.captions if name == "captions" else self.flat(name)
+            if values is not None:
+                lists = pa.ListArray.from_arrays(offsets, values.filter(pa.array(keep)))
+                table = table.set_column(table.column_names.index(name), name, lists)
+        return table.filter(pa.array(self.by_image == 0))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule: of `images` or `captions`, which of those with the given numbers it keeps, as bool."""
+
+    name: str
+    of: str
+    keeps: Callable[[Pool, np.ndarray], np.ndarray]
+
+
+def apply(pool: Pool, rules: list[Rule]) -> Iterator[dict[str, Any]]:
+    """Let each rule drop what it does not keep of what is left; yields its counts and examples.
+
+    An image goes with the last of its captions, and takes its captions along.
+    """
+    for place, rule in enumerate(rules, 1):
+        left = pool.images_left if rule.of == "images" else pool.captions_left
+        keeps = rule.keeps(pool, left) if len(left) else np.ones(0, bool)
+        fell = left[~keeps]
+        if rule.of == "images":
+            pool.by_image[fell] = place
+            pool.by_caption[(pool.by_caption == 0) & (pool.by_image[pool.owner] == place)] = place
+        else:
+            pool.by_caption[fell] = place
+            still = np.bincount(pool.owner[pool.by_caption == 0], minlength=len(pool.table))
+            lost = np.unique(pool.owner[fell])
+            pool.by_image[lost[still[lost] == 0]] = place
+        yield {
+            "rule": rule.name,
+            "of": rule.of,
+            "tested": len(left),
+            "dropped_images": int((pool.by_image == place).sum()),
+            "dropped_captions": int((pool.by_caption == place).sum()),
+            "examples": _examples(pool, rule, fell),
+        }
+
+
+def _examples(pool: Pool, rule: Rule, fell: np.ndarray) -> list[dict[str, str]]:
+    """Some of what a rule dropped, spread evenly over the pairs."""
+    some = fell[np.linspace(0, len(fell) - 1, min(EXAMPLES, len(fell))).astype(int)]
+    keys = pool.table["key"]
+    if rule.of == "images":
+        return [{"key": keys[int(i)].as_py()} for i in some]
+    return [{"key": keys[int(pool.owner[i])].as_py(), "caption": pool.captions[int(i)].as_py()} for i in some]
+
+
+def dropped(pool: Pool, rules: list[Rule]) -> pa.Table:
+    """What the rules dropped, a row per caption (or image without captions): key, caption, rule."""
+    names = np.array(["", *(rule.name for rule in rules)], dtype=object)
+    gone = np.flatnonzero(pool.by_caption)
+    bare = np.flatnonzero((pool.by_image > 0) & (np.bincount(pool.owner, minlength=len(pool.table)) == 0))
+    rows = np.concatenate([pool.owner[gone], bare])
+    captions = pa.concat_arrays([pool.captions.take(pa.array(gone)), pa.nulls(len(bare), pa.string())])
+    reasons = np.concatenate([names[pool.by_caption[gone]], names[pool.by_image[bare]]])
+    return pa.table(
+        {
+            "key": pool.table["key"].take(pa.array(rows)),
+            "caption": captions,
+            "rule": pa.array(reasons.tolist(), pa.string()),
+        }
+    )
