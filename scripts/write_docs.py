@@ -106,11 +106,11 @@ def heading(name: str, call: str) -> list[str]:
 
 
 def command_signature(found: Command[..., Any, Any]) -> str:
-    """A command's arguments: those that must be given, the names of the others, and what comes back."""
+    """A command's arguments: those that must be given, those that only Python has, and what comes back."""
     needed = [p.name for p in found.__signature__.parameters.values() if p.default is p.empty]
-    more = list(inspect.signature(found.run).parameters)[1:]
-    returned = annotation(inspect.signature(found.run).return_annotation)
-    return f"({', '.join([*needed, *(f'{name}=None' for name in more), '…'])}) → {returned}"
+    run = inspect.signature(found.run)
+    more = [f"{p.name}={p.default!r}" for p in list(run.parameters.values())[1:]]
+    return f"({', '.join([*needed, *more, '…'])}) → {annotation(run.return_annotation)}"
 
 
 def signature(found: Any) -> str:
@@ -156,7 +156,7 @@ def members(kind: type[Any]) -> Iterator[str]:
             or not inspect.getdoc(member)
         ):
             continue
-        shown = f"{name}" if read_only else f"{name}{signature(function)}"
+        shown = name if read_only else f"{name}{signature(function)}"
         yield f"```text\n{kind.__name__}.{shown}\n```\n\n{docstring(member)}\n"
 
 
