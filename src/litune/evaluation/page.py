@@ -79,13 +79,16 @@ def _lede(report: Report) -> str:
 
 
 def _warnings(report: Report) -> str:
+    whose: dict[tuple[str, str], list[str]] = {}
+    for task in report.tasks:
+        for run, entry in report.entries(task).items():
+            if warning(entry):
+                whose.setdefault((task, warning(entry)), []).append(run)
     found = [
-        f"<li><strong>{escape(task)}, {escape(run)}:</strong> {escape(warning(entry))}</li>"
-        for task in report.tasks
-        for run, entry in report.entries(task).items()
-        if warning(entry)
+        f"<li><strong>{escape(task)}, {escape(', '.join(runs))}:</strong> {escape(text)}</li>"
+        for (task, text), runs in whose.items()
     ]
-    return f'<ul class="warning" role="note" aria-label="Warnings">{"".join(found)}</ul>' if found else ""
+    return f'<ul class="warning" aria-label="Warnings">{"".join(found)}</ul>' if found else ""
 
 
 # Summary and comparisons
