@@ -68,7 +68,7 @@ def test_ranks_towers_by_what_they_see(stores: list[Path], tiny_bert: Path, tmp_
     assert "to_the_first" not in best
     assert worst["to_the_first"]["high"] < 0
     assert middle["to_the_first"]["difference"] == pytest.approx(
-        middle["figures"]["linear recall@10"] - best["figures"]["linear recall@10"]
+        middle["figures"]["neighbours"] - best["figures"]["neighbours"]
     )
     assert (best["train_images"], best["images"], best["captions"]) == (180, 60, 120)
     assert best["storage"]["bytes_per_image"] == 2 * 64

@@ -40,7 +40,15 @@ from litune.towers.text import USE_M3, TextTower, make_text_tower, parse_text_sp
 from litune.tuning import Tuning, default_duration
 
 KS = (1, 5, 10)
-HEADLINE = "linear recall@10"
+COLUMNS = {
+    "neighbours": "neighbours",
+    "anchors recall@10": "anchors R@10",
+    "linear recall@1": "linear R@1",
+    "linear recall@10": "linear R@10",
+}
+"""The figures of the table, and what they are called there."""
+HEADLINE = "neighbours"
+"""What stores are ordered by: nothing is learned for it, and it agrees best with tuned runs (docs/probe.md)."""
 LEAST = 2 * NEIGHBOURS
 BATCH = 256
 MEASURE_SECONDS = 3.0
@@ -49,12 +57,11 @@ MEASURE_IMAGES = 2048
 
 @dataclass(frozen=True)
 class Probed:
-    """What one store showed: plain values for people, and each caption's outcome for comparisons."""
+    """What one store showed: plain values for people, and each image's outcome for comparisons."""
 
     facts: dict[str, Any]
     keys: tuple[str, ...]
-    owner: np.ndarray
-    hits: np.ndarray
+    outcomes: np.ndarray
 
 
 @command(ProbeConfig)
@@ -138,10 +145,10 @@ def probe_store(config: ProbeConfig, settings: TuneConfig, texts: Texts) -> Prob
     say(f"probing {store.path}: {len(train):,} images to learn from, {len(val):,} to measure on")
     learned, measured = Pairs(train, texts), Pairs(val, texts)
     outcomes = measure(learned, measured, config.seed)
-    groups = {"neighbours": None}
     figures = {name: float(values.mean()) for name, values in outcomes.items()}
     bounds = {
-        name: list(interval(values, groups.get(name, measured.owner.numpy()))) for name, values in outcomes.items()
+        name: list(interval(values, measured.owner.numpy() if len(values) != len(val) else None))
+        for name, values in outcomes.items()
     }
     facts = {
         "store": str(store.path),
@@ -156,7 +163,7 @@ def probe_store(config: ProbeConfig, settings: TuneConfig, texts: Texts) -> Prob
         "storage": storage(store),
         "tuning": tuning_time(store, all_train, settings),
     }
-    return Probed(facts, tuple(val.keys), measured.owner.numpy(), outcomes[HEADLINE])
+    return Probed(facts, tuple(val.keys), outcomes[HEADLINE])
 
 
 def drawn(pairs: Selection, most: int, seed: int) -> Selection:
@@ -243,60 +250,55 @@ def tuning_time(store: FeatureStore, train: Selection, settings: TuneConfig) -> 
         "pairs": steps * run.size,
         "seconds": round(steps * run.size / rate, 1),
         "tuned_parameters": run.tuned_parameters,
-        "measured": f"litune tune's own steps for {MEASURE_SECONDS:.0f} seconds, at its default settings",
+        "measured": f"its own steps, timed for {MEASURE_SECONDS:.0f} seconds at its default settings",
     }
 
 
 def against(best: Probed, one: Probed) -> dict[str, Any]:
     """The paired difference of the headline figure to the most promising store's, where both have the same images."""
-    if one is best or one.keys != best.keys or len(one.hits) != len(best.hits):
+    if one is best or one.keys != best.keys:
         return {}
-    return {"to_the_first": paired(one.hits, best.hits, one.owner)}
+    return {"to_the_first": paired(one.outcomes, best.outcomes)}
 
 
 def table(results: dict[str, Any]) -> str:
     """The results as a Markdown table, the most promising store first, with what its figures mean."""
-    lines = [
-        [
-            "",
-            "neighbours",
-            "anchors R@10",
-            "linear R@1",
-            "linear R@10",
-            "to the first",
-            "1M images",
-            "tuning",
-            "pairs/s",
-        ]
-    ]
+    names = [name for name in results["stores"][0]["figures"] if name in COLUMNS]
+    lines = [["", HEADLINE, "to the first", *(COLUMNS[n] for n in names if n != HEADLINE), "1M images", "tuning"]]
     for one in results["stores"]:
-        shown = {
-            name: f"{share:.1%} ({low:.1%}–{high:.1%})".replace("%–", "–").replace("% (", " (").replace("%)", ")")
-            for (name, share), (low, high) in zip(one["figures"].items(), one["intervals"].values(), strict=True)
-        }
-        tuning, bytes_stored = one["tuning"], one["storage"]["bytes_per_million"]
+        shown = {name: percent(one["figures"][name], *one["intervals"][name]) for name in names}
+        how_long = f"{duration(one['tuning']['seconds'])} at {one['tuning']['pairs_per_second']:,.0f} pairs/s"
         lines.append(
             [
                 f"{Path(one['store']).name} ({one['tower']}, {one['width']})",
-                *(shown[name] for name in ("neighbours", "anchors recall@10", "linear recall@1", HEADLINE)),
+                shown.pop(HEADLINE),
                 difference(one.get("to_the_first")),
-                f"{bytes_stored / 1e9:.1f} GB",
-                duration(tuning["seconds"]),
-                f"{tuning['pairs_per_second']:,.0f}",
+                *shown.values(),
+                f"{one['storage']['bytes_per_million'] / 1e9:.1f} GB",
+                how_long,
             ]
         )
     first = results["stores"][0]
-    chances = [first["chance"][name] for name in ("neighbours", "anchors recall@10", "linear recall@1", HEADLINE)]
-    lines.append(["chance", *(f"{share:.1%}".rstrip("%") for share in chances), "", "", "", ""])
+    chances = {name: f"{100 * first['chance'][name]:.1f}" for name in names}
+    lines.append(["chance", chances.pop(HEADLINE), "", *chances.values(), "", ""])
     notes = [
         f"In percent, with 95% intervals; {first['images']:,} images and {first['captions']:,} captions that nothing "
         f"was learned from, {first['train_images']:,} images to learn from, captions by {results['text_tower']}.",
         *results["definitions"].values(),
-        f"tuning: the default length of litune tune at the measured pairs/s ({first['tuning']['measured']}).",
+        f"tuning: litune tune's default length at the speed of {first['tuning']['measured']}.",
     ]
     if not results["comparable"]:
         notes.insert(0, "The stores hold different pairs: their figures can't be compared.")
     return "\n\n".join([grid(lines), *notes])
+
+
+def percent(share: float, low: float, high: float) -> str:
+    """A share with its interval, in percent.
+
+    >>> percent(0.181, 0.167, 0.1932)
+    '18.1 (16.7–19.3)'
+    """
+    return f"{100 * share:.1f} ({100 * low:.1f}–{100 * high:.1f})"
 
 
 def difference(found: dict[str, float] | None) -> str:

@@ -67,7 +67,8 @@ def ridge_map(texts: Float[Tensor, "N W"], images: Float[Tensor, "N D"], strengt
     x, y = texts.double(), images.double()
     gram = x.T @ x
     penalty = strength * gram.diagonal().mean()
-    return torch.linalg.solve(gram + penalty * torch.eye(len(gram), dtype=gram.dtype), x.T @ y).float()
+    found: Tensor = torch.linalg.solve(gram + penalty * torch.eye(len(gram), dtype=gram.dtype), x.T @ y)
+    return found.float()
 
 
 def best_strength(

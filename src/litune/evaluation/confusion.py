@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from litune.files import atomic
 
@@ -150,6 +150,8 @@ def _field(shares: np.ndarray, counts: np.ndarray, names: list[str]) -> Image.Im
     draw = ImageDraw.Draw(picture)
     draw.text((8, 10), f"{len(names):,} classes; rows: own class, columns: taken for", fill=FAINT, font=_font(18))
     field = Image.fromarray(colors).resize((side, side), Image.Resampling.NEAREST)
+    if pixels == 1:
+        field = field.filter(ImageFilter.MinFilter(3))  # a single pixel would hardly be seen
     picture.paste(field, (left, top))
     draw.rectangle((left - 1, top - 1, left + side, top + side), outline=FAINT)
     for i in range(0, len(names), max(1, len(names) // 25)):

@@ -83,8 +83,8 @@ def _warning(exact: int, near: int, images: int, threshold: float) -> str:
     if not exact + near:
         return ""
     return (
-        f"{exact + near:,} of {images:,} evaluation images were tuned on ({exact:,} with the same bytes, {near:,} more "
-        f"with a cosine of {threshold} or higher): these figures flatter the model; remove the images from one side"
+        f"{exact + near:,} of {images:,} evaluation images may have been tuned on ({exact:,} have the same bytes, "
+        f"{near:,} more a cosine of {threshold} or higher): look at the pairs; copies flatter the model"
     )
 
 

@@ -79,13 +79,16 @@ def _lede(report: Report) -> str:
 
 
 def _warnings(report: Report) -> str:
+    whose: dict[tuple[str, str], list[str]] = {}
+    for task in report.tasks:
+        for run, entry in report.entries(task).items():
+            if warning(entry):
+                whose.setdefault((task, warning(entry)), []).append(run)
     found = [
-        f"<li><strong>{escape(task)}, {escape(run)}:</strong> {escape(warning(entry))}</li>"
-        for task in report.tasks
-        for run, entry in report.entries(task).items()
-        if warning(entry)
+        f"<li><strong>{escape(task)}, {escape(', '.join(runs))}:</strong> {escape(text)}</li>"
+        for (task, text), runs in whose.items()
     ]
-    return f'<ul class="warning" role="note" aria-label="Warnings">{"".join(found)}</ul>' if found else ""
+    return f'<ul class="warning" aria-label="Warnings">{"".join(found)}</ul>' if found else ""
 
 
 # Summary and comparisons
@@ -111,7 +114,7 @@ def _summary(report: Report, place: dict[str, str]) -> str:
         return ""  # the task's own section says it all
     beside = {column: published_percent(report, *column) for column in columns}
     systems = [s for s in SYSTEMS if any(s in values for values in beside.values())]
-    head = ["", *(_key(report, run) + escape(run) for run in report.runs), *map(escape, systems), "chance"]
+    head = ["", *(_key(report, run) + escape(run) for run in report.runs), "chance", *map(escape, systems)]
     rows = []
     for task, figure in columns:
         entries = report.entries(task)
@@ -119,9 +122,9 @@ def _summary(report: Report, place: dict[str, str]) -> str:
         for run in report.runs:
             one = entries[run].figures.get(figure) if run in entries else None
             cells.append(_value(one) if one else "")
-        cells += [f"{beside[task, figure][s]:.1f}" if s in beside[task, figure] else "" for s in systems]
         first = next(iter(entries.values())).figures.get(figure)
         cells.append("" if first is None or first.chance is None else f"{100 * first.chance:.1f}")
+        cells += [f"{beside[task, figure][s]:.1f}" if s in beside[task, figure] else "" for s in systems]
         rows.append(("", cells))
     about = "The headline figure of each task" + (", beside what others have printed" if systems else "")
     return f"<section><h2>At a glance</h2>{table(about, head, rows, 'Summary')}</section>"

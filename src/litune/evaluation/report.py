@@ -52,7 +52,8 @@ def write_report(out: Path, runs: dict[str, list[Result]], *, overwrite: bool) -
     report = collect(runs)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    for left in out.parent.glob(f".{out.name}.*.tmp"):  # by a report that was killed
+        shutil.rmtree(left, ignore_errors=True)
     try:
         temporary.mkdir()
         for entry in report.all_entries:
