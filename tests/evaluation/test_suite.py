@@ -248,8 +248,8 @@ def test_probes_and_reports(run: Path, sets: Path, tmp_path: Path) -> None:
     found = evaluate(
         run, tasks="cifar10", data=sets, features=tmp_path / "f", kshot=2, probes=True, out=tmp_path / "report"
     )["tasks"][0]
-    assert found["extras"]["probes"]["ridge"]["train_images"] == 8
-    assert found["extras"]["probes"]["knn"]["train_images"] == 12
+    assert found["extras"]["ridge"]["train_images"] == 8
+    assert found["extras"]["knn"]["train_images"] == 12
     assert found["extras"]["calibration"]["images"] == 24
     assert found["extras"]["contamination"]["images"] == 24
     assert (tmp_path / "report" / "report.md").is_file()

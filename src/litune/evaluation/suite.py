@@ -596,7 +596,7 @@ def _probe(
     if protocol.probes:
         said["linear"] = probes.linear_probe(*given, *test, seed=0)
         said["knn"] = probes.knn(*given, *test)
-    return {"probes": said}
+    return said
 
 
 def _draw(labels: np.ndarray, shots: int) -> np.ndarray:
