@@ -78,3 +78,16 @@ def test_fit_line(monkeypatch: pytest.MonkeyPatch) -> None:
         {"gb_per_1000_pairs": 0.5, "gb_at_0": 1.0, "worst_relative_residual": 0.0}
     )
     assert fit_line({0: 1.0, 1000: 1.0, 2000: 4.0})["worst_relative_residual"] == pytest.approx(1.0)
+
+
+def test_eval_speed(tiny_bert: Path) -> None:
+    small = ["--dim", "16", "--images", "60", "--classes", "5", "--templates", "3", "--bare", "15", "--threads", "1"]
+    found = run("eval_speed.py", "--text-tower", f"hf:{tiny_bert}", *small)
+    assert found["precisions"].keys() == {"float32", "bfloat16"}
+    for one in found["precisions"].values():
+        assert one["texts"] == 15
+        assert one["share_of_bare_tower"] == pytest.approx(one["texts_per_second"] / one["bare_tower_texts_per_second"])
+        assert one["limit_seconds"] == pytest.approx(15 / one["bare_tower_texts_per_second"] + one["seconds_products"])
+        assert one["seconds"] == pytest.approx(one["seconds_texts"] + one["seconds_scores"])
+    assert 0 <= found["same_predictions"] <= 1
+    assert {"cpu", "threads", "torch", "images", "classes"} <= found.keys()

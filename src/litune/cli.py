@@ -229,8 +229,9 @@ def show_tasks(rows: Sequence[dict[str, Any]], means: dict[str, Any]) -> None:
             print(f"  {figure:26}{value:>7.1%}{chance}")
         for system, row in one["extras"].get("published", {}).items():
             print(f"    {system}: " + ", ".join(f"{figure} {value:.1%}" for figure, value in row.items()))
-        for probe, learned in one["extras"].get("probes", {}).items():
-            print(f"  {probe + ' probe':26}{learned['accuracy']:>7.1%}   from {learned['train_images']:,} images")
+        for probe in ("ridge", "linear", "knn"):
+            if learned := one["extras"].get(probe):
+                print(f"  {probe + ' probe':26}{learned['accuracy']:>7.1%}   from {learned['train_images']:,} images")
         if warning := one["extras"].get("contamination", {}).get("warning"):
             print(f"  {warning}")
     for group, mean in means.items():

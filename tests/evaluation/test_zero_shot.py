@@ -33,10 +33,11 @@ def unit(*shape: int, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("block", [1, 7, 300])
-def test_classify_as_clip_benchmark(block: int) -> None:
+def test_classify_as_clip_benchmark(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the last example, in whatever blocks the scores are made."""
     from clip_benchmark.metrics import zeroshot_classification as theirs
 
+    monkeypatch.setattr(theirs, "float", lambda one: one.item(), raising=False)  # NumPy 2.4 refuses float([x])
     images, weights = unit(300, 16, seed=0), unit(23, 16, seed=1)
     labels = torch.randint(0, 23, (300,), generator=torch.Generator().manual_seed(2))
     found = classify(images.split(block), weights, list(labels.numpy()[:, None]), scale=10.0)

@@ -388,8 +388,8 @@ class ParquetCell:
 
     def read_bytes(self) -> bytes:
         """The picture, encoded."""
-        found: bytes = self.images.group(self.group)[self.row].as_py()
-        return found
+        found: bytes | None = self.images.group(self.group)[self.row].as_py()
+        return found or b""
 
     @property
     def stamp(self) -> str:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -146,43 +147,68 @@ def _complete(place: Path) -> bool:
 
 def _write_store(place: Path, found: EvalSet, subject: Subject, max_damaged: float) -> None:
     tower = subject.model.load_image_tower()
-
-    def locate(row: int) -> tuple[str, Path]:
-        return found.keys[row], cast(Path, found.pictures[row])  # all that is asked of it is read_bytes
-
     begun = read_json(place / MANIFEST, StoreError)["tower"] if (place / MANIFEST).exists() else {}
-    runtime = pick_runtime(
-        tower,
-        range(len(found)),
-        locate,
-        name=begun.get("runtime", "auto"),
-        precision=begun.get("precision", "float32"),
-        batch_size=BATCH,
-    )
-    manifest = {
-        "tower": tower.provenance | {"precision": runtime.precision, "runtime": runtime.name},
-        "pairs": {"source": found.layout, "fingerprint": found.fingerprint(), "captions": 0},
-        "images": len(found),
-        "dtype": "float16",
-        "libraries": library_versions(),
-    }
-    writer = StoreWriter(place, manifest)
-    if writer.seen:
-        say(f"going on with {place}: {writer.seen:,} of {len(found):,} images are done")
-    shard = _Shard()
-    batches = encode_images(runtime, tower.preprocess, range(writer.seen, len(found)), locate, batch_size=BATCH)
-    with track("embedding", "images", len(found), writer.seen) as task:
-        for batch, features in batches:
-            shard.add(batch, features)
-            task.advance(len(batch))
-            end = batch[-1].row + 1
-            if shard.seconds >= SHARD_SECONDS or end == len(found):
-                shard.write(writer, found, end)
-                _check_damage(int(writer.manifest["damaged"]), len(found), max_damaged, place)
-                shard = _Shard()
+    with _as_files(found) as files:
+        runtime = pick_runtime(
+            tower,
+            range(len(found)),
+            files.locate,
+            name=begun.get("runtime", "auto"),
+            precision=begun.get("precision", "float32"),
+            batch_size=BATCH,
+        )
+        manifest = {
+            "tower": tower.provenance | {"precision": runtime.precision, "runtime": runtime.name},
+            "pairs": {"source": found.layout, "fingerprint": found.fingerprint(), "captions": 0},
+            "images": len(found),
+            "dtype": "float16",
+            "libraries": library_versions(),
+        }
+        writer = StoreWriter(place, manifest)
+        if writer.seen:
+            say(f"going on with {place}: {writer.seen:,} of {len(found):,} images are done")
+        shard = _Shard()
+        left = range(writer.seen, len(found))
+        batches = encode_images(runtime, tower.preprocess, left, files.locate, batch_size=BATCH)
+        with track("embedding", "images", len(found), writer.seen) as task:
+            for batch, features in batches:
+                shard.add(batch, features)
+                files.forget(batch)
+                task.advance(len(batch))
+                end = batch[-1].row + 1
+                if shard.seconds >= SHARD_SECONDS or end == len(found):
+                    shard.write(writer, found, end)
+                    _check_damage(int(writer.manifest["damaged"]), len(found), max_damaged, place)
+                    shard = _Shard()
     if not writer.manifest["rows"]:
         raise DataError(f"none of the {len(found):,} images of {found.path} can be read")
     writer.finish(images_per_second=round(task.rate, 2))
+
+
+class _Files:
+    """The pictures of a set as files: what lies in an archive or an array is in a temporary folder while it is read."""
+
+    def __init__(self, found: EvalSet, folder: Path) -> None:
+        self.found, self.folder = found, folder
+
+    def locate(self, row: int) -> tuple[str, Path]:
+        key, picture = self.found.keys[row], self.found.pictures[row]
+        if isinstance(picture, Path):
+            return key, picture
+        file = self.folder / str(row)
+        with suppress(OSError):  # then there is no file, which counts as damage
+            file.write_bytes(picture.read_bytes())
+        return key, file
+
+    def forget(self, batch: Sequence[Decoded]) -> None:
+        for one in batch:
+            (self.folder / str(one.row)).unlink(missing_ok=True)
+
+
+@contextmanager
+def _as_files(found: EvalSet) -> Iterator[_Files]:
+    with tempfile.TemporaryDirectory(prefix="litune-") as folder:
+        yield _Files(found, Path(folder))
 
 
 def _check_damage(damaged: int, images: int, max_damaged: float, place: Path) -> None:
@@ -570,7 +596,7 @@ def _probe(
     if protocol.probes:
         said["linear"] = probes.linear_probe(*given, *test, seed=0)
         said["knn"] = probes.knn(*given, *test)
-    return {"probes": said}
+    return said
 
 
 def _draw(labels: np.ndarray, shots: int) -> np.ndarray:
