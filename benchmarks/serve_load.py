@@ -252,7 +252,11 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     else:
         run, images = options.run, options.images
     given = [] if options.captions is None else read_captions(options.captions, [], ["en"])
-    words = given or [f"a photo of a {what} in the {where}" for what in "dog cat tree red house".split() for where in "park snow sea".split()]
+    words = given or [
+        f"a photo of a {what} in the {where}"
+        for what in "dog cat tree red house".split()
+        for where in "park snow sea".split()
+    ]
     texts = [f"{words[i % len(words)]} {i}" for i in range(options.requests + WARM)]
     found: dict[str, Any] = {}
     with serving(run, images, folder / "serve.log", "--body-seconds", "2") as server:

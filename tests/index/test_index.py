@@ -62,7 +62,9 @@ def groups_store(path: Path, rows: int, width: int = 16, groups: int = 40, seed:
     return writer.finish()
 
 
-def full(model: Plain, index: Index, queries: torch.Tensor, top: int, mask: np.ndarray | None = None) -> list[list[int]]:
+def full(
+    model: Plain, index: Index, queries: torch.Tensor, top: int, mask: np.ndarray | None = None
+) -> list[list[int]]:
     """The nearest rows by the whole matrix in float64."""
     keep = index.there if mask is None else index.there & mask
     scores = queries.double() @ model.encode_features(index.features(np.arange(index.rows))).double().T

@@ -338,9 +338,7 @@ class Index:
             self.cells = make_cells(self.features, self.there, count, seed, task.advance)
         self.probes = max(1, len(self.cells) // 32)
 
-    def calibrate(
-        self, model: Encoder, queries: Float[Tensor, "Q D"], *, top: int = 10, target: float = 0.95
-    ) -> float:
+    def calibrate(self, model: Encoder, queries: Float[Tensor, "Q D"], *, top: int = 10, target: float = 0.95) -> float:
         """Set `probes` to the least power of two with this recall@`top` on these queries; returns the recall reached."""
         if self.cells is None:
             raise StoreError(f"{self.file} has no cells: build them first")
