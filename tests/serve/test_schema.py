@@ -1,4 +1,4 @@
-"""The OpenAPI document is true: schemathesis makes requests out of it, valid and invalid, and holds every answer to it."""
+"""The OpenAPI document is true: schemathesis makes valid and invalid requests of it and holds the answers to it."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ class Gate:
                 return await receive()
             try:
                 message = await asyncio.wait_for(receive(), max(due - time.monotonic(), 0))
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 raise Problem(
                     408, f"the body took longer than {self.seconds:g} seconds to arrive", "the body",
                     "send less at once, or over a faster connection", {"Connection": "close"},
