@@ -33,6 +33,7 @@ class Centered:
         self.center = torch.from_numpy(center)
 
     def encode_features(self, raw: np.ndarray) -> torch.Tensor:
+        """What is compared, of raw features."""
         return normalize(torch.from_numpy(raw) - self.center)
 
 
@@ -46,6 +47,7 @@ class Features:
         self.groups = self.random.standard_normal((groups, dim), dtype=np.float32) * self.spectrum
 
     def draw(self, rows: int, *, spread: float = 0.5) -> np.ndarray:
+        """So many rows."""
         group = self.random.integers(0, len(self.groups), rows)
         around = self.random.standard_normal((rows, len(self.spectrum)), dtype=np.float32) * self.spectrum
         found: np.ndarray = self.offset + self.groups[group] + spread * around

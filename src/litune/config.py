@@ -598,7 +598,8 @@ class ServeConfig:
     machine can't see in a list of processes."""
     allow_host: tuple[str, ...] = ()
     """Further names that requests may address the server by. On a loopback address localhost and the address are
-    taken, so that no web page can reach it by a name of its own; on other addresses every name is, unless given here."""
+    taken, so that no web page can reach it by a name of its own; on other addresses every name is, unless some are
+    given here."""
     index: Literal["auto", "exact", "approximate"] = "auto"
     """How --images is searched, as with litune search; approximate needs an index that was built."""
     batch: int = 64

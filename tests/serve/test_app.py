@@ -227,7 +227,9 @@ def bomb(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize(
@@ -280,7 +282,12 @@ def test_without_an_image_tower(start: Start) -> None:
 
 def test_token(start: Start) -> None:
     client = TestClient(make_app(start(token="sesame-open")))
-    for wrong in ({}, {"Authorization": "Bearer sesame"}, {"Authorization": "Basic sesame-open"}, {"Authorization": "ü"}):
+    for wrong in (
+        {},
+        {"Authorization": "Bearer sesame"},
+        {"Authorization": "Basic sesame-open"},
+        {"Authorization": "ü"},
+    ):
         answer = client.get("/v1/model", headers={k: v.encode("latin-1") for k, v in wrong.items()})
         error(answer, 401)
         assert answer.headers["www-authenticate"] == "Bearer"

@@ -70,6 +70,4 @@ def build(index: Index, model: LiT) -> None:
     recall = index.calibrate(model, queries)
     file = index.save()
     assert index.cells is not None
-    say(
-        f"{file}: {len(index.cells):,} cells; looking into {index.probes:,} finds {recall:.1%} of the ten nearest images"
-    )
+    say(f"{file}: {len(index.cells):,} cells; {index.probes:,} of them hold {recall:.1%} of the ten nearest images")

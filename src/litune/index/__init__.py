@@ -3,13 +3,13 @@
 **One index for every run.** A locked tower's raw features never change, so an index should outlive the runs that are
 tuned on them. What a run compares, though, is not raw: it subtracts its centre c, perhaps applies a whitening M or a
 head, and normalises: the score of image r is q · M(r − c) / |M(r − c)|. For one text tower the query could be mapped
-through the adjoint instead (Mᵀq against r − c), but the length below the line differs with every map, so that the order of
-raw inner products is not the order of scores; and an index of mapped features, kept per map, is void with the next run
-whose centre was estimated on other captions. So litune's index holds **no features at all**: it is a partition of
-the raw features into cells (k-means). A query is compared with the cells' centroids, then with the images in the nearest
-cells, and both go through the run's own `LiT.encode_features` first. Scores are therefore exact for every run, map and head,
-a new text tower searches at once, and what is approximate is only which images are looked at. On disk that is 4 bytes an
-image and the centroids.
+through the adjoint instead (Mᵀq against r − c), but the length below the line differs with every map, so that the
+order of raw inner products is not the order of scores; and an index of mapped features, kept per map, is void with
+the next run whose centre was estimated on other captions. So litune's index holds **no features at all**: it is a
+partition of the raw features into cells (k-means). A query is compared with the cells' centroids, then with the
+images in the nearest cells, and both go through the run's own `LiT.encode_features` first. Scores are therefore exact
+for every run, map and head, a new text tower searches at once, and what is approximate is only which images are
+looked at. On disk that is 4 bytes an image and the centroids.
 """
 
 from __future__ import annotations
@@ -338,10 +338,8 @@ class Index:
             self.cells = make_cells(self.features, self.there, count, seed, task.advance)
         self.probes = max(1, len(self.cells) // 32)
 
-    def calibrate(
-        self, model: Encoder, queries: Float[Tensor, "Q D"], *, top: int = 10, target: float = 0.95
-    ) -> float:
-        """Set `probes` to the least power of two with this recall@`top` on these queries; returns the recall reached."""
+    def calibrate(self, model: Encoder, queries: Float[Tensor, "Q D"], *, top: int = 10, target: float = 0.95) -> float:
+        """Set `probes` to the least power of two with this recall@`top` on these queries; returns the recall."""
         if self.cells is None:
             raise StoreError(f"{self.file} has no cells: build them first")
         _, expected = self.nearest(model, queries, top, exact=True)

@@ -26,7 +26,7 @@ Features = Callable[[np.ndarray], np.ndarray]
 class Cells:
     """Which of C cells each of N rows lies in.
 
-    `centroids` [C, W] are means of raw features and `mean` [W] that of all; `cell` [N] is −1 for a row that was removed.
+    `centroids` [C, W] are means of raw features and `mean` [W] that of all; `cell` [N] is −1 for a removed row.
     """
 
     centroids: np.ndarray

@@ -17,6 +17,7 @@ from litune.errors import DataError, nearest
 _FORM = re.compile(r"\s*(?P<column>[^=!<>~]*?)\s*(?P<op>==|!=|<=|>=|=|<|>|~)\s*(?P<value>.*?)\s*", re.DOTALL)
 _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     "=": pc.equal,
+    "!=": pc.not_equal,
     "<": pc.less,
     "<=": pc.less_equal,
     ">": pc.greater,
@@ -85,10 +86,7 @@ def _compare(values: pa.Array, condition: Condition) -> np.ndarray:
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     value = _as_type(condition, values.type)
-    if condition.op == "!=":
-        found = pc.not_equal(values, value)
-    else:
-        found = _COMPARE[condition.op](values, value)
+    found = _COMPARE[condition.op](values, value)
     return np.asarray(pc.fill_null(found, False).to_numpy(zero_copy_only=False), dtype=bool)
 
 

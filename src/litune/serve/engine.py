@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from anyio import CapacityLimiter, to_thread
 from torch import Tensor
 
 from litune.config import ServeConfig
@@ -68,7 +69,8 @@ class Engine:
             on_batch=lambda kind, weight: self.metrics.batches.labels(kind).observe(weight),
         )
         self.decoding = 0
-        self._decoders: CapacityLimiter | None = None
+        # Threads of their own: were pictures decoded in any thread, each would keep some of the memory that it took.
+        self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
         self.scale = float(model.scale.detach())
         if index is not None:
             self.rows = np.flatnonzero(index.there)
@@ -78,6 +80,7 @@ class Engine:
     def stop(self) -> None:
         """Finish what waits."""
         self.worker.stop()
+        self._decoders.shutdown()
 
     # In the worker's thread
 
@@ -154,9 +157,7 @@ class Engine:
             self.decoding -= len(files)
 
     async def _in_thread(self, function: Callable[[], T]) -> T:
-        if self._decoders is None:
-            self._decoders = CapacityLimiter(DECODERS)
-        return await to_thread.run_sync(function, limiter=self._decoders)
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, function)
 
     def _decode(self, name: str, data: bytes) -> np.ndarray:
         try:

@@ -29,7 +29,9 @@ SECURITY = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-_PATHS = re.compile(r"/v1/(?:model|encode/text|encode/image|match|classify|search|images)|/health|/metrics|/openapi.json|/")
+_PATHS = re.compile(
+    r"/v1/(?:model|encode/text|encode/image|match|classify|search|images)|/health|/metrics|/openapi.json|/"
+)
 
 
 class Gate:
@@ -89,7 +91,9 @@ class Gate:
         if self.hosts is not None:
             host = re.sub(r":\d*$", "", headers.get("host", "")).lower()
             if host not in self.hosts:
-                raise Problem(421, "the server is not known by this name", f"Host: {host}", "start it with --allow-host")
+                raise Problem(
+                    421, "the server is not known by this name", f"Host: {host}", "start it with --allow-host"
+                )
         if self.token is not None and scope["path"] not in OPEN and not scope["path"].startswith("/page/"):
             given = headers.get("authorization", "")
             kind, _, token = given.partition(" ")
@@ -124,7 +128,7 @@ class Gate:
                 return await receive()
             try:
                 message = await asyncio.wait_for(receive(), max(due - time.monotonic(), 0))
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 raise Problem(
                     408, f"the body took longer than {self.seconds:g} seconds to arrive", "the body",
                     "send less at once, or over a faster connection", {"Connection": "close"},

@@ -12,7 +12,7 @@ from starlette.responses import Response
 MAX_QUOTED = 200
 
 
-class Problem(Exception):
+class Problem(Exception):  # noqa: N818 - an answer, as HTTP has it
     """A request that can't be answered: its status, what is wrong, with which part of the request, and the remedy."""
 
     def __init__(self, status: int, message: str, what: str, do: str, headers: Mapping[str, str] | None = None) -> None:

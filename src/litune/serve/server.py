@@ -31,15 +31,17 @@ class _Patient(H11Protocol):
         self._watch()
 
     def _watch(self) -> None:
-        self._seen = self.cycle
-        self._timer = self.loop.call_later(self.head_seconds, self._check_head)
+        self._timer = self.loop.call_later(self.head_seconds, self._look, self.cycle)
 
-    def _check_head(self) -> None:
-        waiting = self.cycle is None or self.cycle.response_complete
-        if waiting and self.cycle is self._seen and not self.transport.is_closing():
-            self._refuse(408, "Request Timeout", "the head of the request took too long to arrive")
-        else:
+    def _look(self, before: Any, again: bool = True) -> None:
+        """Refuse a client that has sent a part of a head, or nothing at all, since the last look."""
+        begun = self.cycle is None or (self.cycle.response_complete and self.conn.trailing_data[0])
+        if not begun or self.cycle is not before or self.transport.is_closing():
             self._watch()
+        elif again:  # on a busy machine the rest may have arrived without having been read
+            self._timer = self.loop.call_later(0.05, self._look, before, False)
+        else:
+            self._refuse(408, "Request Timeout", "the head of the request took too long to arrive")
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()

@@ -14,7 +14,7 @@ Handler = Callable[[list[Any]], Sequence[Any]]
 """Payloads of one kind into their results, in order."""
 
 
-class Busy(Exception):
+class Busy(Exception):  # noqa: N818
     """The queue is full."""
 
 
