@@ -296,7 +296,8 @@ def show_export(config: ExportConfig, about: dict[str, Any]) -> None:
         sizes = found["bytes"]
         print(f"text.int8.onnx: {sizes['text.int8.onnx'] / 1e6:.1f} MB instead of {sizes['text.onnx'] / 1e6:.1f} MB")
         if "recall" not in found:
-            print(f"cosines with the float32 features: least {found['cosine']['least']:.4f}; give --store for recall@k")
+            more = "; give --store for recall@k" if config.to == "onnx" else ""
+            print(f"cosines with the float32 features: least {found['cosine']['least']:.4f}{more}")
         else:
             before, after = found["recall"]["float32"], found["recall"]["int8"]
             for way, name in (("text_to_image", "text → image"), ("image_to_text", "image → text")):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ def wait(browser: Any, condition: str, seconds: float = 20) -> Any:
 
 
 @pytest.fixture
-def address(live: Callable[..., Any]) -> Iterator[str]:
-    yield f"http://127.0.0.1:{live().port}/"
+def address(live: Callable[..., Any]) -> str:
+    return f"http://127.0.0.1:{live().port}/"
 
 
 def open_page(browser: Any, address: str) -> None:
@@ -37,7 +37,8 @@ def open_page(browser: Any, address: str) -> None:
 
 
 def pictures_drawn(browser: Any) -> None:
-    wait(browser, "[...document.images].filter((one) => one.offsetParent).every((one) => one.complete && one.naturalWidth)")
+    shown = "[...document.images].filter((one) => one.offsetParent)"
+    wait(browser, f"{shown}.every((one) => one.complete && one.naturalWidth)")
 
 
 def test_match(browser: Any, address: str, model: Any, made: Any, tmp_path: Path) -> None:
@@ -100,7 +101,7 @@ def test_classify_and_search(browser: Any, address: str, model: Any, made: Any) 
     browser.back()
     wait(browser, "location.hash == '#search?q=a+green+bar'")
     browser.back()
-    wait(browser, "!document.getElementById('panel-classes').hidden && document.querySelectorAll('.column').length == 2")
+    wait(browser, "document.title.startsWith('Classify') && document.querySelectorAll('.column').length == 2")
 
 
 def test_token_and_a_server_that_is_gone(browser: Any, live: Callable[..., Any]) -> None:
@@ -123,7 +124,8 @@ def test_token_and_a_server_that_is_gone(browser: Any, live: Callable[..., Any])
 
 
 NAMELESS = """
-return [...document.querySelectorAll('button, input, select, textarea, a')].filter((one) => one.offsetParent).filter((one) => !(
+const all = [...document.querySelectorAll('button, input, select, textarea, a')];
+return all.filter((one) => one.offsetParent).filter((one) => !(
   one.getAttribute('aria-label') || one.innerText?.trim() || one.labels?.length || one.querySelector?.('img[alt]')
 )).map((one) => one.outerHTML)
 """

@@ -154,7 +154,8 @@ class Runtime:
 
     def images(self, images: Sequence[Image.Image]) -> Float[Tensor, "B D"]:
         """Features of pictures."""
-        assert self.tower is not None and self.image is not None
+        assert self.tower is not None
+        assert self.image is not None
         pixels = np.stack([_pixels(self.tower, image) for image in images])
         return torch.from_numpy(self.image.run(["features"], {"pixels": pixels})[0])
 

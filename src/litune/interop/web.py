@@ -165,7 +165,9 @@ def _preprocessed_here(model: LiT) -> ImageTransform:
     tower = model.load_image_tower()
     found = tower.preprocess
     if not isinstance(found, ImageTransform):
-        raise ExportError(f"the preprocessing of {tower.spec} is not known to the browser: leave out --with-image-tower")
+        raise ExportError(
+            f"the preprocessing of {tower.spec} is not known to the browser: leave out --with-image-tower"
+        )
     square = found.size[0] == found.size[1]
     if found.crop_mode != "squash" and not (found.crop_mode == "center" and square):
         raise ExportError(f"crop_mode {found.crop_mode} of {found.size} pixels: leave out --with-image-tower")
@@ -175,7 +177,7 @@ def _preprocessed_here(model: LiT) -> ImageTransform:
 
 
 def find_runtime(local: Path, given: Path | None) -> None:
-    """Put onnxruntime-web's files into `local`: from a folder that has them, or from npm (and then the user's cache)."""
+    """Put onnxruntime-web's files into `local`: from a folder that has them, or by npm into the user's cache."""
     if given is not None:
         source = next((one for one in (given, given / "dist") if (one / RUNTIME_FILES[0]).is_file()), None)
         if source is None or not all((source / name).is_file() for name in RUNTIME_FILES):

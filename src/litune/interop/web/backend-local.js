@@ -4,11 +4,18 @@ const worker = new Worker(new URL("local/worker.js", import.meta.url), { type: "
 const waiting = new Map();
 let last = 0;
 
-worker.onmessage = ({ data: { id, result, error } }) => {
+let tell = () => {};
+
+/** Who is told how much of a large file is there: {got, total} in bytes. */
+export function onProgress(listener) {
+  tell = listener;
+}
+
+worker.onmessage = ({ data: { id, result, error, progress } }) => {
+  if (progress) return tell(progress);
   const [resolve, reject] = waiting.get(id);
   waiting.delete(id);
-  if (error === undefined) resolve(result);
-  else reject(new Error(error));
+  return error === undefined ? resolve(result) : reject(new Error(error));
 };
 worker.onerror = (event) => {
   event.preventDefault();

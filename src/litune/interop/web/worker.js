@@ -10,10 +10,27 @@ const PUNCTUATION = /[!"#$%&'()*+,\-./:;<=>?@[\\\]^_`{|}~]/g;
 let ort, about, images, features, tokenizer, textSession, imageSession;
 const known = new Map();
 
-async function file(name, kind) {
+async function open(name) {
   const response = await fetch(new URL(`../../data/${name}`, import.meta.url));
   if (!response.ok) throw new Error(`data/${name} can't be read (${response.status}): put the whole export in place`);
-  return response[kind]();
+  return response;
+}
+
+const file = async (name, kind) => (await open(name))[kind]();
+
+// A large file, with word of how much of it is there.
+async function largeFile(name) {
+  const response = await open(name);
+  const total = Number(response.headers.get("content-length"));
+  const parts = [];
+  let got = 0;
+  for (const reader = response.body.getReader(); ; ) {
+    const { done, value } = await reader.read();
+    if (done) return new Uint8Array(await new Blob(parts).arrayBuffer());
+    parts.push(value);
+    got += value.length;
+    self.postMessage({ progress: { got, total: Math.max(total, got) } });
+  }
 }
 
 // Messages are answered in turn, so that two never run the model at once.
@@ -41,7 +58,7 @@ async function start() {
   ort.env.wasm.numThreads = 1; // more would need headers that plain file servers don't send
   ort.env.wasm.wasmPaths = { wasm: new URL("ort-wasm-simd-threaded.wasm", import.meta.url).href };
   ort.env.logLevel = "error";
-  textSession = await ort.InferenceSession.create(new Uint8Array(await file(found.text_file, "arrayBuffer")));
+  textSession = await ort.InferenceSession.create(await largeFile(found.text_file));
   about = found;
   return about.page;
 }
@@ -82,7 +99,7 @@ async function textFeatures({ texts }) {
 
 async function encodeImages({ files }) {
   if (!about.image) throw new Error("this page was exported without its image tower: export it --with-image-tower");
-  imageSession ??= await ort.InferenceSession.create(new Uint8Array(await file("image.onnx", "arrayBuffer")));
+  imageSession ??= await ort.InferenceSession.create(await largeFile("image.onnx"));
   const found = [];
   for (const one of files) {
     const pixels = new ort.Tensor("float32", prepare(await decode(one), about.image), [1, 3, ...about.image.size]);

@@ -27,6 +27,7 @@ function go(name, asked, { replace = false } = {}) {
 
 // A panel is left as it is found again: its tab leads to its last address.
 const remembered = {};
+let shown = "";
 
 function show() {
   const { name, asked } = read();
@@ -38,6 +39,8 @@ function show() {
     if (panel === name) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
+  if (name !== shown) window.scrollTo(0, 0);
+  shown = name;
   document.title = `${{ match: "Match", classes: "Classify", search: "Search" }[name]} · litune`;
   panels[name].show(asked);
 }
@@ -120,6 +123,9 @@ async function start() {
   // A picture that misses its place must not replace the page.
   for (const kind of ["dragover", "drop"]) window.addEventListener(kind, (event) => event.preventDefault());
   backend.onToken?.(askForToken);
+  backend.onProgress?.(({ got, total }) => {
+    at("loading").querySelector("p").textContent = `Loading the model: ${(got / 1e6).toFixed(0)} of ${(total / 1e6).toFixed(0)} MB`;
+  });
   try {
     const info = await backend.model();
     describe(info);
