@@ -183,8 +183,9 @@ def read_header(block: bytes) -> tuple[str, int, bytes]:
             pass
     header = tarfile.TarInfo.frombuf(block, "utf-8", "replace")
     if not 0 <= header.size < 1 << 50:  # base-256 numbers can be negative, or beyond all disks
-        raise tarfile.InvalidHeaderError("bad size")
-    return header.name, header.size, header.type
+        raise tarfile.HeaderError("bad size")
+    kind: Any = header.type
+    return header.name, header.size, kind
 
 
 def _blocks(size: int) -> int:
