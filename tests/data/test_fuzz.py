@@ -15,13 +15,12 @@ import pyarrow.parquet
 import pytest
 from tests.data.packed import NAMES, hub_table, picture, sample, write_tar
 
-from litune.data.images import ImageTransform, decode, open_rgb
+from litune.data.images import decode, open_rgb
 from litune.data.pairs import Pairs, read_pairs
 from litune.data.references import read_each
 from litune.errors import DataError
 
 TRIES = 100
-TRANSFORM = ImageTransform((16, 16), (0.5,) * 3, (0.5,) * 3)
 
 
 @pytest.fixture(autouse=True)
@@ -167,5 +166,5 @@ def check(pairs: Pairs) -> None:
         assert damage.key
         assert damage.reason
     for i, (key, path, data) in enumerate(zip(keys, paths, read_each(paths), strict=True)):
-        found = decode(i, key, path, data, TRANSFORM)
+        found = decode(i, key, path, data, np.asarray)
         assert (found.pixels is None) == (found.damage is not None)

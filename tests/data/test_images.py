@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import io
+import struct
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -140,3 +142,60 @@ def test_map_ahead_keeps_order_and_stays_flat() -> None:
     for i, result in enumerate(map_ahead(work, range(100), workers=4, ahead=8)):
         assert result == i
         assert started <= i + 8 + 1
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.png", "a"])
+def test_the_bytes_say_what_a_file_is(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(encoded(draw("red", "box"), "JPEG"))
+    transform = ImageTransform((16, 16), (0.5,) * 3, (0.5,) * 3)
+    assert decode_file(0, name, tmp_path / name, transform).damage is None
+
+
+def test_nothing_is_run_to_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow would hand an EPS file to Ghostscript."""
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a program was started"))
+    with pytest.raises(DataError, match="not an image"):
+        open_rgb(encoded(draw("red", "box"), "EPS"))
+
+
+def test_a_bomb_is_seen_before_it_is_decoded() -> None:
+    """A PNG of a hundred bytes that says that it has 60,000 × 60,000 pixels."""
+    data = bytearray(encoded(Image.new("RGB", (1, 1))))
+    data[16:24] = struct.pack(">II", 60_000, 60_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    with pytest.raises(DataError, match=r"60000×60000 pixels|exceeds limit"):
+        open_rgb(bytes(data))
+
+
+def test_cmyk_palette_and_depths() -> None:
+    """Each kind of pixel becomes the colour that it means."""
+    red = Image.new("RGB", (8, 8), (220, 30, 30))
+    for data, most in (
+        (encoded(red.convert("CMYK"), "JPEG", quality=95), 6),
+        (encoded(red.convert("CMYK"), "TIFF"), 0),
+        (encoded(red.quantize(4), "PNG"), 0),
+        (encoded(red, "WEBP", lossless=True), 0),
+    ):
+        assert np.abs(np.asarray(open_rgb(data)).astype(int) - (220, 30, 30)).max() <= most
+    deep = np.array([[0, 32768, 65535, 70000, -5]], np.int32)
+    assert np.asarray(open_rgb(encoded(Image.fromarray(deep), "TIFF")))[0, :, 0].tolist() == [0, 128, 255, 255, 0]
+    clear = Image.new("P", (4, 4), 0)
+    clear.putpalette([255, 0, 0] * 256)
+    assert open_rgb(encoded(clear, "PNG", transparency=0)).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_animations_are_their_first_frame(kind: str) -> None:
+    frames = [Image.new("RGB", (8, 8), color) for color in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
+    options: dict[str, object] = {"lossless": True} if kind == "WEBP" else {}
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    assert open_rgb(data).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_damaged_exif_leaves_the_picture_as_it_is() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.new("RGB", (8, 4)), "JPEG", exif=exif)
+    at = data.index(b"Exif\0\0") + 6
+    assert open_rgb(data[:at] + b"garbage!" + data[at + 8 :]).size == (8, 4)
+    assert open_rgb(data).size == (4, 8)

@@ -36,6 +36,7 @@ POLL_SECONDS = 0.5
 ADDRESS = re.compile(r"https?://[^\s/]\S*", re.IGNORECASE)
 RESERVED = {"key", "caption", "url", "width", "height", "original_width", "original_height", "status", "error_message"}
 REASONS = (
+    (r"Redirection to url .* is not allowed|unknown url type", "redirected to what is not http"),
     (r"HTTP Error (\d+)(?:: ?(.*))?$", r"HTTP \1 \2"),
     (r"timed? ?out", "no answer in time"),
     (r"infinite loop", "redirected in a circle"),

@@ -147,7 +147,7 @@ class _Columns:
 
     def _clear(self) -> None:
         self._lists: dict[str, list[list[str]]] = {"captions": [], "langs": [], "fields": []}
-        self._texts: dict[str, list[str | None]] = {"key": [], "path": [], "split": [], "label": []}
+        self._texts: dict[str, list[str]] = {"key": [], "path": [], "split": [], "label": []}
         self._extra: dict[str, list[Any]] = {name: [] for name in self._kept}
 
     def add(self, sample: Sample) -> list[Damage]:
@@ -172,7 +172,7 @@ class _Columns:
             ("langs", langs),
         ):
             self._lists[name].append(values)
-        for name, text in (("key", sample.key), ("path", sample.path), ("split", split), ("label", label)):
+        for name, text in (("key", str(sample.key)), ("path", sample.path), ("split", split), ("label", label)):
             self._texts[name].append(text)
         for name, values in self._extra.items():
             values.append(sample.extra.get(name))

@@ -32,6 +32,8 @@ SPAN = 32 << 20
 GROUPS_KEPT = 4
 """Row groups that stay in memory: as many as threads may be reading."""
 BLOCK = tarfile.BLOCKSIZE
+BROKEN = (pa.ArrowException, ValueError, OSError)
+"""What a damaged file raises in Arrow; names that are not UTF-8 are a `ValueError`."""
 
 _MEMBER = re.compile(r"(.+?)::(\d+)\+(\d+)::(.*)", re.DOTALL)
 _ROW = re.compile(r"(.+?)::(\d+)/(\d+)::(.*)", re.DOTALL)
@@ -209,7 +211,7 @@ def read_group(file: str, group: int, column: str) -> tuple[pa.ChunkedArray, pa.
                     )
                 found = parquet.read_row_group(group, columns=[column])[column]
         found.validate(full=True)
-    except (pa.ArrowException, KeyError, IndexError, OverflowError) as why:
+    except (pa.ArrowException, ValueError, KeyError, IndexError, OverflowError) as why:
         raise DataError(f"{file} is damaged or has changed: {first_line(why)}") from None
     if not pa.types.is_struct(found.type):
         return found, None
@@ -233,7 +235,7 @@ def open_arrow(file: str) -> pa.Table:
         except pa.ArrowInvalid:
             table = pa.ipc.open_stream(source).read_all()
         table.validate(full=True)  # offsets that point outside would end the process
-    except (pa.ArrowException, OSError) as why:
+    except BROKEN as why:
         raise DataError(f"{file} can't be read: {first_line(why)}") from None
     return table
 

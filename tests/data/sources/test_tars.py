@@ -161,6 +161,16 @@ def test_cut_off(tmp_path: Path) -> None:
     assert f"at byte {at[7] + 100:,}" in damage.reason
 
 
+def test_cut_off_between_two_files(tmp_path: Path) -> None:
+    """Nothing that is left is damaged, but the mark of the end is missing."""
+    whole = (write_shards(tmp_path, shards=1) / "00000.tar").read_bytes()
+    paths = read_pairs(tmp_path).table["path"].to_pylist()
+    (tmp_path / "00000.tar").write_bytes(whole[: int(paths[7].split("::")[1].split("+")[0]) - 512])
+    pairs = read_pairs(tmp_path, max_damaged=0.2)
+    assert pairs.table["path"].to_pylist() == paths[:7]
+    assert "the shard has no end" in pairs.damaged[0].reason
+
+
 def test_it_goes_on_behind_damage(tmp_path: Path) -> None:
     whole = bytearray((write_shards(tmp_path, shards=1) / "00000.tar").read_bytes())
     paths = read_pairs(tmp_path).table["path"].to_pylist()

@@ -17,7 +17,7 @@ import pyarrow.parquet
 
 from litune.data.names import canonicalize
 from litune.data.places import open_file
-from litune.data.references import Row, absolute, first_line, open_arrow
+from litune.data.references import BROKEN, Row, absolute, first_line, open_arrow
 from litune.data.sources.sample import (
     CAPTION_COLUMNS,
     IMAGE_SUFFIXES,
@@ -43,7 +43,7 @@ def holds_pictures(file: str) -> bool:
     try:
         with open_file(file) as opened:
             return picture_column(pa.parquet.read_schema(opened), None) is not None
-    except (pa.ArrowException, OSError):
+    except BROKEN:
         return False
 
 
@@ -128,7 +128,7 @@ def _read_file(file: str, name: str, split: str, options: Options, absent: list[
                 before += len(missing)
     except FileNotFoundError:
         yield Damage(file, "the file does not exist", whole_file=True)
-    except (pa.ArrowException, OSError) as why:
+    except BROKEN as why:
         yield Damage(file, f"the file can't be read: {first_line(why)}", whole_file=True)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
-from litune.data.references import first_line
+from litune.data.references import BROKEN, first_line
 from litune.data.sources.sample import Damage, Options, Sample, Source
 from litune.errors import DataError
 
@@ -33,7 +33,7 @@ def store_source(folder: Path, options: Options) -> Source:
                 with pa.parquet.ParquetFile(file) as parquet:
                     for batch in parquet.iter_batches(ROWS):
                         yield from _rows(file, batch.to_pylist(), options)
-            except (pa.ArrowException, OSError) as why:
+            except BROKEN as why:
                 yield Damage(str(file), f"the file can't be read: {first_line(why)}", whole_file=True)
 
     return Source(lambda _: f"the pairs of the store {folder}", read(), name=str(folder), files=len(files))

@@ -8,13 +8,13 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet
 
 from litune.data.places import is_file, is_url, open_file
-from litune.data.references import first_line, parse
+from litune.data.references import BROKEN, Member, Row, first_line, parse
 from litune.data.sources.sample import (
     CAPTION_COLUMNS,
     IMAGE_SUFFIXES,
@@ -41,7 +41,12 @@ IMAGE_COLUMNS = [
     "image_file",
     "image_name",
 ]
-DELIMITERS = {",": csv.QUOTE_MINIMAL, "\t": csv.QUOTE_NONE, "|": csv.QUOTE_NONE, ";": csv.QUOTE_MINIMAL}
+DELIMITERS: dict[str, Literal[0, 3]] = {
+    ",": csv.QUOTE_MINIMAL,
+    "\t": csv.QUOTE_NONE,
+    "|": csv.QUOTE_NONE,
+    ";": csv.QUOTE_MINIMAL,
+}
 """How each kind is quoted: captions between tabs or bars are written as they are and may hold a lone quote."""
 ROWS = 10_000
 
@@ -129,7 +134,7 @@ def read_lines(file: str) -> Iterator[Line]:
                 yield from _read_jsonl(file, opened)
             else:
                 yield from _read_csv(file, opened, suffix)
-    except (pa.ArrowException, csv.Error, OSError) as why:
+    except (*BROKEN, csv.Error) as why:
         raise DataError(f"{file} can't be read as a table: {first_line(why)}") from None
 
 
@@ -270,9 +275,8 @@ def image_base(file: str, images: Path | None, keys: Sequence[str]) -> str:
 def exists(base: str, key: str) -> bool:
     """Whether the file that an image lies in is there."""
     place = parse(join(base, key))
-    if isinstance(place, str):
-        return is_url(place) or is_file(place)  # an image elsewhere is asked for when it is its turn
-    return is_file(place.shard if hasattr(place, "shard") else place.file)
+    file = place.shard if isinstance(place, Member) else place.file if isinstance(place, Row) else place
+    return is_url(file) or is_file(file)  # an image elsewhere is asked for when it is its turn
 
 
 def join(base: str, key: str) -> str:

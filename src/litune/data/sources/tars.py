@@ -119,6 +119,7 @@ def members(shard: str, file: BinaryIO) -> Iterator[Member | Damage]:
     """
     length, at, long_name, long_size = size_of(file), 0, "", -1
     lost, said = -1, False  # where a damaged part begins, and whether that was reported already
+    ended = True  # whether there were zeros last, the mark of a tar's end
     if length and (kind := _compressed(file)):
         raise DataError(f"it is compressed with {kind}: unpack it to a plain .tar first")
     while at < length:
@@ -127,13 +128,13 @@ def members(shard: str, file: BinaryIO) -> Iterator[Member | Damage]:
         try:
             header = None if block == _ZEROS else read_header(block)
         except (tarfile.HeaderError, ValueError, OverflowError):
-            lost = at if lost < 0 else lost
+            lost, ended = at if lost < 0 else lost, False
             at += BLOCK
             continue
         if lost >= 0 and not said:
             yield Damage(shard, f"bytes {lost:,} to {at:,} are no tar: what was there is lost")
         lost, said = -1, False
-        data = at + BLOCK
+        data, ended = at + BLOCK, header is None
         if header is None:  # zeros: the end of this tar, or of one of several in a row
             at = data
             continue
@@ -163,6 +164,8 @@ def members(shard: str, file: BinaryIO) -> Iterator[Member | Damage]:
         at = data + _blocks(size)
     if lost >= 0 and not said:
         yield Damage(shard, f"bytes {lost:,} to {length:,} are no tar: what was there is lost")
+    elif not ended and not said:
+        yield Damage(shard, f"the shard has no end: what was behind byte {length:,} is lost")
 
 
 def read_header(block: bytes) -> tuple[str, int, bytes]:
@@ -180,8 +183,9 @@ def read_header(block: bytes) -> tuple[str, int, bytes]:
             pass
     header = tarfile.TarInfo.frombuf(block, "utf-8", "replace")
     if not 0 <= header.size < 1 << 50:  # base-256 numbers can be negative, or beyond all disks
-        raise tarfile.InvalidHeaderError("bad size")
-    return header.name, header.size, header.type
+        raise tarfile.HeaderError("bad size")
+    kind: Any = header.type
+    return header.name, header.size, kind
 
 
 def _blocks(size: int) -> int:
