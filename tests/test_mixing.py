@@ -20,7 +20,7 @@ from litune import distributed
 from litune.commands.tune import choose_mixture, make_model, make_tokenizer, text_spec, tune
 from litune.config import TuneConfig
 from litune.data.batches import Batch
-from litune.errors import ConfigError, DataError, StoreError
+from litune.errors import ConfigError, DataError, RunError, StoreError
 from litune.features import FeatureStore, StoreWriter
 from litune.tuning import Tuning
 
@@ -188,6 +188,18 @@ def test_wrong_mixtures(config: TuneConfig, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"b was made with the image tower b, .*a with a \(weights a and b\)"):
         tune.run(dataclasses.replace(config, store=tmp_path / "a", more_stores=(tmp_path / "b",)))
     assert not config.out.exists()
+
+
+def test_going_on_with_a_run_of_an_older_version(config: TuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings that it did not have yet were as they are by default."""
+    config = dataclasses.replace(config, more_stores=(), checkpoint_seconds=0.0)
+    interrupt(3, config, monkeypatch)
+    file = config.out / "config.json"
+    known = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in known.items() if k not in ("more_stores", "mix", "texts", "shuffle")}))
+    with pytest.raises(RunError, match=r"another config \(shuffle was None, is 'window'\)"):
+        tune.run(dataclasses.replace(config, shuffle="window"))
+    tune.run(config)
 
 
 # Texts

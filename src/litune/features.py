@@ -165,7 +165,7 @@ class FeatureStore:
         """Have the system begin to read the rows `first` to `last` − 1, and do not wait for them."""
         for part, start in zip(self._parts, self._starts, strict=False):
             begin, end = max(first - int(start), 0), min(last - int(start), len(part))
-            mapped = getattr(part, "_mmap", None)
+            mapped: Any = getattr(part, "_mmap", None)
             if begin < end and hasattr(mapped, "madvise"):
                 begin = begin * part.strides[0] // mmap.PAGESIZE * mmap.PAGESIZE
                 end = min(end * part.strides[0] + mmap.PAGESIZE, len(mapped))
@@ -404,7 +404,8 @@ class Selection:
             if chunk.null_count:
                 return None
             found.append(hash_texts(pc.utf8_slice_codeunits(chunk.cast(pa.string()), 0, 16)))
-        return np.concatenate(found)[self.rows]
+        numbers: np.ndarray = np.concatenate(found)[self.rows]
+        return numbers
 
     @property
     def caption_array(self) -> pa.Array:

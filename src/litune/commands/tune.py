@@ -197,7 +197,9 @@ def _config_at(out: Path) -> dict[str, Any] | None:
 def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """The settings of `now` that are others in `before`, but for those that leave the result as it is."""
     neutral = ("overwrite", "out", "checkpoint_seconds", "shard")
-    return {k: v for k, v in now.items() if before.get(k) != v and k not in neutral}
+    # A setting that an older litune did not have was as it is by default.
+    before = to_json(TuneConfig(Path(), "", Path())) | before
+    return {k: v for k, v in now.items() if before[k] != v and k not in neutral}
 
 
 def both_sides(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -164,7 +164,8 @@ def hash_texts(texts: pa.Array) -> np.ndarray:
     found = lengths.astype(np.uint64) * multipliers[0]
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(terms)])  # modulo 2⁶⁴, and so are their differences
     found += sums[begins + lengths] - sums[begins]
-    return (found >> np.uint64(1)).astype(np.int64)
+    halved: np.ndarray = found >> np.uint64(1)
+    return halved.astype(np.int64)
 
 
 def first_of_equal(numbers: np.ndarray) -> np.ndarray | None:
