@@ -275,6 +275,31 @@ def test_texts_with_fields_and_languages(config: TuneConfig, tmp_path: Path) -> 
             assert np.array_equal(run.train.owner[captions[there]], batch.images[there])
 
 
+def test_texts_of_any_type(config: TuneConfig, tmp_path: Path) -> None:
+    """Texts as dictionaries, as large strings, with and without languages, rows of any kind of whole number."""
+    words = pa.array(["one", "two", "one", "two"])
+    first = write_texts(
+        tmp_path / "0.parquet", caption=words.dictionary_encode(), row=pa.array([0, 1, 2, None], pa.uint16())
+    )
+    second = write_texts(
+        tmp_path / "1.parquet",
+        caption=words.cast(pa.large_string()),
+        key=pa.array(["0.png", "1.png", None, "3.png"]).dictionary_encode(),
+        lang=["en", None, "en", "en"],
+        field=[None, None, None, "title"],
+    )
+    config = dataclasses.replace(config, more_stores=(), texts=(first, second), max_damaged=0.5, batch_size=2)
+    stores = [FeatureStore(config.store)]
+    train, _ = choose_mixture(stores, config)
+    assert train.captions == ["one", "one", "two", "two", "one", "two"]
+    assert train.keys == ["0.png", "1.png", "2.png", "3.png"]
+    assert train.fields == [None, None, None, None, None, "title"]
+    assert train.of_field("title").tolist() == [5]
+    english, val = choose_mixture(stores, dataclasses.replace(config, lang=("en",)))
+    assert val is None  # neither these texts nor the store have English ones
+    assert (english.keys, english.captions) == (["0.png", "3.png"], ["one", "two"])
+
+
 def test_wrong_texts(config: TuneConfig, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "x.csv").write_text("caption,row")
