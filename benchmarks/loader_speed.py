@@ -23,8 +23,14 @@ from bench_options import add_options
 SHARD = 250_000
 
 
-def prepare(options: argparse.Namespace, folder: Path, rows: int) -> None:
-    """Write a store of so many images: real captions, again and again; one file of random features, linked as often."""
+def prepare(options: argparse.Namespace, place: Path) -> None:
+    """Write the store, and one with half of its images."""
+    for name, rows in (("whole", options.rows), ("half", options.rows // 2)):
+        write_store(options, place / name, rows)
+
+
+def write_store(options: argparse.Namespace, folder: Path, rows: int) -> None:
+    """A store of so many images: real captions, again and again; one file of random features, linked as often."""
     import os
 
     import numpy as np
@@ -51,10 +57,21 @@ def prepare(options: argparse.Namespace, folder: Path, rows: int) -> None:
         keys = pc.binary_join_element_wise(pa.array(numbers).cast(pa.string()), ".png", "")
         texts = captions.take(pa.array(numbers % len(captions)))
         lists = pa.ListArray.from_arrays(pa.array(np.arange(len(numbers) + 1, dtype=np.int32)), texts)
-        table = pa.table({"key": keys, "image_path": keys, "captions": lists})
+        hashes = hexadecimal(np.random.default_rng([1, number]), len(numbers))
+        table = pa.table({"key": keys, "image_path": keys, "captions": lists, "sha256": hashes})
         pa.parquet.write_table(table, folder / "metadata" / f"metadata_{number:04d}.parquet")
     facts = {"tower": None, "images": rows, "rows": rows, "seen": rows, "dtype": "float16", "pairs": None}
     write_json(folder / MANIFEST, {"format": FORMAT, "complete": True, "width": options.dim, **facts})
+
+
+def hexadecimal(random: Any, count: int) -> Any:
+    """So many random hashes, as text."""
+    import numpy as np
+    import pyarrow as pa
+
+    letters = np.frombuffer(b"0123456789abcdef", np.uint8)[random.integers(16, size=64 * count, dtype=np.uint8)]
+    offsets = np.arange(0, 64 * count + 1, 64, dtype=np.int32)
+    return pa.StringArray.from_buffers(count, pa.py_buffer(offsets), pa.py_buffer(letters))
 
 
 class Memory:
@@ -79,8 +96,8 @@ def anonymous() -> int:
     return 1024 * int(line.split()[1])
 
 
-def measure(options: argparse.Namespace, folder: Path, steps: int) -> dict[str, Any]:
-    """One store's figures, from a process that has done nothing else; with `steps`, those of real steps too."""
+def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One store's figures, from a process that has done nothing else; of the whole store, real steps' too."""
     import torch
     from bench_run import machine, start_run
 
@@ -122,7 +139,7 @@ def measure(options: argparse.Namespace, folder: Path, steps: int) -> dict[str, 
     again.close()
     most = memory.most
     seconds = []
-    for _ in range(steps):
+    for _ in range(0 if options.step_rate or folder.name == "half" else options.steps):
         begin = time.perf_counter()
         run.step(first)
         seconds.append(time.perf_counter() - begin)
@@ -143,20 +160,18 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     if options.inside:
-        what, folder, number = options.inside[0], Path(options.inside[1]), int(options.inside[2])
-        print(json.dumps({"prepare": prepare, "measure": measure}[what](options, folder, number)))
+        place, name = Path(options.inside[0]), options.inside[1]
+        print(json.dumps(measure(options, place / name) if name else prepare(options, place)))
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as place:
 
-        def fresh(what: str, folder: str, number: int) -> Any:
-            inside = ["--inside", what, str(Path(place) / folder), str(number)]
-            run = subprocess.run([sys.executable, __file__, *arguments, *inside], check=True, stdout=subprocess.PIPE)
+        def fresh(name: str) -> Any:
+            command = [sys.executable, __file__, *arguments, "--inside", place, name]
+            run = subprocess.run(command, check=True, stdout=subprocess.PIPE)
             return json.loads(run.stdout.splitlines()[-1])
 
-        fresh("prepare", "half", options.rows // 2)
-        fresh("prepare", "whole", options.rows)
-        half = fresh("measure", "half", 0)
-        whole = fresh("measure", "whole", 0 if options.step_rate else options.steps)
+        fresh("")
+        half, whole = fresh("half"), fresh("whole")
     step = 1 / options.step_rate if options.step_rate else whole.pop("step")
     found = {
         "rows": options.rows,
@@ -201,7 +216,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=7, help="real steps; the median is taken")
     parser.add_argument("--step-rate", type=float, help="pairs a second of a step that was measured elsewhere")
     parser.add_argument("--folder", type=Path, help="where the store is written, for a while")
-    parser.add_argument("--inside", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--inside", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.quick:
         options.rows, options.seconds, options.steps = 2_000, 0.2, 1

@@ -20,7 +20,7 @@ from litune import distributed
 from litune.commands.tune import choose_mixture, make_model, make_tokenizer, text_spec, tune
 from litune.config import TuneConfig
 from litune.data.batches import Batch
-from litune.errors import ConfigError, DataError, StoreError
+from litune.errors import ConfigError, DataError, RunError, StoreError
 from litune.features import FeatureStore, StoreWriter
 from litune.tuning import Tuning
 
@@ -190,6 +190,18 @@ def test_wrong_mixtures(config: TuneConfig, tmp_path: Path) -> None:
     assert not config.out.exists()
 
 
+def test_going_on_with_a_run_of_an_older_version(config: TuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings that it did not have yet were as they are by default."""
+    config = dataclasses.replace(config, more_stores=(), checkpoint_seconds=0.0)
+    interrupt(3, config, monkeypatch)
+    file = config.out / "config.json"
+    known = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in known.items() if k not in ("more_stores", "mix", "texts", "shuffle")}))
+    with pytest.raises(RunError, match=r"another config \(shuffle was None, is 'window'\)"):
+        tune.run(dataclasses.replace(config, shuffle="window"))
+    tune.run(config)
+
+
 # Texts
 
 
@@ -261,6 +273,31 @@ def test_texts_with_fields_and_languages(config: TuneConfig, tmp_path: Path) -> 
             there = captions >= 0
             assert (fields[captions[there]] == name).all()
             assert np.array_equal(run.train.owner[captions[there]], batch.images[there])
+
+
+def test_texts_of_any_type(config: TuneConfig, tmp_path: Path) -> None:
+    """Texts as dictionaries, as large strings, with and without languages, rows of any kind of whole number."""
+    words = pa.array(["one", "two", "one", "two"])
+    first = write_texts(
+        tmp_path / "0.parquet", caption=words.dictionary_encode(), row=pa.array([0, 1, 2, None], pa.uint16())
+    )
+    second = write_texts(
+        tmp_path / "1.parquet",
+        caption=words.cast(pa.large_string()),
+        key=pa.array(["0.png", "1.png", None, "3.png"]).dictionary_encode(),
+        lang=["en", None, "en", "en"],
+        field=[None, None, None, "title"],
+    )
+    config = dataclasses.replace(config, more_stores=(), texts=(first, second), max_damaged=0.5, batch_size=2)
+    stores = [FeatureStore(config.store)]
+    train, _ = choose_mixture(stores, config)
+    assert train.captions == ["one", "one", "two", "two", "one", "two"]
+    assert train.keys == ["0.png", "1.png", "2.png", "3.png"]
+    assert train.fields == [None, None, None, None, None, "title"]
+    assert train.of_field("title").tolist() == [5]
+    english, val = choose_mixture(stores, dataclasses.replace(config, lang=("en",)))
+    assert val is None  # neither these texts nor the store have English ones
+    assert (english.keys, english.captions) == (["0.png", "3.png"], ["one", "two"])
 
 
 def test_wrong_texts(config: TuneConfig, tmp_path: Path) -> None:

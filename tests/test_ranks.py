@@ -162,7 +162,7 @@ def check_runs(one: Path, two: Path) -> None:
             assert b[figure] == pytest.approx(a[figure], rel=1e-5)
         assert b.get("sources", {}).keys() == a.get("sources", {}).keys()
         for name, source in a.get("sources", {}).items():
-            assert b["sources"][name] == pytest.approx(source, rel=1e-5) if "loss" in source else source
+            assert b["sources"][name] == (pytest.approx(source, rel=1e-5) if "loss" in source else source)
     weights = [load_file(run / "model.safetensors") for run in (one, two)]
     assert weights[0].keys() == weights[1].keys()
     for name, a in weights[0].items():

@@ -31,7 +31,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 
 from litune.data.pairs import Damage
-from litune.data.texts import Captions, blocks, hash_texts, integers, join_texts, offsets_of
+from litune.data.texts import Captions, blocks, hash_digests, integers, join_texts, offsets_of
 from litune.errors import DataError, StoreError, nearest
 from litune.files import atomic, read_json, sweep_temporaries, write_json, write_text
 
@@ -165,7 +165,7 @@ class FeatureStore:
         """Have the system begin to read the rows `first` to `last` − 1, and do not wait for them."""
         for part, start in zip(self._parts, self._starts, strict=False):
             begin, end = max(first - int(start), 0), min(last - int(start), len(part))
-            mapped = getattr(part, "_mmap", None)
+            mapped: Any = getattr(part, "_mmap", None)
             if begin < end and hasattr(mapped, "madvise"):
                 begin = begin * part.strides[0] // mmap.PAGESIZE * mmap.PAGESIZE
                 end = min(end * part.strides[0] + mmap.PAGESIZE, len(mapped))
@@ -403,8 +403,9 @@ class Selection:
         for chunk in self.store.column_chunks("sha256"):
             if chunk.null_count:
                 return None
-            found.append(hash_texts(pc.utf8_slice_codeunits(chunk.cast(pa.string()), 0, 16)))
-        return np.concatenate(found)[self.rows]
+            found.append(hash_digests(chunk))
+        numbers: np.ndarray = np.concatenate(found)[self.rows]
+        return numbers
 
     @property
     def caption_array(self) -> pa.Array:
@@ -441,7 +442,8 @@ class Selection:
         of_all = self._captions.labels("fields")
         if of_all is None or name not in (known := of_all.dictionary.to_pylist()):
             return np.zeros(0, np.int64)
-        codes = of_all.indices.to_numpy() if self._picks is None else of_all.indices.to_numpy()[self._picks]
+        codes = of_all.indices.fill_null(-1).to_numpy()
+        codes = codes if self._picks is None else codes[self._picks]
         return np.flatnonzero(codes == known.index(name))
 
     @property

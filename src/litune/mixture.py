@@ -36,7 +36,7 @@ class Mixture(Selection):
         return int(self.starts[-1])
 
     @property
-    def keys(self) -> list[str]:  # type: ignore[override]
+    def keys(self) -> list[str]:
         """The images' names, as their sources have them."""
         return list(chain.from_iterable(one.keys for one in self._sources))
 

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
-from litune.data.texts import LaterTokens, first_of_equal, hash_texts, join_texts, tokenize
+from litune.data.texts import LaterTokens, first_of_equal, hash_digests, hash_texts, join_texts, tokenize
 from litune.data.tokenizers import Tokenizer
 
 TEXTS = ["a dog", "", "zwei Hunde", "狗", "a dog", "a  dog", "dog a", "\x00", "ab", "ba"] * 7
@@ -85,9 +85,14 @@ def test_tokens_at_once_and_later(monkeypatch: pytest.MonkeyPatch) -> None:
         assert np.array_equal(found.lengths, expected.take(asked).lengths)
 
 
-def test_sha256_prefixes_tell_files_apart() -> None:
-    """What image ids are made of."""
-    hashes = [hashlib.sha256(b"%d" % (i // 2)).hexdigest() for i in range(1000)]
-    found = first_of_equal(hash_texts(pa.array([one[:16] for one in hashes])))
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+def test_hashes_of_files(kind: pa.DataType) -> None:
+    """Equal where digests are; what is no digest is hashed as any text."""
+    hashes = [hashlib.sha256(b"%d" % (i // 2)).hexdigest() for i in range(20_000)]
+    numbers = hash_digests(pa.array(["x", *hashes], kind).slice(1))
+    assert numbers.min() >= 0
+    found = first_of_equal(numbers)
     assert found is not None
-    assert found.tolist() == [i - i % 2 for i in range(1000)]
+    assert np.array_equal(found, np.arange(20_000) // 2 * 2)
+    short = pa.array(["a", "b", "a"], kind)
+    assert np.array_equal(hash_digests(short), hash_texts(short))

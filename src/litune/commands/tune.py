@@ -139,15 +139,20 @@ def choose_pairs(
     return _enough(pairs.subset(np.sort(order[held_out:]))), pairs.subset(np.sort(order[:held_out]))
 
 
-def held_out_split(store: FeatureStore, config: TuneConfig, captions: Captions | None) -> Selection:
-    """The pairs of the split to evaluate on; with its own captions where `captions` has none for it."""
+def held_out_split(store: FeatureStore, config: TuneConfig, captions: Captions | None) -> Selection | None:
+    """The pairs of the split to evaluate on; where `captions` has none for it, with the store's own, if it has any."""
     select = partial(store.select, config.val_split, config.lang, config.fields)
-    if captions is not None:
-        try:
-            return select(captions=captions)
-        except StoreError:
-            say(f"{store.path} has no texts of the split {config.val_split!r}: its own captions are evaluated")
-    return select()
+    if captions is None:
+        return select()
+    try:
+        return select(captions=captions)
+    except StoreError:
+        say(f"{store.path} has no texts of the split {config.val_split!r}: its own captions are evaluated")
+    try:
+        return select()
+    except StoreError as why:
+        say(f"{why}: nothing of it is evaluated")
+        return None
 
 
 def _enough(pairs: Selection) -> Selection:
@@ -197,7 +202,9 @@ def _config_at(out: Path) -> dict[str, Any] | None:
 def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """The settings of `now` that are others in `before`, but for those that leave the result as it is."""
     neutral = ("overwrite", "out", "checkpoint_seconds", "shard")
-    return {k: v for k, v in now.items() if before.get(k) != v and k not in neutral}
+    # A setting that an older litune did not have was as it is by default.
+    before = to_json(TuneConfig(Path(), "", Path())) | before
+    return {k: v for k, v in now.items() if before[k] != v and k not in neutral}
 
 
 def both_sides(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -119,7 +119,8 @@ class WindowedPass:
         windows = [self.blocks[i : i + WINDOW] for i in range(0, len(self.blocks), WINDOW)]
         self.starts = np.cumsum([0, *(sum(map(len, window)) for window in windows)])
         self.windows = windows
-        self._number, self._window = -1, (np.zeros(0, np.int64),)
+        self._number = -1
+        self._window: tuple[np.ndarray, ...] = ()
 
     def part(self, begin: int, end: int) -> tuple[np.ndarray, ...]:
         """The images at places `begin` to `end` − 1, and their captions of each field."""
@@ -216,8 +217,8 @@ class Batches:
         shift = np.arange(begin + 1, end + 1) * GOLDEN % 1
         edges = [0]
         for last in range(1, len(self.mix) + 1):
-            whole, rest = divmod(self.size * sum(self.mix[:last]) / sum(self.mix), 1)
-            edges.append((end - begin) * whole + int((shift >= float(1 - rest)).sum()))
+            whole, rest = divmod(self.size * sum(self.mix[:last], Fraction()) / sum(self.mix, Fraction()), 1)
+            edges.append((end - begin) * int(whole) + int((shift >= float(1 - rest)).sum()))
         return np.diff(edges)
 
     def _of_source(self, source: int, begin: int, end: int) -> tuple[np.ndarray, ...]:

@@ -62,12 +62,12 @@ class _Matched:
         if "row" not in names:
             found = self.index.rows(chunk["key"])
         else:
-            found = chunk["row"].fill_null(-1).to_numpy().astype(np.int64)
+            found = chunk["row"].fill_null(-1).to_numpy()
             found = np.where((found >= 0) & (found < self.images.rows), found, -1)
             if "key" in names:
                 found = self.index.agreeing(found, chunk["key"])
         if "store" in names:
-            here = pc.is_in(chunk["store"], pa.array(self.images.names)).to_numpy()
+            here = pc.is_in(chunk["store"], pa.array(self.images.names, pa.large_string())).to_numpy()
             found = np.where(here, found, -1)
         return found
 
@@ -79,7 +79,7 @@ class _Matched:
         self.texts.add(one_array(chosen["caption"]))
         for label, column in (("langs", "lang"), ("fields", "field")):
             there_is = column in chosen.column_names
-            values = one_array(chosen[column]).cast(pa.string()) if there_is else pa.nulls(len(there), pa.string())
+            values = one_array(chosen[column]) if there_is else pa.nulls(len(there), pa.large_string())
             self.labels[label].append(values.dictionary_encode())
 
     def captions(self) -> Captions:
@@ -113,14 +113,14 @@ class _Keys:
 
     def rows(self, wanted: pa.ChunkedArray) -> np.ndarray:
         """The first row of each key, −1 where there is none."""
-        texts = one_array(wanted).cast(pa.large_string()).fill_null("")
+        texts = one_array(wanted).fill_null("")
         place = np.searchsorted(self.hashes, hash_texts(texts))
         return self.agreeing(self.order[np.minimum(place, len(self.order) - 1)], texts)
 
     def agreeing(self, rows: np.ndarray, wanted: pa.ChunkedArray | pa.Array) -> np.ndarray:
         """The rows whose key is the wanted one; −1 for the others."""
         own = self.keys.take(pa.array(np.maximum(rows, 0)))
-        equal = pc.equal(own, wanted.cast(pa.large_string())).fill_null(False)
+        equal = pc.equal(own, one_array(wanted)).fill_null(False)
         return np.where(equal.to_numpy(zero_copy_only=False) & (rows >= 0), rows, -1)
 
 
@@ -190,14 +190,20 @@ def _chunks(file: Path, stores: int) -> Iterator[pa.Table]:
             with pa.parquet.ParquetFile(file, memory_map=True) as parquet:
                 names = _columns(file, parquet.schema_arrow, stores)
                 for batch in parquet.iter_batches(BLOCK, columns=names):
-                    yield pa.Table.from_batches([batch])
+                    yield _of_large_strings(pa.Table.from_batches([batch]))
         else:
             table = pa.feather.read_table(file, memory_map=True)
             table = table.select(_columns(file, table.schema, stores))
             for start in range(0, len(table), BLOCK):
-                yield table.slice(start, BLOCK)
+                yield _of_large_strings(table.slice(start, BLOCK))
     except (pa.ArrowInvalid, OSError) as why:
         raise DataError(f"{file} can't be read as captions ({str(why).splitlines()[0]}): write it again") from None
+
+
+def _of_large_strings(chunk: pa.Table) -> pa.Table:
+    """The chunk with every text in the one type that all others are in; letters are not copied."""
+    kinds = [(name, pa.int64() if name == "row" else pa.large_string()) for name in chunk.column_names]
+    return chunk.cast(pa.schema(kinds))
 
 
 def _columns(file: Path, schema: pa.Schema, stores: int) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from litune.data.tokenizers import Tokenizer, Tokens
 from litune.files import cache_folder
@@ -164,7 +165,21 @@ def hash_texts(texts: pa.Array) -> np.ndarray:
     found = lengths.astype(np.uint64) * multipliers[0]
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(terms)])  # modulo 2⁶⁴, and so are their differences
     found += sums[begins + lengths] - sums[begins]
-    return (found >> np.uint64(1)).astype(np.int64)
+    halved: np.ndarray = found >> np.uint64(1)
+    return halved.astype(np.int64)
+
+
+def hash_digests(digests: pa.Array) -> np.ndarray:
+    """Numbers [N] as those of `hash_texts`, of texts that are hashes already (64 hex digits of SHA-256).
+
+    Their first 16 digits are random enough, and read as two words: a hundred times as fast.
+    """
+    heads = pc.binary_slice(digests.cast(pa.large_binary()), 0, 16)
+    if not pc.all(pc.equal(pc.binary_length(heads), 16)).as_py():
+        return hash_texts(digests)
+    words = np.frombuffer(heads.buffers()[2], np.uint64, 2 * len(heads)).reshape(-1, 2)
+    mixed: np.ndarray = (words[:, 0] * np.uint64(0x9E3779B97F4A7C15) + words[:, 1]) >> np.uint64(1)
+    return mixed.astype(np.int64)
 
 
 def first_of_equal(numbers: np.ndarray) -> np.ndarray | None:
