@@ -216,7 +216,7 @@ def show_classified(config: ClassifyConfig, results: Sequence[Any]) -> None:
             print(f"  {probability:>6.1%}  {label}")
 
 
-def show_inspected(config: InspectConfig, found: dict[str, Any], indent: str = "") -> None:
+def show_inspected(config: InspectConfig | OverviewConfig, found: dict[str, Any], indent: str = "") -> None:
     """Print what is known, one line per fact."""
     for name, value in found.items():
         label = f"{indent}{name.replace('_', ' ')}"
@@ -279,6 +279,7 @@ SHOW: dict[type[Any], Callable[[Any, Any], None]] = {
     SearchConfig: show_found,
     InspectConfig: show_inspected,
     ExportConfig: show_export,
+    OverviewConfig: show_inspected,
     FilterConfig: show_filtered,
     DedupConfig: show_dedup,
 }
