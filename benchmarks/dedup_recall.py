@@ -140,7 +140,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        files = sorted(options.images.glob("*.jpg")) if options.images else make_pictures(work / "made", options.count + 50)
+        files = (
+            sorted(options.images.glob("*.jpg")) if options.images else make_pictures(work / "made", options.count + 50)
+        )
         random.Random(0).shuffle(files)
         originals, others = files[: options.count], files[options.count : options.count + options.others]
         evaluation, tuning = link(originals, work / "evaluation"), link(others, work / "tuning")
@@ -185,10 +187,14 @@ def main(arguments: list[str] | None = None) -> None:
         "image_tower": options.image_tower,
         **machine(),
     }
-    print(f"{found['cpu']}, {found['threads']} threads, {options.image_tower}, {images:,} images, {len(originals):,} originals")
+    print(
+        f"{found['cpu']}, {found['threads']} threads, {options.image_tower}, {images:,} images, {len(originals):,} originals"
+    )
     for kind, value in recall.items():
         print(f"{kind:14}{value:8.2%}")
-    print(f"false pairs: {len(false)} ({found['false_pairs_per_10k']:.2f} per 10,000 images); known duplicates: {len(own)}")
+    print(
+        f"false pairs: {len(false)} ({found['false_pairs_per_10k']:.2f} per 10,000 images); known duplicates: {len(own)}"
+    )
     for line in false:
         print(f"  {line['key']} and {line['duplicate_of']}: match {line['match']:.3f}, cosine {line['cosine']:.3f}")
     for one in found["index"]:

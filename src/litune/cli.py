@@ -259,7 +259,11 @@ def show_filtered(config: FilterConfig, found: dict[str, Any]) -> None:
     for rule in found["rules"]:
         counts = rule["tested"], rule["dropped_images"], rule["dropped_captions"]
         example = next(iter(rule["examples"]), {})
-        print(f"{rule['rule']:28}" + "".join(f"{n:>12,}" for n in counts), "", example.get("caption", example.get("key", "")))
+        print(
+            f"{rule['rule']:28}" + "".join(f"{n:>12,}" for n in counts),
+            "",
+            example.get("caption", example.get("key", "")),
+        )
     print(f"{'kept':28}{'':12}{found['kept_images']:>12,}{found['kept_captions']:>12,}")
 
 

@@ -147,7 +147,9 @@ def _write_page(config: OverviewConfig, found: dict[str, Any], table: pa.Table, 
     ]
     parts = [page.tiles(tiles), page.columns(page.heading(name) + page.bars(counts) for name, counts in each if counts)]
     if tokens.get("tokens_lost"):
-        about = f"{tokens['tokens_lost']:.1%} of all tokens are lost with --max-tokens {tokens['max_tokens']}; counted on "
+        about = (
+            f"{tokens['tokens_lost']:.1%} of all tokens are lost with --max-tokens {tokens['max_tokens']}; counted on "
+        )
         parts.append(page.heading("What is cut", about + f"{tokens['captions_counted']:,} captions."))
     if captions["most_repeated"]:
         rows = [(text, f"{count:,}") for text, count in captions["most_repeated"].items()]
