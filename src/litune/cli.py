@@ -261,7 +261,7 @@ def show_classified(config: ClassifyConfig, results: Sequence[Any]) -> None:
             print(f"  {probability:>6.1%}  {label}")
 
 
-def show_inspected(config: InspectConfig, found: dict[str, Any], indent: str = "") -> None:
+def show_inspected(config: InspectConfig | OverviewConfig, found: dict[str, Any], indent: str = "") -> None:
     """Print what is known, one line per fact."""
     for name, value in found.items():
         label = f"{indent}{name.replace('_', ' ')}"
@@ -310,7 +310,11 @@ def show_filtered(config: FilterConfig, found: dict[str, Any]) -> None:
     for rule in found["rules"]:
         counts = rule["tested"], rule["dropped_images"], rule["dropped_captions"]
         example = next(iter(rule["examples"]), {})
-        print(f"{rule['rule']:28}" + "".join(f"{n:>12,}" for n in counts), "", example.get("caption", example.get("key", "")))
+        print(
+            f"{rule['rule']:28}" + "".join(f"{n:>12,}" for n in counts),
+            "",
+            example.get("caption", example.get("key", "")),
+        )
     print(f"{'kept':28}{'':12}{found['kept_images']:>12,}{found['kept_captions']:>12,}")
 
 
@@ -331,6 +335,7 @@ SHOW: dict[type[Any], Callable[[Any, Any], None]] = {
     InspectConfig: show_inspected,
     ProbeConfig: show_probe,
     ExportConfig: show_export,
+    OverviewConfig: show_inspected,
     FilterConfig: show_filtered,
     DedupConfig: show_dedup,
 }

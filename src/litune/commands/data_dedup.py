@@ -130,7 +130,9 @@ def _tower(config: DedupConfig) -> str:
     for path in (config.pairs, *config.against):
         if is_store(path) and (tower := FeatureStore(path).tower):
             return str(tower["spec"])
-    raise ConfigError("no feature store is given: name the tower of the features, as in --image-tower efficientnet-lite0")
+    raise ConfigError(
+        "no feature store is given: name the tower of the features, as in --image-tower efficientnet-lite0"
+    )
 
 
 def _open_set(
@@ -150,9 +152,7 @@ def _open_set(
     )
 
 
-def _look(
-    config: DedupConfig, name: str, source: Source, fingerprint: str, work: Path
-) -> tuple[pa.Table, np.ndarray]:
+def _look(config: DedupConfig, name: str, source: Source, fingerprint: str, work: Path) -> tuple[pa.Table, np.ndarray]:
     """Sizes, hashes and thumbnails of a set, in one pass over its files."""
     paths, keys = source.pairs.table["path"], source.pairs.table["key"]
     file = work / "thumbnails.npy"
@@ -233,13 +233,18 @@ def _compare(
     found = []
     with track(f"candidates in {other.name}", "images", len(one.compared)) as task:
         numbers = np.arange(len(one.compared))
-        blocks = ((numbers[start : start + BLOCK], next(one.features(numbers[start : start + BLOCK]))) for start in range(0, len(numbers), BLOCK))
+        blocks = (
+            (numbers[start : start + BLOCK], next(one.features(numbers[start : start + BLOCK])))
+            for start in range(0, len(numbers), BLOCK)
+        )
         for block in candidates(
             space, blocks, index, neighbours=config.neighbours, min_cosine=config.min_cosine, within=within
         ):
             found.append(block)
             task.advance(min(BLOCK, len(numbers) - task.done))
-    pairs = once(Found(*(np.concatenate([getattr(f, name) for f in found]) for name in ("one", "other", "cosine", "match"))))
+    pairs = once(
+        Found(*(np.concatenate([getattr(f, name) for f in found]) for name in ("one", "other", "cosine", "match")))
+    )
     pairs = dataclasses.replace(pairs, one=one.compared[pairs.one], other=other.compared[pairs.other])
     searched = time.monotonic()
     with track(f"comparing with {other.name}", "candidates", len(pairs.one)) as task:
@@ -248,9 +253,7 @@ def _compare(
             part, file = pairs.where(np.s_[start : start + PART]), parts.next()
             if not file.exists():
                 done = []
-                for block in verify(
-                    part, one.thumbnails, other.thumbnails, (one.areas, other.areas), workers=workers
-                ):
+                for block in verify(part, one.thumbnails, other.thumbnails, (one.areas, other.areas), workers=workers):
                     done.append(block)
                     task.advance(len(block))
                 with atomic(file) as temporary, open(temporary, "wb") as out:
@@ -301,7 +304,12 @@ def _remove_within(pairs: ImageSet, found: Found, removed: dict[int, Removed]) -
 
 
 def _report(
-    config: DedupConfig, sets: list[ImageSet], removed: dict[int, Removed], damaged: int, compared: int, seconds: dict[str, float]
+    config: DedupConfig,
+    sets: list[ImageSet],
+    removed: dict[int, Removed],
+    damaged: int,
+    compared: int,
+    seconds: dict[str, float],
 ) -> dict[str, Any]:
     images = len(sets[0].table)
     gone = {
@@ -340,7 +348,9 @@ def _write(config: DedupConfig, pairs: ImageSet, removed: dict[int, Removed], re
     table = pairs.table.filter(pa.array(keep))
     write_pairs(config.out / "kept.parquet", table)
     if pairs.source.store is not None:
-        clear_output(config.out / "store", (config.out / "store" / MANIFEST).exists(), "feature store", config.overwrite)
+        clear_output(
+            config.out / "store", (config.out / "store" / MANIFEST).exists(), "feature store", config.overwrite
+        )
         write_store(config.out / "store", pairs.source, np.flatnonzero(keep), table)
     _write_page(config, pairs, removed, report)
     write_json(config.out / REPORT, report)
@@ -355,7 +365,10 @@ def _write_page(config: DedupConfig, pairs: ImageSet, removed: dict[int, Removed
             [
                 (f"{report['images']:,}", "images", False),
                 (f"{report['kept']:,}", "kept", False),
-                *((f"{n['exact'] + n['near']:,}", _where(name, "duplicates"), False) for name, n in report["removed"].items()),
+                *(
+                    (f"{n['exact'] + n['near']:,}", _where(name, "duplicates"), False)
+                    for name, n in report["removed"].items()
+                ),
                 (f"{report['damaged']:,}", "damaged", report["damaged"] > 0),
             ]
         )

@@ -231,7 +231,9 @@ def _agreement_rules(config: FilterConfig, source: Source) -> list[Rule]:
     if config.agree is None or config.min_agreement is None:
         return []
     least = config.min_agreement
-    return [Rule(f"min-agreement {least:g}", "captions", lambda pool, rows: _cosines(config, source, pool, rows) >= least)]
+    return [
+        Rule(f"min-agreement {least:g}", "captions", lambda pool, rows: _cosines(config, source, pool, rows) >= least)
+    ]
 
 
 def _cosines(config: FilterConfig, source: Source, pool: Pool, rows: np.ndarray, block: int = 4096) -> np.ndarray:
@@ -258,7 +260,10 @@ RULES = (_image_rules, _caption_rules, _set_rules, _language_rules, _agreement_r
 
 def _shuffle_tags(kept: pa.Table, config: FilterConfig) -> pa.Table:
     """The table with its tags as texts; the order follows from the seed and the image's key."""
-    if "fields" not in kept.column_names or config.tags_field not in pc.unique(pc.list_flatten(kept["fields"])).to_pylist():
+    if (
+        "fields" not in kept.column_names
+        or config.tags_field not in pc.unique(pc.list_flatten(kept["fields"])).to_pylist()
+    ):
         raise DataError(f"--tags shuffle: no caption is of the field {config.tags_field!r}: see --caption-column")
     rows = []
     for key, fields, captions in zip(*(kept[name].to_pylist() for name in ("key", "fields", "captions")), strict=True):

@@ -99,8 +99,9 @@ def write_store(out: Path, source: Source, kept: np.ndarray, table: pa.Table, bl
         part = rows[start : start + block]
         metadata = source.store.metadata.take(pa.array(part))
         captions = table.slice(start, block)
-        first = pc.list_element(pc.if_else(pc.equal(pc.list_value_length(captions["captions"]), 0), [""], captions["captions"]), 0)
-        columns = {"caption": first, **{name: captions[name] for name in ("captions", "langs", "fields") if name in captions.column_names}}
+        first = [texts[0] if texts else "" for texts in captions["captions"].to_pylist()]
+        lists = [name for name in ("captions", "langs", "fields") if name in captions.column_names]
+        columns = {"caption": pa.array(first, pa.string()), **{name: captions[name] for name in lists}}
         for name, values in columns.items():
             if name in metadata.column_names:
                 metadata = metadata.set_column(metadata.column_names.index(name), name, values)

@@ -104,7 +104,9 @@ def gather(
                 with atomic(file) as temporary:
                     pa.parquet.write_table(table, temporary)
             bad = [
-                Damage(keys(row), reason) for row, reason in zip(part, table["damage"].to_pylist(), strict=True) if reason
+                Damage(keys(row), reason)
+                for row, reason in zip(part, table["damage"].to_pylist(), strict=True)
+                if reason
             ]
             damaged += len(bad)
             task.note = f"{damaged} damaged" if damaged else ""
