@@ -225,6 +225,7 @@ def _openvino(tower: ImageTower, precision: str, pixels: Tensor) -> Runtime:
             local.request = compiled.create_infer_request()
         return torch.from_numpy(local.request.infer([x.numpy()])[0].copy())
 
+    run(pixels[:1])  # threads that meet in a process's first inference can wait for each other for ever
     return Runtime("openvino", precision, run, parallel=True)
 
 
