@@ -13,7 +13,8 @@ from litune.evaluation import confusion as c
 
 def test_counts_and_lines() -> None:
     labels, predicted = np.array([0, 0, 0, 1, 1, 3]), np.array([0, 2, 2, 1, 0, 3])
-    counts = c.confusion(labels, predicted, 4)
+    counts = c.confusion(labels.astype(np.int8), predicted.astype(np.int8), 4)
+    assert c.confusion(np.array([199], np.uint8), np.array([3], np.uint8), 200)[199, 3] == 1
     assert counts.tolist() == [[1, 0, 2, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
     assert c.commonest(counts, 10) == [(0, 2, 2), (1, 0, 1)]
     rows = c.class_rows(counts, ["cat", "dog", "cow|ox", "owl"])

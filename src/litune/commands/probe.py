@@ -109,7 +109,7 @@ def tune_settings(config: ProbeConfig, store: Path) -> TuneConfig:
 
 
 class Texts:
-    """The frozen text tower: features of length one, each distinct text encoded once for all stores."""
+    """The frozen text tower, each distinct text encoded once for all stores."""
 
     def __init__(self, tower: TextTower, tokenizer: Tokenizer) -> None:
         self.tower, self.tokenizer = tower, tokenizer
@@ -117,9 +117,9 @@ class Texts:
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> Tensor:
-        """Features [N, W] of N captions."""
+        """Raw vectors [N, W] of N captions."""
         device = next((p.device for p in self.tower.parameters()), torch.device("cpu"))
-        new = sorted({one for one in captions if one not in self.known}, key=len)
+        new = sorted((one for one in dict.fromkeys(captions) if one not in self.known), key=len)
         if new:
             with track("encoding", "captions", len(new)) as task:
                 for start in range(0, len(new), BATCH):
@@ -174,7 +174,7 @@ def drawn(pairs: Selection, most: int, seed: int) -> Selection:
 
 
 class Pairs:
-    """Raw image features and text features of a selection, not yet centred."""
+    """Raw features of a selection's images and of their captions."""
 
     def __init__(self, pairs: Selection, texts: Texts) -> None:
         self.images = torch.from_numpy(pairs.features())

@@ -21,7 +21,8 @@ WRONG = (192, 57, 43)
 
 def confusion(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
     """How many images of each class (rows) were taken for each class (columns): counts [C, C]."""
-    return np.bincount(labels * classes + predicted, minlength=classes * classes).reshape(classes, classes)
+    cell = labels.astype(np.int64) * classes + predicted
+    return np.bincount(cell, minlength=classes * classes).reshape(classes, classes)
 
 
 def commonest(counts: np.ndarray, most: int) -> list[tuple[int, int, int]]:

@@ -15,6 +15,8 @@ from litune.evaluation.published import published
 from litune.evaluation.result import Result
 
 PER_CLASS = "mean_per_class"
+MOST_CLASSES = 5000
+"""With more classes, confusions are neither counted nor drawn: they would take gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def per_class(figure: str) -> bool:
 
 
 def _counts(result: Result) -> np.ndarray | None:
-    if result.labels is None or result.predicted is None or not result.class_names:
+    if result.labels is None or result.predicted is None or not 0 < len(result.class_names) <= MOST_CLASSES:
         return None
     return confusion(result.labels, result.predicted, len(result.class_names))
 
