@@ -243,11 +243,12 @@ def test_queries(run: TuneConfig, tmp_path: Path) -> None:
     path = index.metadata["image_path"][7].as_py()
     text, image = model.encode_text("a red box")[0], model.encode_image(path)[0]
     features = model.encode_features(index.features(np.arange(24)))
-    found = index.search(model, "a red box", image=path, text_weight=0.3, image_weight=-2.0, top=4, offset=2)
     query = torch.nn.functional.normalize(0.3 * text - 2 * image, dim=0)
     best = (features @ query).sort(descending=True, stable=True)
-    assert [one.row for one in found] == best.indices[2:6].tolist()
-    assert [one.score for one in found] == pytest.approx(best.values[2:6].tolist(), abs=1e-5)
+    for _ in range(3):  # first out of the store, then out of memory
+        found = index.search(model, "a red box", image=path, text_weight=0.3, image_weight=-2.0, top=4, offset=2)
+        assert [one.row for one in found] == best.indices[2:6].tolist()
+        assert [one.score for one in found] == pytest.approx(best.values[2:6].tolist(), abs=1e-5)
     assert index.search(model, image=7, top=1)[0].row == 7
     assert index.search(model, image=features[3], top=1)[0].row == 3
     assert torch.allclose(index.query(model, image=path), image)

@@ -46,3 +46,14 @@ def test_no_server_error_and_no_growth(live: Callable[..., Live], monkeypatch: p
     connection.request("GET", "/health")
     assert connection.getresponse().status == 200
     connection.close()
+
+
+def test_load(live: Callable[..., Live], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from serve_load import load, request
+
+    requests = [request("/v1/encode/text", {"texts": [f"a red box {i}"]}) for i in range(30)]
+    found = asyncio.run(load(live().port, requests, clients=4, seconds=20.0))
+    assert found["statuses"] == {"200": 30}
+    assert 0 < found["p50_ms"] <= found["p99_ms"]
+    assert found["requests_per_second"] == pytest.approx(30 / found["seconds"], rel=0.2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import numpy as np
+import pyarrow as pa
 
 from litune.checkpoint import check_store, load
 from litune.config import SearchConfig, command
@@ -37,18 +38,15 @@ def search(config: SearchConfig) -> list[Found] | list[FoundCaption]:
     if config.index == "approximate" and index.cells is None:
         build(index, model)
     text = config.query if config.query.strip() else None
-    weights = {"text_weight": config.text_weight, "image_weight": config.image_weight}
+    query = index.query(model, text, config.image, text_weight=config.text_weight, image_weight=config.image_weight)
     found: list[Found] | list[FoundCaption]
     if config.captions:
-        query = index.query(model, text, config.image, **weights)
         found = index.search_captions(model, image=query, top=config.top, where=config.where)
     else:
         exact = None if config.index == "auto" else config.index == "exact"
         if exact is None and index.cells is None and len(index) > EXACT_ROWS:
             say(f"searching all {len(index):,} images; --index approximate makes an index, once, and is faster")
-        found = index.search(
-            model, text, config.image, **weights, top=config.top, where=config.where, exact=exact
-        )  # fmt: skip
+        found = index.search(model, image=query, top=config.top, where=config.where, exact=exact)
     title = " + ".join([*([text] if text else []), *([str(config.image)] if config.image else [])])
     if config.sheet:
         write_sheet(config.sheet, [(title, [one for one in found if isinstance(one, Found)])])
@@ -61,12 +59,12 @@ def build(index: Index, model: LiT) -> None:
     """Build and keep an index, and set how far it is searched by the store's own captions, read by this run."""
     index.build()
     captions = index.metadata["captions"].combine_chunks().flatten()
-    picked = np.unique(np.linspace(0, len(captions) - 1, CALIBRATED_ON).astype(int)) if len(captions) else []
-    if len(picked):
-        queries = model.encode_text(captions.take(picked).to_pylist())
+    count = len(captions) or index.rows
+    picked = np.unique(np.linspace(0, count - 1, CALIBRATED_ON).astype(int))
+    if len(captions):
+        queries = model.encode_text(captions.take(pa.array(picked)).to_pylist())
     else:
-        rows = np.unique(np.linspace(0, len(index.there) - 1, CALIBRATED_ON).astype(int))
-        queries = model.encode_features(index.features(rows))
+        queries = model.encode_features(index.features(picked))
     recall = index.calibrate(model, queries)
     file = index.save()
     assert index.cells is not None

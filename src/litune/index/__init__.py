@@ -43,7 +43,7 @@ FILE = "index.safetensors"
 EXACT_ROWS = 200_000
 """Up to so many images a search looks at all of them."""
 KEPT_BYTES = 1 << 30
-"""The features that a run compares are kept in memory up to this size, else computed anew for each search."""
+"""The features that a run compares are kept in memory up to this size, from its second search on."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,7 @@ class Index:
         """Cells that a search looks into."""
         self._metadata: pa.Table | None = None
         self._kept: dict[str, Tensor] = {}
+        self._asked = ""
         self._captions: dict[str, Tensor] = {}
         if self.file.exists():
             self._read()
@@ -310,10 +311,13 @@ class Index:
             yield block, model.encode_features(self.features(block))
 
     def _kept_features(self, model: Encoder) -> Tensor | None:
-        """What the model compares, of all rows; None where that is too much to keep."""
+        """What the model compares, of all rows; None where that is too much to keep, or asked for the first time."""
         if not isinstance(model, LiT) or self.rows * model.dim * 4 > KEPT_BYTES:
             return None
         key = fingerprint(model, "center", "whitening", "image_head.")
+        if key != self._asked:
+            self._asked = key
+            return None
         if key not in self._kept:
             kept = torch.empty(self.rows, model.dim)
             for rows in blocks(np.arange(self.rows)):

@@ -152,7 +152,7 @@ class _Api:
         else:
             self.engine.need_images()
             part = body.images
-            chosen = self.engine.rows if part == "all" else self.engine.page(part.offset, part.limit)  # type: ignore[union-attr]
+            chosen = self.engine.rows if part == "all" else self.engine.page(part.offset, part.limit)
             probabilities = await self.engine.classify(chosen, body.classes, body.templates)
             known = self.engine.describe(chosen)
         predictions = [

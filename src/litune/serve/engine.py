@@ -147,13 +147,15 @@ class Engine:
         if self.decoding + len(files) > self.config.queue:
             raise busy()
         self.decoding += len(files)
+        jobs: list[asyncio.Task[Tensor]] = []
         try:
-            found = []
-            for name, read in files:
+            for name, read in files:  # one after the other, so that few decoded pictures are in memory
                 pixels = await self._in_thread(partial(self._decode, name, await read()))
-                found.append(await self._do("pixels", pixels))
-            return torch.stack(found)
+                jobs.append(asyncio.create_task(self._do("pixels", pixels)))
+            return torch.stack(await asyncio.gather(*jobs))
         finally:
+            for job in jobs:
+                job.cancel()
             self.decoding -= len(files)
 
     async def _in_thread(self, function: Callable[[], T]) -> T:
