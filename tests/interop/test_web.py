@@ -26,13 +26,13 @@ from PIL import Image
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
 pytest.importorskip("onnxscript", reason="the export to ONNX needs the extra export")
-from tests.conftest import COLORS, SHAPES, draw
+from tests.conftest import COLORS, SHAPES, draw, random_store
 
 import litune
 from litune.commands.export import export
 from litune.data.images import ImageTransform
 from litune.data.tokenizers import train_tokenizer, wordpiece
-from litune.errors import ConfigError, ExportError, LituneError
+from litune.errors import ConfigError, DataError, ExportError, LituneError
 from litune.features import FeatureStore, StoreWriter
 from litune.interop import web
 from litune.model import LiT
@@ -201,8 +201,22 @@ def test_settings() -> None:
     ]:
         with pytest.raises(ConfigError, match=line):
             export("run", **wrong)
+
+
+def test_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ExportError, match=r"has no ort\.wasm"):
-        web.find_runtime(Path("nowhere"), Path("nowhere"))
+        web.find_runtime(tmp_path / "local", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ExportError, match="npm is not installed.*--onnxruntime-web FOLDER"):
+        web.find_runtime(tmp_path / "local", None)
+    (tmp_path / "npm").write_text("#!/bin/sh\necho npm error network unreachable >&2\nexit 1\n")
+    (tmp_path / "npm").chmod(0o755)
+    with pytest.raises(ExportError, match=r"\(npm error network unreachable\): give --onnxruntime-web"):
+        web.find_runtime(tmp_path / "local", None)
+    store = random_store(tmp_path / "store", 3, 4)
+    with pytest.raises(DataError, match=r"no picture of .* can be read \(/nowhere/0\.png\)"):
+        web._write_pictures(store, np.arange(3), tmp_path / "pictures")
 
 
 # In the browser
@@ -285,7 +299,7 @@ def cosines(site: Site, texts: list[str]) -> np.ndarray:
     return found
 
 
-def test_the_export(site: Site) -> None:
+def test_the_export(site: Site, tmp_path: Path) -> None:
     assert site.about["largest_difference"]["texts"] < 1e-5
     assert site.about["largest_difference"]["images"] < 1e-5
     rows = len(site.store)
@@ -296,6 +310,12 @@ def test_the_export(site: Site) -> None:
     assert pictures == {f"{row}.jpg" for row in range(rows) if row != 1}  # one was gone: the others are there
     if shutil.which("node"):
         assert site.about["tokenizer_checked"] > rows
+    for name in ("text.onnx", "tokenizer.json"):
+        shutil.copy(site.folder / "data" / name, tmp_path)
+    cost = web._to_int8(site.model, tmp_path)
+    assert not (tmp_path / "text.onnx").exists()
+    assert (tmp_path / "text.int8.onnx").stat().st_size == cost["bytes"]["text.int8.onnx"] < cost["bytes"]["text.onnx"]
+    assert 0.9 < cost["cosine"]["least"] < 1
     text = "".join(file.read_text(encoding="utf-8") for file in site.folder.glob("page/*.[jch]*s*"))
     assert not re.findall(r"https?://(?!www\.w3\.org)", text)
 
