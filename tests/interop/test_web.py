@@ -26,13 +26,13 @@ from PIL import Image
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
 pytest.importorskip("onnxscript", reason="the export to ONNX needs the extra export")
-from tests.conftest import COLORS, SHAPES, draw
+from tests.conftest import COLORS, SHAPES, draw, random_store
 
 import litune
 from litune.commands.export import export
 from litune.data.images import ImageTransform
 from litune.data.tokenizers import train_tokenizer, wordpiece
-from litune.errors import ConfigError, ExportError, LituneError
+from litune.errors import ConfigError, DataError, ExportError, LituneError
 from litune.features import FeatureStore, StoreWriter
 from litune.interop import web
 from litune.model import LiT
@@ -56,7 +56,7 @@ def many_texts() -> list[str]:
     texts = [
         facts[lang].strip(":").replace("_", " ")
         for lang in languages
-        for _, facts in pick.sample(every, 600)
+        for _, facts in pick.sample(every, 500)
         if lang in facts
     ]
     texts += [sign for sign, _ in pick.sample(every, 600)]
@@ -201,8 +201,22 @@ def test_settings() -> None:
     ]:
         with pytest.raises(ConfigError, match=line):
             export("run", **wrong)
+
+
+def test_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ExportError, match=r"has no ort\.wasm"):
-        web.find_runtime(Path("nowhere"), Path("nowhere"))
+        web.find_runtime(tmp_path / "local", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ExportError, match="npm is not installed.*--onnxruntime-web FOLDER"):
+        web.find_runtime(tmp_path / "local", None)
+    (tmp_path / "npm").write_text("#!/bin/sh\necho npm error network unreachable >&2\nexit 1\n")
+    (tmp_path / "npm").chmod(0o755)
+    with pytest.raises(ExportError, match=r"\(npm error network unreachable\): give --onnxruntime-web"):
+        web.find_runtime(tmp_path / "local", None)
+    store = random_store(tmp_path / "store", 3, 4)
+    with pytest.raises(DataError, match=r"no picture of .* can be read \(/nowhere/0\.png\)"):
+        web._write_pictures(store, np.arange(3), tmp_path / "pictures")
 
 
 # In the browser
@@ -285,7 +299,7 @@ def cosines(site: Site, texts: list[str]) -> np.ndarray:
     return found
 
 
-def test_the_export(site: Site) -> None:
+def test_the_export(site: Site, tmp_path: Path) -> None:
     assert site.about["largest_difference"]["texts"] < 1e-5
     assert site.about["largest_difference"]["images"] < 1e-5
     rows = len(site.store)
@@ -296,6 +310,12 @@ def test_the_export(site: Site) -> None:
     assert pictures == {f"{row}.jpg" for row in range(rows) if row != 1}  # one was gone: the others are there
     if shutil.which("node"):
         assert site.about["tokenizer_checked"] > rows
+    for name in ("text.onnx", "tokenizer.json"):
+        shutil.copy(site.folder / "data" / name, tmp_path)
+    cost = web._to_int8(site.model, tmp_path)
+    assert not (tmp_path / "text.onnx").exists()
+    assert (tmp_path / "text.int8.onnx").stat().st_size == cost["bytes"]["text.int8.onnx"] < cost["bytes"]["text.onnx"]
+    assert 0.9 < cost["cosine"]["least"] < 1
     text = "".join(file.read_text(encoding="utf-8") for file in site.folder.glob("page/*.[jch]*s*"))
     assert not re.findall(r"https?://(?!www\.w3\.org)", text)
 
@@ -405,6 +425,31 @@ def test_the_three_panels(site: Site, browser: Any, tmp_path: Path) -> None:
     assert [key for key, _, _ in lines] == site.store.metadata["key"].to_pylist()
     found = [int(one.text) for one in browser.find_elements(By.CSS_SELECTOR, ".column h2 span")]
     assert found == [sum(label == name for _, label, _ in lines) for name in ("red", "blue", "green", "yellow")]
+
+    # A folder of one's own, with labels in its path; one file is damaged, and is named and left out.
+    files = []
+    for color in ("red", "blue"):
+        for shape in SHAPES:
+            (tmp_path / color).mkdir(exist_ok=True)
+            draw(color, shape, 70).save(tmp_path / color / f"{shape}.png")
+            files.append([f"{color}/{shape}.png", list((tmp_path / color / f"{shape}.png").read_bytes())])
+    files.append(["red/damaged.png", [137, 80, 78, 71, 0, 1]])
+    browser.execute_script(
+        "const transfer = { items: [], files: [] };"
+        "transfer.items = arguments[0].map(([path, bytes]) => ({ webkitGetAsEntry: () => ({"
+        "  isFile: true, fullPath: '/my/' + path,"
+        "  file: (use) => use(new File([new Uint8Array(bytes)], path, { type: 'image/png' })) }) }));"
+        "const event = new Event('drop', { bubbles: true }); event.dataTransfer = transfer;"
+        "document.querySelector('#panel-classes .drop').dispatchEvent(event);",
+        files,
+    )
+    message = wait(browser, "!document.getElementById('error').hidden && document.getElementById('error').textContent")
+    assert "Left out: my/red/damaged.png (" in message
+    found = site.model.zero_shot(["red", "blue", "green", "yellow"], ["{}"])
+    paths = [tmp_path / path for path, _ in files[:-1]]
+    labels = [["red", "blue", "green", "yellow"][int(i)] for i in found(paths).argmax(1)]
+    right = sum(path.parent.name == label for path, label in zip(paths, labels, strict=True))
+    assert f"({right} of {len(paths)} " in browser.find_element(By.CSS_SELECTOR, ".summary").text
 
     # Nothing was asked of anyone else, and nothing went wrong on the way but the picture that is gone.
     sent = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]

@@ -273,8 +273,9 @@ def _check_with_node(tokenizer: Tokenizer, data: Path, local: Path, store: Featu
     try:
         found = browser_ids(local, config, texts)
     except OSError as why:
-        say(f"the page's tokenizer was not tried: {why}")
-        return 0
+        raise ExportError(
+            f"the page's tokenizer can't be tried ({why}): it needs node 20 or later, or no node"
+        ) from None
     for text, ids in zip(texts, found, strict=True):
         ours = tokenizer([text]).ids.tolist()
         padded = ids + [ours[-1]] * (len(ours) - len(ids)) if tokenizer.layout == "sticky_eos" else ids

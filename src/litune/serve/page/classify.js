@@ -6,11 +6,13 @@ const PARTS = 10; // a sample is this many runs of neighbours from all over the 
 const STEP = 250; // pictures of the store in one question
 const SENT = 64; // features of own pictures in one question
 const ENCODED = 4; // own pictures in one question
+const MOST_DAMAGED = 10; // own pictures that can't be read, before it stops
+const MOST = 50_000; // pictures of the store that a browser may sort
 const SHOWN = 30; // pictures of a column before all are asked for
 
 export function classifyPanel(root, shared) {
   const { backend, info, go, fail, say } = shared;
-  const ask = latest(fail);
+  const ask = latest((why) => { progress.hidden = true; fail(why); });
   let own = null; // [{file, path, url, features, label}]: a folder of the user's own
   let results = null; // {classes, predictions}
 
@@ -24,7 +26,8 @@ export function classifyPanel(root, shared) {
   const amounts = [200, 1000, 5000].filter((n) => n < info.images);
   const amount = el("select", { id: "amount", onchange: () => { own = null; typed(); } },
     amounts.map((n) => el("option", { value: n }, `${n.toLocaleString("en")} from all over it`)),
-    el("option", { value: "all" }, `all ${info.images.toLocaleString("en")}`));
+    info.images <= MOST && el("option", { value: "all" }, `all ${info.images.toLocaleString("en")}`));
+  const back = el("button", { type: "button", class: "button", hidden: true, onclick: () => { own = null; run(); } }, "Back to the store's");
   const drop = info.can_encode_images && dropZone({
     text: "or drop a folder of your own here; folders named like a class are taken as labels", folder: true, fail, use: encodeAll,
   });
@@ -45,7 +48,7 @@ export function classifyPanel(root, shared) {
       el("div", { class: "card form" },
         el("label", { for: "names" }, "Classes, one a line"), names,
         el("label", { for: "kind" }, "Templates"), kind, custom,
-        info.images && [el("label", { for: "amount" }, "Pictures of the store"), amount], drop),
+        info.images && [el("label", { for: "amount" }, "Pictures of the store"), amount], drop, back),
       el("div", {}, progress, summary, columns, confusion, take, code)),
   );
 
@@ -65,16 +68,36 @@ export function classifyPanel(root, shared) {
   function encodeAll(files) {
     for (const one of own ?? []) URL.revokeObjectURL(one.url);
     own = null;
+    const damaged = [];
     ask(async (current) => {
       const read = [];
       for (let from = 0; from < files.length && current(); from += ENCODED) {
-        const part = files.slice(from, from + ENCODED);
         advance(from, files.length);
-        const { features } = await backend.encodeImages(part.map(({ file }) => file));
-        part.forEach((one, i) => read.push({ ...one, features: features[i], url: URL.createObjectURL(one.file) }));
+        read.push(...await encode(files.slice(from, from + ENCODED), damaged));
       }
       return read;
-    }, (read) => { own = read; run(); }).finally(() => { progress.hidden = true; });
+    }, async (read) => {
+      own = read.map((one) => ({ ...one, url: URL.createObjectURL(one.file) }));
+      await run();
+      if (damaged.length) fail(new Error(`Left out: ${damaged.map(({ path, why }) => `${path} (${why.message})`).join("; ")}`));
+    });
+  }
+
+  // Some pictures with their features. Where one of them can't be read, it is left out and named in `damaged`.
+  async function encode(part, damaged) {
+    try {
+      const { features } = await backend.encodeImages(part.map(({ file }) => file));
+      return part.map((one, i) => ({ ...one, features: features[i] }));
+    } catch (why) {
+      if (part.length > 1) {
+        const alone = [];
+        for (const one of part) alone.push(...await encode([one], damaged));
+        return alone;
+      }
+      damaged.push({ path: part[0].path, why });
+      if (damaged.length >= MOST_DAMAGED) throw why;
+      return [];
+    }
   }
 
   // The pictures of the store that are asked for, as offsets and numbers of neighbours.
@@ -96,7 +119,8 @@ export function classifyPanel(root, shared) {
     const classes = lines(names);
     const wrong = kind.value === "own" && (lines(custom).find((one) => one.split("{}").length !== 2) ?? (lines(custom).length ? null : "none"));
     if (wrong) return fail(new Error(`The template “${wrong}” needs exactly one {}, as in “a photo of a {}.”`));
-    if (classes.length < 2 || !(own || info.images)) {
+    back.hidden = !(own && info.images);
+    if (classes.length < 2 || !(own?.length || info.images)) {
       results = null;
       columns.replaceChildren();
       confusion.replaceChildren();
