@@ -33,7 +33,7 @@ PYTHON = os.environ.get("LITUNE_FETCH_PYTHON", sys.executable)
 
 @functools.cache
 def has_img2dataset() -> bool:
-    return subprocess.run([PYTHON, "-c", "import img2dataset"], capture_output=True, check=False).returncode == 0
+    return "True" in subprocess.run([PYTHON, "-c", fetching.LOOK], capture_output=True, text=True, check=False).stdout
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -66,10 +68,19 @@ def limit_reads() -> None:
     urllib.request.urlopen = urlopen  # type: ignore[assignment]
 
 
+def end_with(parent: int) -> None:
+    """End this process when the one that started it is gone: two would write the same shards."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 if __name__ in ("__main__", "__mp_main__"):  # img2dataset's processes run this file anew
     limit_reads()
 
 if __name__ == "__main__":
     from img2dataset import download  # type: ignore[import-not-found]
+
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
 
     download(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))

@@ -172,8 +172,8 @@ class _Columns:
             ("langs", langs),
         ):
             self._lists[name].append(values)
-        for name, text in (("key", str(sample.key)), ("path", sample.path), ("split", split), ("label", label)):
-            self._texts[name].append(text)
+        for name, value in (("key", str(sample.key)), ("path", sample.path), ("split", split), ("label", label)):
+            self._texts[name].append(value)
         for name, values in self._extra.items():
             values.append(sample.extra.get(name))
         self.rows += 1

@@ -120,8 +120,8 @@ def members(shard: str, file: BinaryIO) -> Iterator[Member | Damage]:
     length, at, long_name, long_size = size_of(file), 0, "", -1
     lost, said = -1, False  # where a damaged part begins, and whether that was reported already
     ended = True  # whether there were zeros last, the mark of a tar's end
-    if length and (kind := _compressed(file)):
-        raise DataError(f"it is compressed with {kind}: unpack it to a plain .tar first")
+    if length and (packed := _compressed(file)):
+        raise DataError(f"it is compressed with {packed}: unpack it to a plain .tar first")
     while at < length:
         file.seek(at)
         block = file.read(BLOCK)
