@@ -173,7 +173,7 @@ def test_wrong_mixtures(config: TuneConfig, tmp_path: Path) -> None:
     wrong = {
         "--mix is 'both'": {"mix": ("both",)},
         "--mix is '1 -1'": {"mix": ("1", "-1")},
-        "3 weights for 2 stores": {"mix": ("1", "1", "1")},
+        "--mix is '1 1 1': give a weight for each of the 2 stores": {"mix": ("1", "1", "1")},
     }
     for message, settings in wrong.items():
         with pytest.raises(ConfigError, match=message):
