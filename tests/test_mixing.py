@@ -22,6 +22,7 @@ from litune.config import TuneConfig
 from litune.data.batches import Batch
 from litune.errors import ConfigError, DataError, RunError, StoreError
 from litune.features import FeatureStore, StoreWriter
+from litune.plan import read_plan
 from litune.tuning import Tuning
 
 WIDTH = 12
@@ -173,7 +174,7 @@ def test_wrong_mixtures(config: TuneConfig, tmp_path: Path) -> None:
     wrong = {
         "--mix is 'both'": {"mix": ("both",)},
         "--mix is '1 -1'": {"mix": ("1", "-1")},
-        "3 weights for 2 stores": {"mix": ("1", "1", "1")},
+        "--mix is '1 1 1': give a weight for each of the 2 stores": {"mix": ("1", "1", "1")},
     }
     for message, settings in wrong.items():
         with pytest.raises(ConfigError, match=message):
@@ -200,6 +201,17 @@ def test_going_on_with_a_run_of_an_older_version(config: TuneConfig, monkeypatch
     with pytest.raises(RunError, match=r"another config \(shuffle was None, is 'window'\)"):
         tune.run(dataclasses.replace(config, shuffle="window"))
     tune.run(config)
+
+
+def test_in_a_comparison(config: TuneConfig, tmp_path: Path) -> None:
+    """Its rows may mix stores; paths are relative to the file."""
+    (tmp_path / "c.toml").write_text(
+        '[base]\nstore = "large"\nmore-stores = ["small"]\ntext-tower = "minilm"\n'
+        '[[row]]\nmix = ["0.7", "0.3"]\n[[row]]\nmix = "alternate"\n'
+    )
+    weighted, turns = read_plan(tmp_path / "c.toml", tmp_path / "out").runs
+    assert weighted.tune.stores == config.stores
+    assert (weighted.tune.mix, turns.tune.mix) == (("0.7", "0.3"), ("alternate",))
 
 
 # Texts

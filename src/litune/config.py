@@ -404,7 +404,7 @@ def parse_mix(mix: Sequence[str], stores: int) -> Literal["proportional", "alter
             f"--mix is {' '.join(mix)!r}: write proportional, alternate, or positive weights, as in 0.7 0.3"
         )
     if len(weights) != stores:
-        raise ConfigError(f"--mix has {len(weights)} weights for {stores} stores: give each store one")
+        raise ConfigError(f"--mix is {' '.join(mix)!r}: give a weight for each of the {stores} stores")
     return weights
 
 

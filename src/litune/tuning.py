@@ -198,8 +198,9 @@ class Tuning:
             for name, one in zip(self.sources, self.train.sources, strict=True):
                 say(f"  {name}: {len(one):,} images with {one.offsets[-1]:,} captions")
             say(f"mixed {' '.join(self.config.mix)}; an epoch is {self.batches.per_epoch:,} batches")
-        some = np.unique(np.linspace(0, self.train.offsets[-1] - 1, SAMPLE).astype(np.int64))
-        tokens = self.tokens if isinstance(self.tokens, Tokens) else self.tokens.take(some)
+        tokens = self.tokens
+        if not isinstance(tokens, Tokens):
+            tokens = tokens.take(np.linspace(0, self.train.offsets[-1] - 1, SAMPLE).astype(np.int64))
         cut = float((tokens.lengths >= self.model.tokenizer.max_tokens).mean())
         if self.model.tokenizer.layout != "sticky_eos" and cut > 0.2:
             say(f"{cut:.0%} of the captions fill --max-tokens {self.config.max_tokens} and may be cut short")
