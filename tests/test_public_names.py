@@ -10,8 +10,8 @@ import litune
 
 def test_all_names_are_there_and_no_more() -> None:
     assert litune.__all__ == [
-        "FeatureStore", "ImageTower", "ImageTransform", "LiT", "LituneError", "classify", "compare", "embed", "eval",
-        "export", "import_", "inspect", "load", "push", "quickstart", "search", "sigmoid_loss", "softmax_loss", "tune",
+        "FeatureStore", "ImageTower", "ImageTransform", "LiT", "LituneError", "classify", "compare",
+        "dedup_data", "embed", "eval", "export", "filter_data", "import_", "inspect", "inspect_data", "load", "push", "quickstart", "search", "sigmoid_loss", "softmax_loss", "tune",
         "__version__",
     ]  # fmt: skip
     for name in litune.__all__:

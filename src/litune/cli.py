@@ -69,10 +69,10 @@ FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 def parse(argv: Sequence[str]) -> Any:
     """The config that the command line asks for. Exits with 2 and a usage message where it can't be read."""
     group = argv[0] if argv and argv[0] in GROUPS else ""
-    known = {name.removeprefix(group).strip(): kind for name, (kind, _) in COMMANDS.items() if name.startswith(group)}
-    # Outside of a group, its commands are one entry, which `litune GROUP` then opens.
-    known = {name: kind for name, kind in known.items() if " " not in name}
-    if not group:
+    start = f"{group} " if group else ""
+    known = {name.removeprefix(start): kind for name, (kind, _) in COMMANDS.items() if name.startswith(start)}
+    if not group:  # a group's commands are one entry, which `litune GROUP` opens
+        known = {name: kind for name, kind in known.items() if " " not in name}
         known |= {name: make_dataclass(name, [], namespace={"__doc__": about}) for name, about in GROUPS.items()}
     choices: Any = None
     for name, config in known.items():

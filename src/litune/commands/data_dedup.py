@@ -233,10 +233,8 @@ def _compare(
     found = []
     with track(f"candidates in {other.name}", "images", len(one.compared)) as task:
         numbers = np.arange(len(one.compared))
-        blocks = (
-            (numbers[start : start + BLOCK], next(one.features(numbers[start : start + BLOCK])))
-            for start in range(0, len(numbers), BLOCK)
-        )
+        starts = range(0, len(numbers), BLOCK)
+        blocks = ((part, next(one.features(part))) for part in (numbers[start : start + BLOCK] for start in starts))
         for block in candidates(
             space, blocks, index, neighbours=config.neighbours, min_cosine=config.min_cosine, within=within
         ):
