@@ -2,8 +2,7 @@
 
 The commands are functions of the same names (`embed`, `tune`, `eval`, `compare`, `classify`, `search`, `inspect`,
 `import_`, `export`, `push`, `quickstart`, and for `litune data`: `inspect_data`, `filter_data`, `dedup_data`); `load`
-opens a run. Names are imported when they are first used: `import
-litune` is quick.
+opens a run. Names are imported when they are first used: `import litune` is quick.
 """
 
 from __future__ import annotations

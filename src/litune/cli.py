@@ -76,7 +76,7 @@ def parse(argv: Sequence[str]) -> Any:
         known |= {name: make_dataclass(name, [], namespace={"__doc__": about}) for name, about in GROUPS.items()}
     choices: Any = None
     for name, config in known.items():
-        choice = Annotated[config, tyro.conf.subcommand(name)]
+        choice = Annotated[config, tyro.conf.subcommand(name)]  # type: ignore[valid-type]
         choices = choice if choices is None else choices | choice
     return tyro.cli(
         choices,
@@ -258,7 +258,7 @@ def show_filtered(config: FilterConfig, found: dict[str, Any]) -> None:
     print(f"{'rule':28}{'tested':>12}{'images':>12}{'captions':>12}  dropped, as")
     for rule in found["rules"]:
         counts = rule["tested"], rule["dropped_images"], rule["dropped_captions"]
-        example = next(iter(rule["examples"]), {})
+        example: dict[str, str] = next(iter(rule["examples"]), {})
         print(
             f"{rule['rule']:28}" + "".join(f"{n:>12,}" for n in counts),
             "",
