@@ -53,7 +53,7 @@ def options() -> str:
     """Every command's options, one per line."""
     lines = []
     for name in COMMANDS:
-        found = re.findall(r"^  (--[a-z0-9-]+|[A-Z]+(?= |$))", help_text(name), re.MULTILINE)
+        found = re.findall(r"^  (--[a-z0-9-]+|[A-Z]+(?= |$))", help_text(*name.split()), re.MULTILINE)
         lines += [f"{name} {option}" for option in found]
     return "\n".join(lines) + "\n"
 
@@ -64,10 +64,10 @@ def reference() -> str:
         "# Commands\n",
         "Written by `scripts/write_docs.py` from the configs in `src/litune/config.py`. Each command is also a Python",
         "function of the same name with the same settings: `litune embed PAIRS --image-tower X --out S` is",
-        '`litune.embed("PAIRS", image_tower="X", out="S")`.\n',
+        '`litune.embed("PAIRS", image_tower="X", out="S")`; of `litune data filter` it is `litune.filter_data`.\n',
     ]
     for name in COMMANDS:
-        parts += [f"## litune {name}\n", "```text", help_text(name).rstrip(), "```\n"]
+        parts += [f"## litune {name}\n", "```text", help_text(*name.split()).rstrip(), "```\n"]
     return "\n".join(parts)
 
 

@@ -70,6 +70,17 @@ def test_embed_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "torch float32" in tower["agreeing"]
 
 
+def test_dedup_recall(tower_module: str, tmp_path: Path) -> None:
+    found = run("dedup_recall.py", "--count", "6", "--others", "4", "--image-tower", tower_module, "--index", "500")
+    assert found["images"] == 6 * 10 + 4
+    assert found["recall"]["JPEG 95"] == found["recall"]["half size"] == 1
+    assert len(found["recall"]) == 10
+    assert found["least_recall"] == min(v for k, v in found["recall"].items() if k not in ("crop 10%", "text"))
+    assert found["false_pairs_per_10k"] == 0
+    assert found["index"][0]["recall_at_4"] > 0.99
+    assert {"seconds", "cpu", "threads", "candidates_per_image"} <= found.keys()
+
+
 def test_fit_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from tune_memory import fit_line

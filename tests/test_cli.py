@@ -35,7 +35,19 @@ def test_help_without_torch() -> None:
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     for name in COMMANDS:
-        assert name in found.stdout
+        assert name.split()[0] in found.stdout
+
+
+def test_group_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    for args in (["data"], ["data", "--help"]):
+        with pytest.raises(SystemExit) as why:
+            main(args)
+        assert not why.value.code
+        printed = capsys.readouterr().out
+        for name in COMMANDS:
+            if name.startswith("data "):
+                assert f"• {name.removeprefix('data ')} " in printed
+        assert "• tune" not in printed
 
 
 def test_version() -> None:
@@ -139,6 +151,11 @@ def test_the_way(photos: Path, class_tree: Path, tower_module: str, tiny_bert: P
         (["export", "nowhere", "--to", "onnx"], "there is no run at nowhere"),
         (["export", "nowhere", "--to", "hf", "--int8"], "--int8 is for --to onnx"),
         (["push", "nowhere", "me/run"], "nowhere is no finished run or export"),
+        (["data", "inspect", "nowhere"], "nowhere does not exist"),
+        (["data", "filter", "t.csv", "--out", "k.csv"], "no rule is set"),
+        (["data", "filter", "t.csv", "--out", "k.txt", "--min-words", "1"], "ends with .parquet, .jsonl, .csv"),
+        (["data", "filter", "t.csv", "--out", "k.csv", "--min-words", "3"], "the rules drop all 1 images"),
+        (["data", "dedup", "t.csv", "--out", "d"], "name the tower of the features"),
     ],
 )
 def test_bad_input_is_one_line(

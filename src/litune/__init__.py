@@ -1,8 +1,8 @@
 """litune: give any image model a language, by locked-image tuning (LiT, arXiv 2111.07991).
 
 The commands are functions of the same names (`embed`, `tune`, `eval`, `compare`, `classify`, `search`, `inspect`,
-`import_`, `export`, `push`, `quickstart`); `load` opens a run. Names are imported when they are first used: `import
-litune` is quick.
+`import_`, `export`, `push`, `quickstart`, and for `litune data`: `inspect_data`, `filter_data`, `dedup_data`); `load`
+opens a run. Names are imported when they are first used: `import litune` is quick.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from litune.checkpoint import load as load
     from litune.commands.classify import classify as classify
     from litune.commands.compare import compare as compare
+    from litune.commands.data_dedup import dedup_data as dedup_data
+    from litune.commands.data_filter import filter_data as filter_data
+    from litune.commands.data_inspect import inspect_data as inspect_data
     from litune.commands.embed import embed as embed
     from litune.commands.evaluate import evaluate as eval  # noqa: F401
     from litune.commands.export import export as export
@@ -43,11 +46,14 @@ _HOME = {
     "LituneError": "litune.errors",
     "classify": "litune.commands.classify",
     "compare": "litune.commands.compare",
+    "dedup_data": "litune.commands.data_dedup",
     "embed": "litune.commands.embed",
     "eval": "litune.commands.evaluate",
     "inspect": "litune.commands.inspect_",
+    "inspect_data": "litune.commands.data_inspect",
     "import_": "litune.commands.import_",
     "export": "litune.commands.export",
+    "filter_data": "litune.commands.data_filter",
     "load": "litune.checkpoint",
     "push": "litune.commands.push",
     "quickstart": "litune.commands.quickstart",

@@ -73,14 +73,14 @@ FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 def parse(argv: Sequence[str]) -> Any:
     """The config that the command line asks for. Exits with 2 and a usage message where it can't be read."""
     group = argv[0] if argv and argv[0] in GROUPS else ""
-    known = {name.removeprefix(group).strip(): kind for name, (kind, _) in COMMANDS.items() if name.startswith(group)}
-    # Outside of a group, its commands are one entry, which `litune GROUP` then opens.
-    known = {name: kind for name, kind in known.items() if " " not in name}
-    if not group:
+    start = f"{group} " if group else ""
+    known = {name.removeprefix(start): kind for name, (kind, _) in COMMANDS.items() if name.startswith(start)}
+    if not group:  # a group's commands are one entry, which `litune GROUP` opens
+        known = {name: kind for name, kind in known.items() if " " not in name}
         known |= {name: make_dataclass(name, [], namespace={"__doc__": about}) for name, about in GROUPS.items()}
     choices: Any = None
     for name, config in known.items():
-        choice = Annotated[config, tyro.conf.subcommand(name)]
+        choice = Annotated[config, tyro.conf.subcommand(name)]  # type: ignore[valid-type]
         choices = choice if choices is None else choices | choice
     return tyro.cli(
         choices,
@@ -309,7 +309,7 @@ def show_filtered(config: FilterConfig, found: dict[str, Any]) -> None:
     print(f"{'rule':28}{'tested':>12}{'images':>12}{'captions':>12}  dropped, as")
     for rule in found["rules"]:
         counts = rule["tested"], rule["dropped_images"], rule["dropped_captions"]
-        example = next(iter(rule["examples"]), {})
+        example: dict[str, str] = next(iter(rule["examples"]), {})
         print(
             f"{rule['rule']:28}" + "".join(f"{n:>12,}" for n in counts),
             "",

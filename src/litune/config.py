@@ -878,8 +878,8 @@ class FilterConfig(ReadingConfig):
     report: Path | None = None
     """Also write the counts and examples as JSON."""
     preset: Literal["yfcc", "align", "lit"] | None = None
-    """A published set of rules: yfcc (titles, descriptions and tags as in the LiT paper), align (image and text rules of
-    ALIGN), lit (ALIGN's image rules and hardly any on text). Further options add to it or replace its values."""
+    """A published set of rules: yfcc (titles, descriptions and tags as in the LiT paper), align (ALIGN's on images and
+    texts), lit (ALIGN's on images, hardly any on texts). Further options add to it or replace its values."""
 
     # Images
     min_side: int | None = None
@@ -899,7 +899,7 @@ class FilterConfig(ReadingConfig):
     tags_field: str = "tags"
     """The text field that --tags is about."""
     boilerplate: Literal["keep", "drop"] | None = None
-    """drop: drop what says nothing of the image: names of files and cameras' numbers, addresses, "untitled", numbers."""
+    """drop: drop what says nothing of the image: names of files, cameras' numbers, addresses, "untitled", numbers."""
     min_chars: int | None = None
     """A caption has at least this many characters."""
     max_chars: int | None = None
@@ -954,8 +954,8 @@ class DedupConfig(ReadingConfig):
     """
 
     out: Path
-    """The folder to write: kept.parquet (litune embed reads it), removed.jsonl, report.json, report.html; where PAIRS is a
-    feature store, also store/, the store of what is kept."""
+    """The folder to write: kept.parquet (litune embed reads it), removed.jsonl, report.json, report.html; where PAIRS
+    is a feature store, also store/, the store of what is kept."""
     against: tuple[Path, ...] = ()
     """Sets whose images must not be among the pairs: feature stores, or whatever litune embed reads."""
     within: bool = True

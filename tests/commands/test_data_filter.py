@@ -92,7 +92,7 @@ def test_yfcc(tmp_path: Path) -> None:
 
 def test_store_to_store(store: FeatureStore, tmp_path: Path) -> None:
     """Features and metadata of what is kept are those of the source."""
-    filter_data(pairs=store.path, out=tmp_path / "less", min_side=50, languages=("de",), split=("train",))
+    filter_data(pairs=store.path, out=tmp_path / "less", min_side=50, lang=("de",), split=("train",))
     less = FeatureStore(tmp_path / "less")
     keys = less.metadata["key"].to_pylist()
     assert keys

@@ -25,7 +25,7 @@ def test_overview(photos: Path, tiny_bert: Path, tmp_path: Path) -> None:
     assert files["equal_examples"] == [["red-bar-0.png", "red-bar-1.png"]]
     assert files["damaged_examples"] == {"red-box-0.png": "not an image"}
     assert files["short_side"]["most"] == 56
-    # "a red bar": [CLS] and three; "bar in red": the same; "the bar is red, really": [CLS] and six, of which two are cut
+    # "a red bar", "bar in red": [CLS] and three; "the bar is red, really": [CLS] and six, of which two are cut
     assert tokens["tokens_histogram"] == {"1–4": 48, "5–8": 24}
     assert tokens["captions_cut"] == pytest.approx(1 / 3, abs=1e-4)
     assert tokens["tokens_lost"] == pytest.approx(2 * 24 / (4 * 48 + 7 * 24), abs=1e-4)

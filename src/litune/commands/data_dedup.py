@@ -233,10 +233,8 @@ def _compare(
     found = []
     with track(f"candidates in {other.name}", "images", len(one.compared)) as task:
         numbers = np.arange(len(one.compared))
-        blocks = (
-            (numbers[start : start + BLOCK], next(one.features(numbers[start : start + BLOCK])))
-            for start in range(0, len(numbers), BLOCK)
-        )
+        starts = range(0, len(numbers), BLOCK)
+        blocks = ((part, next(one.features(part))) for part in (numbers[start : start + BLOCK] for start in starts))
         for block in candidates(
             space, blocks, index, neighbours=config.neighbours, min_cosine=config.min_cosine, within=within
         ):
@@ -250,12 +248,12 @@ def _compare(
     with track(f"comparing with {other.name}", "candidates", len(pairs.one)) as task:
         matches = [np.zeros(0, np.float32)]
         for start in range(0, len(pairs.one), PART):
-            part, file = pairs.where(np.s_[start : start + PART]), parts.next()
+            part, file = pairs.where(np.arange(start, min(start + PART, len(pairs.one)))), parts.next()
             if not file.exists():
                 done = []
-                for block in verify(part, one.thumbnails, other.thumbnails, (one.areas, other.areas), workers=workers):
-                    done.append(block)
-                    task.advance(len(block))
+                for agreed in verify(part, one.thumbnails, other.thumbnails, (one.areas, other.areas), workers=workers):
+                    done.append(agreed)
+                    task.advance(len(agreed))
                 with atomic(file) as temporary, open(temporary, "wb") as out:
                     np.save(out, np.concatenate(done))
             else:

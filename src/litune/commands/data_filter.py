@@ -231,16 +231,21 @@ def _agreement_rules(config: FilterConfig, source: Source) -> list[Rule]:
     if config.agree is None or config.min_agreement is None:
         return []
     least = config.min_agreement
-    return [
-        Rule(f"min-agreement {least:g}", "captions", lambda pool, rows: _cosines(config, source, pool, rows) >= least)
-    ]
+
+    def keeps(pool: Pool, rows: np.ndarray) -> np.ndarray:
+        agreeing: np.ndarray = _cosines(config, source, pool, rows) >= least
+        return agreeing
+
+    return [Rule(f"min-agreement {least:g}", "captions", keeps)]
 
 
 def _cosines(config: FilterConfig, source: Source, pool: Pool, rows: np.ndarray, block: int = 4096) -> np.ndarray:
     """The cosine of each of these captions with its image, under the run."""
     from litune.checkpoint import check_store, load
 
-    assert config.agree is not None and source.store is not None and source.rows is not None
+    assert config.agree is not None
+    assert source.store is not None
+    assert source.rows is not None
     model = load(config.agree, device=config.device)
     check_store(config.agree, model, source.store.path, source.store.width, source.store.tower)
     found = np.empty(len(rows), np.float32)
@@ -260,10 +265,8 @@ RULES = (_image_rules, _caption_rules, _set_rules, _language_rules, _agreement_r
 
 def _shuffle_tags(kept: pa.Table, config: FilterConfig) -> pa.Table:
     """The table with its tags as texts; the order follows from the seed and the image's key."""
-    if (
-        "fields" not in kept.column_names
-        or config.tags_field not in pc.unique(pc.list_flatten(kept["fields"])).to_pylist()
-    ):
+    known = pc.unique(pc.list_flatten(kept["fields"])).to_pylist() if "fields" in kept.column_names else []
+    if config.tags_field not in known:
         raise DataError(f"--tags shuffle: no caption is of the field {config.tags_field!r}: see --caption-column")
     rows = []
     for key, fields, captions in zip(*(kept[name].to_pylist() for name in ("key", "fields", "captions")), strict=True):

@@ -88,7 +88,8 @@ def _from_store(store: FeatureStore, config: ReadingConfig) -> Source:
 
 def write_store(out: Path, source: Source, kept: np.ndarray, table: pa.Table, block: int = 16384) -> FeatureStore:
     """Write the store of the pairs at the positions `kept`, with the captions that `table` has for them."""
-    assert source.store is not None and source.rows is not None
+    assert source.store is not None
+    assert source.rows is not None
     rows = source.rows[kept]
     pairs = Pairs(table, f"kept of {source.store.path}")
     facts = {name: source.store.manifest.get(name) for name in ("tower", "libraries")}

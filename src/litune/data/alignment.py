@@ -79,7 +79,10 @@ def _coordinates(side: int) -> Tensor:
 
 
 def _sample(pictures: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-    """Pictures [P, 1, S, S] read at scale · x + shift (`place` [P, scale or shift, x or y]), and where that is inside."""
+    """Pictures [P, 1, S, S] read at scale · x + shift, and where that is inside.
+
+    `place` is [P, scale or shift, x or y].
+    """
     at = _coordinates(pictures.shape[-1])
     x = place[:, 0, 0, None] * at + place[:, 1, 0, None]
     y = place[:, 0, 1, None] * at + place[:, 1, 1, None]

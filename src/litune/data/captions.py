@@ -16,9 +16,10 @@ _WORD = rf"[{_UNSPACED}]|[^\s\pP\pS{_UNSPACED}]+(?:['’\-.,][^\s\pP\pS{_UNSPACE
 BOILERPLATE = (
     r"\S+\.(?:jpe?g|png|gif|webp|bmp|tiff?|heic|svg|psd|raw|cr2|nef|avif)",
     r"(?:dsc[nf]?|imgp?|pict|p\d{3}|mvi|gopro?|dji|pxl|_mg|cimg|hpim)[ _\-]?\d{3,}(?:[ _\-(].{0,8})?",
-    r"(?:img|vid|screenshot|whatsapp image|photo|image|picture|foto|bild|file|scan)[ _\-]*[\d\s_\-.:()#]+(?:at [\d.: apm]+)?",
-    r"(?:image|picture|photo|photograph|img|pic|thumbnail|thumb|untitled|no title|no caption|no description|n/?a|none|null"
-    r"|undefined|default|logo|icon|banner|unknown|ohne titel|sans titre|sin título|无标题)\W*",
+    r"(?:img|vid|screenshot|whatsapp image|photo|image|picture|foto|bild|file|scan)[ _\-]*[\d\s_\-.:()#]+"
+    r"(?:at [\d.: apm]+)?",
+    r"(?:image|picture|photo|photograph|img|pic|thumbnail|thumb|untitled|no title|no caption|no description|n/?a|none"
+    r"|null|undefined|default|logo|icon|banner|unknown|ohne titel|sans titre|sin título|无标题)\W*",
     r"(?:https?://|www\.)\S+",
     r"[\d\s\pP\pS]+",
 )
@@ -65,8 +66,8 @@ def is_empty_title(captions: pa.Array) -> np.ndarray:
     Those that start with DSC, IMG or Picture, are just "image", or are more than half digits (appendix of arXiv
     2111.07991).
 
-    >>> is_empty_title(pa.array(["DSC_0042", "Picture 7", "Image", "2008-05 xmas", "2008-05", "12 apostles", "imgs"])).tolist()
-    [True, True, True, False, True, False, False]
+    >>> is_empty_title(pa.array(["DSC_0042", "Picture 7", "Image", "2008-05", "12 apostles"])).tolist()
+    [True, True, True, True, False]
     """
     starts = pc.match_substring_regex(captions, r"^\s*(?:DSC|IMG|Picture)|^\s*(?i:image)\s*$")
     digits = pc.count_substring_regex(captions, r"\d").to_numpy(zero_copy_only=False)
@@ -111,8 +112,8 @@ def rare(captions: pa.Array, vocabulary: int) -> np.ndarray:
     # A pair is one number made of two; the last word of a caption has none.
     inside = text[:-1] == text[1:]
     both = (word[:-1] << 31 | word[1:])[inside]
-    words, word_of, word_counts = np.unique(word, return_inverse=True, return_counts=True)
-    pairs, pair_of, pair_counts = np.unique(both, return_inverse=True, return_counts=True)
+    _, word_of, word_counts = np.unique(word, return_inverse=True, return_counts=True)
+    _, pair_of, pair_counts = np.unique(both, return_inverse=True, return_counts=True)
     counts = np.concatenate([word_counts, pair_counts])
     if len(counts) <= vocabulary:
         return np.zeros(len(lengths), bool)

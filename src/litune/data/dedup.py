@@ -161,13 +161,13 @@ def same_content(one: Sequence[str], other: Sequence[str]) -> np.ndarray:
 
 def groups(count: int, one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """For each of `count` images the smallest number among those that pairs connect it with: [count]."""
-    smallest = np.arange(count)
+    smallest: np.ndarray = np.arange(count)
     while True:
         before = smallest.copy()
         both = np.minimum(smallest[one], smallest[other])
         np.minimum.at(smallest, one, both)
         np.minimum.at(smallest, other, both)
-        smallest = smallest[smallest]
+        smallest = np.take(smallest, smallest)
         if np.array_equal(before, smallest):
             return smallest
 

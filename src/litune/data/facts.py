@@ -45,7 +45,8 @@ def read_facts(path: str, *, content: bool = False, look: Callable[[bytes], obje
                 facts["sha256"] = hashlib.sha256(data).hexdigest()
             with Image.open(file) as image:
                 width, height = image.size
-                turned = image.getexif().get(0x0112, 1) >= 5
+                # Asked for it, Pillow decodes a whole PNG.
+                turned = image.format != "PNG" and image.getexif().get(0x0112, 1) >= 5
                 facts |= {"format": image.format or "", "width": width, "height": height}
                 if turned:
                     facts |= {"width": height, "height": width}
@@ -115,8 +116,8 @@ def gather(
                     f"{damaged:,} of {len(rows):,} images can't be used (at most {max_damaged:.1%} may), as "
                     f"{bad[0].key}: {bad[0].reason}; mend them or raise --max-damaged"
                 )
-            for one in bad[:5]:
-                say(f"skipped {one.key}: {one.reason}")
+            for damage in bad[:5]:
+                say(f"skipped {damage.key}: {damage.reason}")
             yield table
 
 

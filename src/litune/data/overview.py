@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -33,7 +34,7 @@ def histogram(values: np.ndarray, edges: Sequence[int]) -> dict[str, int]:
     """
     place = np.searchsorted(edges, values, side="right") - 1
     counts = np.bincount(place[place >= 0], minlength=len(edges)).tolist()
-    ranges = zip(edges, edges[1:], strict=False)
+    ranges = itertools.pairwise(edges)
     names = [f"{low}–{high - 1}" if high > low + 1 else f"{low}" for low, high in ranges]
     full = np.flatnonzero(counts)
     if not len(full):
