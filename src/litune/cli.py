@@ -220,12 +220,14 @@ def show_inspected(config: InspectConfig | OverviewConfig, found: dict[str, Any]
     """Print what is known, one line per fact."""
     for name, value in found.items():
         label = f"{indent}{name.replace('_', ' ')}"
+        if value == {}:
+            continue
         if isinstance(value, dict):
             print(label)
             show_inspected(config, value, indent + "  ")
         elif value is not None and value != []:
             several = value if isinstance(value, list) else [value]
-            print(f"{label:44}" + ", ".join(f"{v:,}" if type(v) is int else _short(v) for v in several))
+            print(f"{label:43} " + ", ".join(f"{v:,}" if type(v) is int else _short(v) for v in several))
 
 
 def _short(value: Any) -> str:

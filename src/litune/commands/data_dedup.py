@@ -24,7 +24,7 @@ from litune.data.dedup import BLOCK, Found, Index, Space, candidates, groups, on
 from litune.data.facts import gather, read_facts
 from litune.data.kept import write_pairs
 from litune.devices import processor_cores
-from litune.errors import ConfigError, LituneError, OutputExistsError, StoreError
+from litune.errors import ConfigError, DataError, LituneError, OutputExistsError, StoreError
 from litune.features import MANIFEST, FeatureStore
 from litune.files import atomic, clear_output, read_json, write_json, write_text
 from litune.progress import say, track
@@ -93,18 +93,20 @@ def dedup_data(config: DedupConfig) -> dict[str, Any]:
     sources = [("pairs", read_source(config))]
     for path in config.against:
         sources.append((str(path), read_source(ReadingConfig(path, max_damaged=config.max_damaged))))
-    prints = {name: source.pairs.fingerprint() for name, source in sources}
+    prints = [source.pairs.fingerprint() for _, source in sources]
     work = config.out / "work"
     seconds: dict[str, float] = {}
     sets = []
     for number, (name, source) in enumerate(sources):
         path = config.pairs if number == 0 else config.against[number - 1]
-        sets.append(_open_set(config, name, path, source, prints[name], work / str(number), spec))
+        sets.append(_open_set(config, name, path, source, prints[number], work / str(number), spec))
     _check_same_tower(sets)
     seconds["features and thumbnails"] = time.monotonic() - began
     pairs = sets[0]
     removed = {row: Removed(row, reason, "", "", 0.0, 0.0, False) for row, reason in enumerate(pairs.damage) if reason}
     damaged = len(removed)
+    if not len(pairs.compared):
+        raise DataError(f"{config.pairs} has no image that can be compared: {pairs.damage[0]}")
     sample = np.sort(np.random.default_rng(0).permutation(len(pairs.compared))[:FIT])
     space = Space.fit(np.concatenate(list(pairs.features(sample))))
     settings = {name: getattr(config, name) for name in ("neighbours", "min_cosine", "within")}
