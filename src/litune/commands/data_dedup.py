@@ -31,6 +31,8 @@ from litune.progress import say, track
 from litune.towers.image import differences
 
 REPORT = "report.json"
+OWN = "pairs"
+"""The name of the set that is made unique, beside those of --against."""
 FIT = 20_000
 """Images from which the space of the features is fitted."""
 PART = 20_000
@@ -90,9 +92,10 @@ def dedup_data(config: DedupConfig) -> dict[str, Any]:
     if (config.out / REPORT).exists() and not config.overwrite:
         raise OutputExistsError(f"{config.out} has a report: choose another --out, or give --overwrite")
     spec = _tower(config)
-    sources = [("pairs", read_source(config))]
+    sources = [(OWN, read_source(config))]
     for path in config.against:
-        sources.append((str(path), read_source(ReadingConfig(path, max_damaged=config.max_damaged))))
+        name = str(path) if str(path) != OWN else str(path.absolute())
+        sources.append((name, read_source(ReadingConfig(path, max_damaged=config.max_damaged))))
     prints = [source.pairs.fingerprint() for _, source in sources]
     work = config.out / "work"
     seconds: dict[str, float] = {}
@@ -144,7 +147,7 @@ def _open_set(
     if source.store is not None:
         store, place = source.store, source.rows
     else:
-        store = _embed(config, path, fingerprint, work / "features", spec, own=name == "pairs")
+        store = _embed(config, path, fingerprint, work / "features", spec, own=name == OWN)
         known = pc.index_in(source.pairs.table["key"], store.metadata["key"].combine_chunks())
         place = pc.fill_null(known, -1).to_numpy()
     assert place is not None
@@ -384,7 +387,7 @@ def _write_page(config: DedupConfig, pairs: ImageSet, removed: dict[int, Removed
             page.pairs(
                 page.pair(
                     page.picture(paths[r.row].as_py(), f"removed: {keys[r.row].as_py()}"),
-                    page.picture(r.path, f"{'kept' if name == 'pairs' else 'there'}: {r.because}"),
+                    page.picture(r.path, f"{'kept' if name == OWN else 'there'}: {r.because}"),
                     "equal bytes" if r.exact else f"pixels agree {r.match:.3f}, cosine of features {r.cosine:.3f}",
                 )
                 for r in shown
@@ -394,4 +397,4 @@ def _write_page(config: DedupConfig, pairs: ImageSet, removed: dict[int, Removed
 
 
 def _where(name: str, what: str) -> str:
-    return f"{what} within the pairs" if name == "pairs" else f"{what} of {name}"
+    return f"{what} within the pairs" if name == OWN else f"{what} of {name}"
