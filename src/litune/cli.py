@@ -74,9 +74,11 @@ def parse(argv: Sequence[str]) -> Any:
     if not group:  # a group's commands are one entry, which `litune GROUP` opens
         known = {name: kind for name, kind in known.items() if " " not in name}
         known |= {name: make_dataclass(name, [], namespace={"__doc__": about}) for name, about in GROUPS.items()}
+    listing = bool(group) and list(argv[1:]) in ([], ["-h"], ["--help"])
     choices: Any = None
     for name, config in known.items():
-        choice = Annotated[config, tyro.conf.subcommand(name)]  # type: ignore[valid-type]
+        about = (config.__doc__ or "").partition("\n")[0] if listing else None  # the rest is on the command's own page
+        choice = Annotated[config, tyro.conf.subcommand(name, description=about)]  # type: ignore[valid-type]
         choices = choice if choices is None else choices | choice
     return tyro.cli(
         choices,
