@@ -26,7 +26,7 @@ from litune.files import clear_output, write_json
 from litune.progress import say, track
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # Section 4.1 and the appendix on YFCC of the LiT paper (arXiv 2111.07991).
+    # What the LiT paper does to the texts of YFCC100M (arXiv 2111.07991).
     "yfcc": {"caption_column": ("title", "description", "tags"), "titles": "yfcc", "tags": "shuffle"},
     # Section 3 of ALIGN (arXiv 2102.05918), without its filter of adult images.
     "align": {
