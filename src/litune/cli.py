@@ -78,9 +78,11 @@ def parse(argv: Sequence[str]) -> Any:
     if not group:  # a group's commands are one entry, which `litune GROUP` opens
         known = {name: kind for name, kind in known.items() if " " not in name}
         known |= {name: make_dataclass(name, [], namespace={"__doc__": about}) for name, about in GROUPS.items()}
+    listing = bool(group) and list(argv[1:]) in ([], ["-h"], ["--help"])
     choices: Any = None
     for name, config in known.items():
-        choice = Annotated[config, tyro.conf.subcommand(name)]  # type: ignore[valid-type]
+        about = (config.__doc__ or "").partition("\n")[0] if listing else None  # the rest is on the command's own page
+        choice = Annotated[config, tyro.conf.subcommand(name, description=about)]  # type: ignore[valid-type]
         choices = choice if choices is None else choices | choice
     return tyro.cli(
         choices,
@@ -265,12 +267,14 @@ def show_inspected(config: InspectConfig | OverviewConfig, found: dict[str, Any]
     """Print what is known, one line per fact."""
     for name, value in found.items():
         label = f"{indent}{name.replace('_', ' ')}"
+        if value == {}:
+            continue
         if isinstance(value, dict):
             print(label)
             show_inspected(config, value, indent + "  ")
         elif value is not None and value != []:
             several = value if isinstance(value, list) else [value]
-            print(f"{label:44}" + ", ".join(f"{v:,}" if type(v) is int else _short(v) for v in several))
+            print(f"{label:43} " + ", ".join(f"{v:,}" if type(v) is int else _short(v) for v in several))
 
 
 def _short(value: Any) -> str:

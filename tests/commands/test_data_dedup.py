@@ -39,7 +39,7 @@ def sets(tmp_path: Path) -> tuple[Path, Path]:
     return tuning, evaluation
 
 
-# The colour tower does not see that a mirrored picture is one: every pair is a candidate.
+# The color tower does not see what is mirrored: let every pair be a candidate.
 ALL = {"neighbours": 13, "min_cosine": -1.0}
 GONE = {
     "0-small.jpg": ("0.png", False), "1.png": ("1-large.jpg", False), "2-mirrored.png": ("2.png", False),

@@ -96,3 +96,11 @@ def test_groups_and_who_stays() -> None:
 
 def test_same_content() -> None:
     assert same_content(["a", "", "b", "a"], ["b", "a", "b", ""]).tolist() == [1, -1, 0, 1]
+
+
+def test_space_of_equal_images() -> None:
+    """Nothing to tell them apart by: no cosine, and no division by zero."""
+    for count in (1, 5):
+        unit = Space.fit(np.ones((count, 8), np.float32))(np.ones((count, 8), np.float32))
+        assert np.isfinite(unit).all()
+        assert np.abs(unit).max() < 1e-3

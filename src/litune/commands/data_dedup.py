@@ -24,13 +24,15 @@ from litune.data.dedup import BLOCK, Found, Index, Space, candidates, groups, on
 from litune.data.facts import gather, read_facts
 from litune.data.kept import write_pairs
 from litune.devices import processor_cores
-from litune.errors import ConfigError, LituneError, OutputExistsError, StoreError
+from litune.errors import ConfigError, DataError, LituneError, OutputExistsError, StoreError
 from litune.features import MANIFEST, FeatureStore
 from litune.files import atomic, clear_output, read_json, write_json, write_text
 from litune.progress import say, track
 from litune.towers.image import differences
 
 REPORT = "report.json"
+OWN = "pairs"
+"""The name of the set that is made unique, beside those of --against."""
 FIT = 20_000
 """Images from which the space of the features is fitted."""
 PART = 20_000
@@ -90,21 +92,24 @@ def dedup_data(config: DedupConfig) -> dict[str, Any]:
     if (config.out / REPORT).exists() and not config.overwrite:
         raise OutputExistsError(f"{config.out} has a report: choose another --out, or give --overwrite")
     spec = _tower(config)
-    sources = [("pairs", read_source(config))]
+    sources = [(OWN, read_source(config))]
     for path in config.against:
-        sources.append((str(path), read_source(ReadingConfig(path, max_damaged=config.max_damaged))))
-    prints = {name: source.pairs.fingerprint() for name, source in sources}
+        name = str(path) if str(path) != OWN else str(path.absolute())
+        sources.append((name, read_source(ReadingConfig(path, max_damaged=config.max_damaged))))
+    prints = [source.pairs.fingerprint() for _, source in sources]
     work = config.out / "work"
     seconds: dict[str, float] = {}
     sets = []
     for number, (name, source) in enumerate(sources):
         path = config.pairs if number == 0 else config.against[number - 1]
-        sets.append(_open_set(config, name, path, source, prints[name], work / str(number), spec))
+        sets.append(_open_set(config, name, path, source, prints[number], work / str(number), spec))
     _check_same_tower(sets)
     seconds["features and thumbnails"] = time.monotonic() - began
     pairs = sets[0]
     removed = {row: Removed(row, reason, "", "", 0.0, 0.0, False) for row, reason in enumerate(pairs.damage) if reason}
     damaged = len(removed)
+    if not len(pairs.compared):
+        raise DataError(f"{config.pairs} has no image that can be compared: {pairs.damage[0]}")
     sample = np.sort(np.random.default_rng(0).permutation(len(pairs.compared))[:FIT])
     space = Space.fit(np.concatenate(list(pairs.features(sample))))
     settings = {name: getattr(config, name) for name in ("neighbours", "min_cosine", "within")}
@@ -142,7 +147,7 @@ def _open_set(
     if source.store is not None:
         store, place = source.store, source.rows
     else:
-        store = _embed(config, path, fingerprint, work / "features", spec, own=name == "pairs")
+        store = _embed(config, path, fingerprint, work / "features", spec, own=name == OWN)
         known = pc.index_in(source.pairs.table["key"], store.metadata["key"].combine_chunks())
         place = pc.fill_null(known, -1).to_numpy()
     assert place is not None
@@ -382,7 +387,7 @@ def _write_page(config: DedupConfig, pairs: ImageSet, removed: dict[int, Removed
             page.pairs(
                 page.pair(
                     page.picture(paths[r.row].as_py(), f"removed: {keys[r.row].as_py()}"),
-                    page.picture(r.path, f"{'kept' if name == 'pairs' else 'there'}: {r.because}"),
+                    page.picture(r.path, f"{'kept' if name == OWN else 'there'}: {r.because}"),
                     "equal bytes" if r.exact else f"pixels agree {r.match:.3f}, cosine of features {r.cosine:.3f}",
                 )
                 for r in shown
@@ -392,4 +397,4 @@ def _write_page(config: DedupConfig, pairs: ImageSet, removed: dict[int, Removed
 
 
 def _where(name: str, what: str) -> str:
-    return f"{what} within the pairs" if name == "pairs" else f"{what} of {name}"
+    return f"{what} within the pairs" if name == OWN else f"{what} of {name}"

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from litune.commands.data_source import Source, read_source, write_store
+from litune.commands.data_source import Source, is_store, read_source, write_store
 from litune.config import FilterConfig, command, to_json
 from litune.data import captions as text
 from litune.data.facts import gather, read_facts
@@ -26,7 +26,7 @@ from litune.files import clear_output, write_json
 from litune.progress import say, track
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # Section 4.1 and the appendix on YFCC of the LiT paper (arXiv 2111.07991).
+    # What the LiT paper does to the texts of YFCC100M (arXiv 2111.07991).
     "yfcc": {"caption_column": ("title", "description", "tags"), "titles": "yfcc", "tags": "shuffle"},
     # Section 3 of ALIGN (arXiv 2102.05918), without its filter of adult images.
     "align": {
@@ -97,7 +97,7 @@ def with_preset(config: FilterConfig) -> FilterConfig:
 def _check_outputs(config: FilterConfig) -> None:
     if config.out.suffix:
         check_table(config.out, "--out", config.overwrite)
-    elif not (config.pairs / MANIFEST).exists():
+    elif not is_store(config.pairs):
         raise ConfigError(f"--out {config.out}: name a table (.parquet, .jsonl, .csv); stores are made of stores alone")
     elif config.out.exists() and not config.overwrite:
         raise OutputExistsError(f"{config.out} exists: choose another --out, or give --overwrite")
@@ -105,7 +105,7 @@ def _check_outputs(config: FilterConfig) -> None:
         check_table(config.dropped, "--dropped", config.overwrite)
     if config.report is not None and config.report.exists() and not config.overwrite:
         raise OutputExistsError(f"{config.report} exists: choose another --report, or give --overwrite")
-    if config.agree is not None and not (config.pairs / MANIFEST).exists():
+    if config.agree is not None and not is_store(config.pairs):
         raise ConfigError(f"--agree reads images' features: embed {config.pairs} and give the store as PAIRS")
     if config.languages:
         check_languages(config.languages)

@@ -15,6 +15,7 @@ from litune.commands.data_source import read_source
 from litune.commands.tune import make_tokenizer, text_spec
 from litune.config import OverviewConfig, TuneConfig, command
 from litune.data import page
+from litune.data.captions import words
 from litune.data.facts import gather, read_facts
 from litune.data.images import open_rgb
 from litune.data.languages import identify
@@ -71,14 +72,16 @@ def _counts(table: pa.Table, column: str) -> dict[str, int]:
 
 
 def _languages(table: pa.Table, captions: list[str]) -> dict[str, Any]:
-    """The languages that the table declares, and those identified of some captions."""
+    """The languages that the table declares, and those identified of some captions, of three words at least."""
     found: dict[str, Any] = {"declared": _counts(table, "langs")}
+    long = words(pa.array(captions, pa.string())) >= 3
+    captions = [caption for caption, enough in zip(captions, long, strict=True) if enough]
     try:
         identified = Counter(code for code, _ in identify(captions))
     except MissingExtraError as why:
         return found | {"note": str(why)}
     seldom = max(1, len(captions) // 1000)  # of short captions some are always taken for another language
-    named = {code: count for code, count in identified.most_common() if count > seldom}
+    named = {code: count for code, count in identified.most_common(12) if count > seldom}
     others = sum(identified.values()) - sum(named.values())
     return found | {"identified": named | ({"others": others} if others else {})}
 

@@ -63,7 +63,7 @@ def is_boilerplate(captions: pa.Array) -> np.ndarray:
 def is_empty_title(captions: pa.Array) -> np.ndarray:
     """Which of N titles the LiT paper drops from YFCC: bool [N].
 
-    Those that start with DSC, IMG or Picture, are just "image", or are more than half digits (appendix of arXiv
+    Those that start with DSC, IMG or Picture, are just "image", or are more than half digits (arXiv
     2111.07991).
 
     >>> is_empty_title(pa.array(["DSC_0042", "Picture 7", "Image", "2008-05", "12 apostles"])).tolist()

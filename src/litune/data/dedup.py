@@ -38,6 +38,7 @@ class Space:
         centered = features - mean
         values, vectors = np.linalg.eigh(centered.T @ centered)
         keep = values[::-1] > 1e-7 * values[-1]
+        keep[0] = True  # of equal images there is no direction: every cosine is 0
         axes = vectors[:, ::-1][:, keep][:, : min(width, max(1, len(features) - 1))]
         return Space(mean, np.ascontiguousarray(axes, dtype=np.float32))
 
@@ -178,4 +179,5 @@ def stays(group: np.ndarray, areas: np.ndarray) -> np.ndarray:
     first = np.r_[True, group[order][1:] != group[order][:-1]] if len(group) else np.zeros(0, bool)
     best = np.zeros(len(group), np.int64)
     best[group[order][first]] = order[first]
-    return best[group]
+    found: np.ndarray = best[group]
+    return found

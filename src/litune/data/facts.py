@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,7 +38,8 @@ def read_facts(path: str, *, content: bool = False, look: Callable[[bytes], obje
     """
     facts: Facts = {"width": 0, "height": 0, "format": "", "bytes": 0, "sha256": "", "damage": ""}
     try:
-        with open_picture(path) as file:
+        with open_picture(path) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a large picture is no fault; too large a one is an error below
             data = file.read() if content else b""
             facts["bytes"] = file.seek(0, 2)
             file.seek(0)
