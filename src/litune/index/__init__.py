@@ -287,7 +287,10 @@ class Index:
             return best_of(self._all(model, keep), queries, top)
         share = max(count, 1) / max(len(self), 1)
         scores = queries @ self._centroid_features(model).T
-        found = [best_of(self._near(model, line, keep, top, share), q[None], top) for line, q in zip(scores, queries)]  # noqa: B905
+        found = [
+            best_of(self._near(model, cells, keep, top, share), query[None], top)
+            for cells, query in zip(scores, queries, strict=True)
+        ]
         return [one[0][0] for one in found], [one[1][0] for one in found]
 
     def _all(self, model: Encoder, keep: np.ndarray) -> Iterator[tuple[np.ndarray, Tensor]]:
