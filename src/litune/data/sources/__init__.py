@@ -76,6 +76,8 @@ def _kind(file: str) -> str:
             head = opened.read(512)
     except FileNotFoundError:
         raise DataError(f"{file} does not exist: {MISSING}") from None
+    except OSError as why:
+        raise DataError(f"{file} can't be read: {why.strerror or first_line(why)}") from None
     if head[257:262] == b"ustar":
         return "tar"
     if head.startswith(b"PAR1"):
