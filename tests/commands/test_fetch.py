@@ -199,7 +199,7 @@ def test_lists(
     (tmp_path / "urls.csv").write_text(text)
     with pytest.raises(LituneError, match=message):
         fetch(urls=tmp_path / "urls.csv", out=tmp_path / "out", **settings)
-    assert not list((tmp_path / "out").rglob("*.parquet"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_img2dataset(tmp_path: Path) -> None:
@@ -215,6 +215,17 @@ def test_missing_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetching, "LOOK", "print(False)")
     with pytest.raises(MissingExtraError, match=r"pip install 'litune\[fetch\]'"):
         fetch(urls="http://x", out=tmp_path / "out")
+
+
+def test_a_run_that_ended_while_it_wrote_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching, "_find_img2dataset", lambda _: sys.executable)
+    monkeypatch.setattr(fetching, "_download", lambda *_: None)
+    (tmp_path / "urls.txt").write_text("http://x/1\n")
+    about = tmp_path / "out" / "fetch"
+    about.mkdir(parents=True)
+    (about / ".urls.parquet.1.tmp").write_text("half a list")
+    assert fetch(urls=tmp_path / "urls.txt", out=tmp_path / "out")["urls"] == 0
+    assert pyarrow.parquet.read_table(about / "urls.parquet")["url"].to_pylist() == ["http://x/1"]
 
 
 def test_a_file_that_is_not_ours_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

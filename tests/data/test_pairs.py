@@ -148,6 +148,13 @@ def test_few_bad_captions_are_skipped_by_name(folder: Path) -> None:
         read_pairs(folder, max_damaged=0.001)
 
 
+def test_a_folder_that_looks_like_a_pattern(folder: Path) -> None:
+    write(folder, "csv")
+    named = folder.rename(folder.parent / "photos [2020] {a,b}")
+    assert len(read_pairs(named)) == 2
+    assert len(read_pairs(named / "captions.csv")) == 2
+
+
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         read_pairs(tmp_path / "nowhere")

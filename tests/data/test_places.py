@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import fsspec
 import pytest
 
 from litune.data.places import expand, files_under, is_file, is_pattern, is_url, local, open_file, read_part
-from litune.errors import DataError
+from litune.errors import DataError, MissingExtraError
 
 
 def test_braces() -> None:
@@ -46,3 +47,20 @@ def test_addresses() -> None:
     assert local("file:///a/b") == "/a/b"
     with pytest.raises(DataError, match="a URL that fsspec knows"):
         is_file("nonsense://x")
+
+
+def test_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(MissingExtraError, match=r"s3://b/x.tar needs the package 's3fs'.*litune\[s3\]"):
+        is_file("s3://b/x.tar")
+
+
+def test_a_service_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each service raises errors of its own kinds; they become one kind, of one line."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no credentials\nmore lines")
+
+    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "cat_file", fail)
+    with pytest.raises(OSError, match=r"^memory://a.tar can't be read: no credentials$"):
+        read_part("memory://a.tar", 0, 5)

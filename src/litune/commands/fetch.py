@@ -70,8 +70,11 @@ def fetch(config: FetchConfig) -> dict[str, Any]:
         there = read_json(about / "settings.json", DataError)
         _check_same(config, there, settings)
     else:
-        clear_output(config.out, (about / "settings.json").exists(), "fetched set", config.overwrite)
-        about.mkdir(parents=True)
+        # Of a run that ended while it wrote the list, nothing is worth keeping.
+        barely_begun = (
+            about.is_dir() and list(config.out.iterdir()) == [about] and not (about / "settings.json").exists()
+        )
+        clear_output(config.out, about.is_dir(), "fetched set", config.overwrite or barely_begun)
         columns, refused = _write_list(config, about / "urls.parquet")
         there = settings | {"columns": columns, "refused": refused}
         write_json(about / "settings.json", there)
@@ -88,7 +91,7 @@ def _find_img2dataset(python: Path | None) -> str:
     """The Python that has img2dataset."""
     chosen = str(python or sys.executable)
     try:
-        found = subprocess.run([chosen, "-c", LOOK], capture_output=True, text=True, timeout=60, check=False)
+        found = subprocess.run([chosen, "-c", LOOK], capture_output=True, text=True, check=False)
     except OSError as why:
         raise DataError(f"--python {chosen} can't be started: {why.strerror}") from None
     if found.stdout.strip() == "True":

@@ -79,7 +79,7 @@ if __name__ in ("__main__", "__mp_main__"):  # img2dataset's processes run this 
     limit_reads()
 
 if __name__ == "__main__":
-    from img2dataset import download  # type: ignore[import-not-found]
+    from img2dataset import download
 
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
 

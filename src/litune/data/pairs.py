@@ -174,8 +174,8 @@ class _Columns:
             self._lists[name].append(values)
         for name, value in (("key", str(sample.key)), ("path", sample.path), ("split", split), ("label", label)):
             self._texts[name].append(value)
-        for name, values in self._extra.items():
-            values.append(sample.extra.get(name))
+        for name, kept in self._extra.items():
+            kept.append(sample.extra.get(name))
         self.rows += 1
         self.captions += len(found)
         if len(self._texts["key"]) >= ROWS:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, cast
 
 from fsspec.core import url_to_fs
 
-from litune.errors import DataError
+from litune.errors import DataError, MissingExtraError
 
 MOST_FILES = 1_000_000
 """A pattern that stands for more files than this is a slip of the pen."""
@@ -132,6 +132,8 @@ def _system(address: str) -> tuple[Any, str]:
     try:
         system, path = url_to_fs(address)
     except ImportError as why:
+        if address.startswith("s3"):
+            raise MissingExtraError(address, "s3fs", "s3") from None
         raise DataError(f"{address} can't be read: {why}") from None
     except ValueError as why:
         raise DataError(f"{address} can't be read ({why}): give a path, or a URL that fsspec knows") from None
@@ -146,4 +148,4 @@ def _asking(address: str, function: Any, *args: Any, **settings: Any) -> Any:
         raise
     except Exception as why:  # each service's own kinds
         reason = (str(why) or type(why).__name__).splitlines()[0]
-        raise OSError(None, f"{address} can't be read: {reason}") from None
+        raise OSError(f"{address} can't be read: {reason}") from None

@@ -23,7 +23,8 @@ def find_source(address: str, options: Options) -> Source:
     """The source at an address: a path, a URL, or a pattern. Raises `DataError` where there is none that is known."""
     address = local(address)
     try:
-        if is_pattern(address) and not is_file(address):
+        # A folder may be called "photos [2020]".
+        if is_pattern(address) and not Path(address).exists() and not (is_url(address) and is_file(address)):
             return _from_files(expand(address), options)
         if is_url(address) and not is_file(address):
             return _from_elsewhere(address, options)
@@ -75,6 +76,8 @@ def _kind(file: str) -> str:
             head = opened.read(512)
     except FileNotFoundError:
         raise DataError(f"{file} does not exist: {MISSING}") from None
+    except OSError as why:
+        raise DataError(f"{file} can't be read: {why.strerror or first_line(why)}") from None
     if head[257:262] == b"ustar":
         return "tar"
     if head.startswith(b"PAR1"):
