@@ -115,7 +115,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         batch_size=options.batch_size,
         precision=options.precision,
         shuffle=options.shuffle,
-        duration="10epochs",
+        duration="1000000steps",
     )
     opened = time.perf_counter() - begin
     batches = run._coming(0)

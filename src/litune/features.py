@@ -404,8 +404,9 @@ class Selection:
             if chunk.null_count:
                 return None
             found.append(hash_digests(chunk))
-        numbers: np.ndarray = np.concatenate(found)[self.rows]
-        return numbers
+        numbers: np.ndarray = np.concatenate(found)
+        whole = self._picks is None and len(self) == len(self.store)
+        return numbers if whole else numbers[self.rows]
 
     @property
     def caption_array(self) -> pa.Array:

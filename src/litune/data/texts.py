@@ -184,11 +184,12 @@ def hash_digests(digests: pa.Array) -> np.ndarray:
 
 def first_of_equal(numbers: np.ndarray) -> np.ndarray | None:
     """For each of N numbers the place of the first that is equal; None where no two are."""
+    ordered = np.sort(numbers)
+    if (ordered[1:] != ordered[:-1]).all():
+        return None
     order = np.argsort(numbers, kind="stable")
     ordered = numbers[order]
     new = np.concatenate([[True], ordered[1:] != ordered[:-1]])
-    if new.all():
-        return None
     found = np.empty(len(numbers), np.int64)
     found[order] = order[new][np.cumsum(new) - 1]
     return found
