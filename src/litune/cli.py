@@ -23,6 +23,7 @@ from litune.config import (
     EmbedConfig,
     EvalConfig,
     ExportConfig,
+    FetchConfig,
     FilterConfig,
     ImportConfig,
     InspectConfig,
@@ -57,10 +58,11 @@ COMMANDS: dict[str, tuple[type[Any], str]] = {
     "export": (ExportConfig, "litune.commands.export:export"),
     "push": (PushConfig, "litune.commands.push:push"),
     "data inspect": (OverviewConfig, "litune.commands.data_inspect:inspect_data"),
+    "data fetch": (FetchConfig, "litune.commands.fetch:fetch"),
     "data filter": (FilterConfig, "litune.commands.data_filter:filter_data"),
     "data dedup": (DedupConfig, "litune.commands.data_dedup:dedup_data"),
 }
-GROUPS = {"data": "Look at pairs, filter them, and remove near-duplicates."}
+GROUPS = {"data": "Look at pairs, fetch them, filter them, and remove near-duplicates."}
 
 # Those that several processes do together, under torchrun.
 ON_RANKS = (EmbedConfig, TuneConfig, EvalConfig)

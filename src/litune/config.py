@@ -834,7 +834,7 @@ class PushConfig:
 class ReadingConfig:
     """How pairs are read: the same settings, with the same meaning, as those of `EmbedConfig`."""
 
-    pairs: Annotated[Positional[Path], arg(metavar="PAIRS")]
+    pairs: Annotated[Positional[Address], arg(metavar="PAIRS")]
     """The pairs: whatever litune embed reads, or a feature store."""
     images: Path | None = None
     """The folder that the table's image paths are relative to, if litune should not look for it."""

@@ -25,15 +25,15 @@ class Source:
     rows: np.ndarray | None = None
 
 
-def is_store(path: Path) -> bool:
-    """Whether a folder is a feature store."""
-    return (path / MANIFEST).exists() or (path / "img_emb").is_dir()
+def is_store(where: Path | str) -> bool:
+    """Whether an address is the folder of a feature store."""
+    return (Path(where) / MANIFEST).exists() or (Path(where) / "img_emb").is_dir()
 
 
 def read_source(config: ReadingConfig) -> Source:
     """The pairs of a command, as its settings say. Raises `DataError` or `StoreError` where they can't be read."""
     if is_store(config.pairs):
-        source = _from_store(FeatureStore(config.pairs), config)
+        source = _from_store(FeatureStore(Path(config.pairs)), config)
     else:
         pairs = read_pairs(
             config.pairs,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,8 @@ from PIL import Image
 
 from litune.data.images import map_ahead
 from litune.data.pairs import Damage
+from litune.data.places import is_url, open_file
+from litune.data.references import parse, read_bytes
 from litune.errors import DataError
 from litune.files import atomic, read_json, sweep_temporaries, write_json
 from litune.progress import say, track
@@ -27,8 +30,10 @@ Facts = dict[str, Any]
 
 
 def open_picture(path: str) -> BinaryIO:
-    """The bytes of the picture at `path`, as a file to read."""
-    return open(path, "rb")
+    """The bytes of the picture that a reference points to, as a file to read."""
+    if is_url(path) or not isinstance(parse(path), str):
+        return io.BytesIO(read_bytes(path))
+    return open_file(path)  # of a plain file the header alone may be enough
 
 
 def read_facts(path: str, *, content: bool = False, look: Callable[[bytes], object] | None = None) -> Facts:

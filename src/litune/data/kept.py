@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
+from litune.data.references import absolute
 from litune.errors import ConfigError, OutputExistsError
 from litune.files import atomic
 
@@ -64,8 +65,7 @@ def write_pairs(file: Path, pairs: pa.Table) -> None:
     )
 
     def row(pair: dict[str, Any]) -> dict[str, Any]:
-        path = Path(pair["path"]).absolute()
-        found = {"image": path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)}
+        found = {"image": absolute(pair["path"]).removeprefix(f"{folder}/")}
         found |= {name: pair[name] for name in ("key", "split", "label") if name in pair}
         if several:
             found |= {"lang": pair["langs"][0]} if pair.get("langs") else {}
