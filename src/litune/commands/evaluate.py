@@ -52,7 +52,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     reported: dict[str, list[Result]] = {}
     for name, run in names.items():
         found[name], reported[name] = measure(config, name, run, tasks)
-    results = found[next(iter(names))] if len(names) == 1 else {"runs": found}
+    results: dict[str, Any] = found[next(iter(names))] if len(names) == 1 else {"runs": found}
     results["libraries"] = library_versions()
     if distributed.is_main():
         if config.json is not None:
@@ -133,9 +133,9 @@ def tuned_on(run: Path) -> tuple[FeatureStore, np.ndarray] | None:
     try:
         given = read_json(run / CONFIG, DataError)
         known = {one.name: str(one.type) for one in fields(TuneConfig)}
-        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k in known}
+        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k in known}
         paths = {k: Path(v) for k, v in settings.items() if "Path" in known[k] and isinstance(v, str)}
-        config = TuneConfig(**settings | paths)
+        config = TuneConfig(**(settings | paths))
         store = FeatureStore(config.store)
         return store, choose_pairs(store, config)[0].rows
     except (LituneError, TypeError):

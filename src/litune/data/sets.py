@@ -13,6 +13,7 @@ import json
 import pickle
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -149,8 +150,8 @@ def _checked(found: EvalSet, kind: Kind) -> EvalSet:
     if not len(found):
         raise DataError(f"{found.path} has no images ({found.layout})")
     if len(set(found.keys)) < len(found.keys):
-        twice = next(key for i, key in enumerate(found.keys) if key in found.keys[:i])
-        raise DataError(f"{found.path} has the image {twice} twice ({found.layout})")
+        twice = Counter(found.keys).most_common(1)[0][0]
+        raise DataError(f"{found.path} has the image {twice} more than once ({found.layout})")
     if kind == "classification" and len(found.labels) != len(found):
         raise DataError(f"{found.path} says no classes of its images ({found.layout})")
     if kind == "retrieval":
@@ -209,7 +210,7 @@ def _read_shards(source: _Source) -> EvalSet | None:
     root = source.path
     if _lines(root / "dataset_type.txt") == ["multilabel"]:
         raise DataError(f"{root} has several classes per image (multilabel): litune evaluates sets with one")
-    (count,) = _lines(folder / "nshards.txt") or [""]
+    count = "".join(_lines(folder / "nshards.txt"))
     if not count.isdecimal():
         raise DataError(f"{folder / 'nshards.txt'} is {count!r}, expected the number of shards")
     keys, pictures, texts = [], [], []

@@ -382,24 +382,27 @@ def find_truth(task: Task, found: EvalSet) -> Truth:
         if not kept.size:
             raise DataError(f"{found.path} has no image of a class with a name in {task.lang}")
         return Truth(names, kept, [np.array([place[int(of_all[found.labels[row]])]]) for row in kept])
-    names = task_names(task)
-    if names is None:
+    given = task_names(task)
+    if given is None:
         own = [task.rename.get(name, _readable(name)) for name in found.classes]
         return Truth(own, rows, _each(found.labels), "named as in the set")
+    names = given
     if task.truth == "real":
         return _real(names, found)
     if task.subset:
-        kept = _subset(task.subset)
+        candidates = _subset(task.subset)
         if not all(WNID.match(name) for name in found.classes):
-            names = [names[i] for i in kept]
+            names = [names[i] for i in candidates]
         else:
             of_all, _ = match_classes(task, found, names)
-            place = {number: i for i, number in enumerate(kept)}
+            place = {number: i for i, number in enumerate(candidates)}
             strange = [name for name, i in zip(found.classes, of_all, strict=True) if int(i) not in place]
             if strange:
-                raise DataError(f"{found.path}: {strange[0]} is not one of the {len(kept)} classes of {task.subset}")
+                raise DataError(
+                    f"{found.path}: {strange[0]} is not one of the {len(candidates)} classes of {task.subset}"
+                )
             to = np.array([place[int(i)] for i in of_all])
-            return Truth([names[i] for i in kept], rows, _each(to[found.labels]))
+            return Truth([names[i] for i in candidates], rows, _each(to[found.labels]))
     to, note = match_classes(task, found, names)
     return Truth(names, rows, _each(to[found.labels]), note)
 
@@ -512,7 +515,8 @@ def task_templates(task: Task, found: EvalSet) -> tuple[str, ...]:
         return found.templates
     if task.path is not None and task.names != "imagenet1k" and task.templates is None:
         return ("a photo of a {}.",)
-    return prompts.dataset_templates(task.templates or task.name, task.lang or "en")
+    key = task.templates if isinstance(task.templates, str) else task.name
+    return prompts.dataset_templates(key, task.lang or "en")
 
 
 def published(task: Task) -> dict[str, dict[str, float]]:

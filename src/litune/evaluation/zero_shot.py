@@ -55,7 +55,8 @@ class Outcomes:
     @property
     def hits(self) -> np.ndarray:
         """Whether each image is classified rightly [B]."""
-        return self.ahead == 0
+        found: np.ndarray = self.ahead == 0
+        return found
 
 
 def classify(
