@@ -1,8 +1,8 @@
 """litune: give any image model a language, by locked-image tuning (LiT, arXiv 2111.07991).
 
 The commands are functions of the same names (`embed`, `tune`, `eval`, `compare`, `classify`, `search`, `inspect`,
-`import_`, `export`, `push`, `quickstart`, and for `litune data`: `inspect_data`, `filter_data`, `dedup_data`); `load`
-opens a run. Names are imported when they are first used: `import litune` is quick.
+`probe`, `import_`, `export`, `push`, `quickstart`, and for `litune data`: `inspect_data`, `fetch_data`, `filter_data`,
+`dedup_data`); `load` opens a run. Names are imported when they are first used: `import litune` is quick.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from litune.commands.embed import embed as embed
     from litune.commands.evaluate import evaluate as eval  # noqa: F401
     from litune.commands.export import export as export
+    from litune.commands.fetch import fetch_data as fetch_data
     from litune.commands.import_ import import_ as import_
     from litune.commands.inspect_ import inspect as inspect
+    from litune.commands.probe import probe as probe
     from litune.commands.push import push as push
     from litune.commands.quickstart import quickstart as quickstart
     from litune.commands.search import search as search
@@ -53,8 +55,10 @@ _HOME = {
     "inspect_data": "litune.commands.data_inspect",
     "import_": "litune.commands.import_",
     "export": "litune.commands.export",
+    "fetch_data": "litune.commands.fetch",
     "filter_data": "litune.commands.data_filter",
     "load": "litune.checkpoint",
+    "probe": "litune.commands.probe",
     "push": "litune.commands.push",
     "quickstart": "litune.commands.quickstart",
     "search": "litune.commands.search",

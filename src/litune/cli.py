@@ -58,7 +58,7 @@ COMMANDS: dict[str, tuple[type[Any], str]] = {
     "export": (ExportConfig, "litune.commands.export:export"),
     "push": (PushConfig, "litune.commands.push:push"),
     "data inspect": (OverviewConfig, "litune.commands.data_inspect:inspect_data"),
-    "data fetch": (FetchConfig, "litune.commands.fetch:fetch"),
+    "data fetch": (FetchConfig, "litune.commands.fetch:fetch_data"),
     "data filter": (FilterConfig, "litune.commands.data_filter:filter_data"),
     "data dedup": (DedupConfig, "litune.commands.data_dedup:dedup_data"),
 }

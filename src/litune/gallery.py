@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from litune.data.images import open_rgb
+from litune.data.references import read_bytes
 from litune.errors import DataError
 from litune.files import atomic, write_text
 from litune.index import Found
@@ -24,7 +25,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 def _tile(path: str) -> Image.Image:
     """A picture fitted into a square tile; a crossed-out one where the file is gone."""
     try:
-        picture = open_rgb(Path(path).read_bytes())
+        picture = open_rgb(read_bytes(path))
         return ImageOps.pad(picture, (TILE, TILE), color="white")
     except (OSError, DataError):
         tile = Image.new("RGB", (TILE, TILE), "#eeeeee")

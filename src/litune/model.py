@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from litune.data.images import open_rgb
 from litune.data.names import canonicalize, read_templates
+from litune.data.references import read_bytes
 from litune.data.tokenizers import Tokenizer, Tokens
 from litune.errors import DataError, TowerError
 from litune.losses import normalize, wide
@@ -189,7 +190,7 @@ def _open(image: Picture) -> Image.Image:
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     try:
-        return open_rgb(Path(image).read_bytes())
+        return open_rgb(read_bytes(image))
     except OSError as why:
         raise DataError(f"{image} can't be read: {why.strerror or why}") from None
     except DataError as why:

@@ -22,7 +22,7 @@ import pytest
 from tests.data.packed import picture
 
 from litune.commands import fetch as fetching
-from litune.commands.fetch import fetch, reason_of
+from litune.commands.fetch import fetch_data, reason_of
 from litune.data import fetch_worker
 from litune.data.pairs import read_pairs
 from litune.errors import DataError, LituneError, MissingExtraError, OutputExistsError
@@ -117,7 +117,7 @@ def test_everything_that_can_go_wrong(server: str, tmp_path: Path) -> None:
         "urls": tmp_path / "urls.parquet", "out": tmp_path / "out", "python": Path(PYTHON), "keep": ("score",),
         "timeout": 4.0, "seconds": 4.0, "most_bytes": 1_000_000, "retries": 0, "processes": 1,
     }  # fmt: skip
-    report = fetch(**settings)
+    report = fetch_data(**settings)
     expected: dict[str, int] = {"no http address": 2, "connection refused": 1}
     for reason in REASONS.values():
         expected[reason] = expected.get(reason, 0) + 1
@@ -164,22 +164,22 @@ def test_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "urls.txt").write_text("".join(f"http://x/{i}\n" for i in range(8)) + "ftp://x\n")
     settings: dict[str, Any] = {"urls": "urls.txt", "out": "out", "shard_size": 3}
     with pytest.raises(DataError, match=r"ended with 3 of 8 URLs done .*the same command goes on"):
-        fetch(**settings)
+        fetch_data(**settings)
     assert "the power is gone" in (tmp_path / "out" / "fetch" / "img2dataset.log").read_text()
-    report = fetch(**settings)
+    report = fetch_data(**settings)
     assert report["reasons"] == {"HTTP 404 Not Found": 5, "no http address": 1}
     assert (report["urls"], report["fetched"]) == (9, 3)
     assert (tmp_path / "shards.log").read_text().split() == ["00000", "00001", "00001", "00002"]
-    assert fetch(**settings) == report
+    assert fetch_data(**settings) == report
     assert len((tmp_path / "shards.log").read_text().split()) == 4, "nothing is fetched twice"
     with pytest.raises(OutputExistsError, match="was begun with --image-size 384, not 64"):
-        fetch(**settings, image_size=64)
+        fetch_data(**settings, image_size=64)
     (tmp_path / "urls.txt").write_text("http://x/1\n")
     with pytest.raises(OutputExistsError, match="was begun with another list"):
-        fetch(**settings)
+        fetch_data(**settings)
     with pytest.raises(DataError, match="ended with 0 of 1"):
         (tmp_path / "img2dataset.py").write_text("def download(**_): raise SystemExit")
-        fetch(**settings, overwrite=True)
+        fetch_data(**settings, overwrite=True)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_lists(
     monkeypatch.setattr(fetching, "_find_img2dataset", lambda _: sys.executable)
     (tmp_path / "urls.csv").write_text(text)
     with pytest.raises(LituneError, match=message):
-        fetch(urls=tmp_path / "urls.csv", out=tmp_path / "out", **settings)
+        fetch_data(urls=tmp_path / "urls.csv", out=tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
 
 
@@ -206,15 +206,15 @@ def test_without_img2dataset(tmp_path: Path) -> None:
     (tmp_path / "python").write_text("#!/bin/sh\necho False\n")
     (tmp_path / "python").chmod(0o755)
     with pytest.raises(DataError, match="has no img2dataset: run"):
-        fetch(urls="http://x", out=tmp_path / "out", python=tmp_path / "python")
+        fetch_data(urls="http://x", out=tmp_path / "out", python=tmp_path / "python")
     with pytest.raises(DataError, match="can't be started"):
-        fetch(urls="http://x", out=tmp_path / "out", python=tmp_path / "nothing")
+        fetch_data(urls="http://x", out=tmp_path / "out", python=tmp_path / "nothing")
 
 
 def test_missing_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetching, "LOOK", "print(False)")
     with pytest.raises(MissingExtraError, match=r"pip install 'litune\[fetch\]'"):
-        fetch(urls="http://x", out=tmp_path / "out")
+        fetch_data(urls="http://x", out=tmp_path / "out")
 
 
 def test_a_run_that_ended_while_it_wrote_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +224,7 @@ def test_a_run_that_ended_while_it_wrote_the_list(tmp_path: Path, monkeypatch: p
     about = tmp_path / "out" / "fetch"
     about.mkdir(parents=True)
     (about / ".urls.parquet.1.tmp").write_text("half a list")
-    assert fetch(urls=tmp_path / "urls.txt", out=tmp_path / "out")["urls"] == 0
+    assert fetch_data(urls=tmp_path / "urls.txt", out=tmp_path / "out")["urls"] == 0
     assert pyarrow.parquet.read_table(about / "urls.parquet")["url"].to_pylist() == ["http://x/1"]
 
 
@@ -234,7 +234,7 @@ def test_a_file_that_is_not_ours_is_not_removed(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("x")
     with pytest.raises(OutputExistsError):
-        fetch(urls=tmp_path / "urls.txt", out=tmp_path / "out", overwrite=True)
+        fetch_data(urls=tmp_path / "urls.txt", out=tmp_path / "out", overwrite=True)
 
 
 class Answer(io.BytesIO):

@@ -167,4 +167,4 @@ def _write_page(config: OverviewConfig, found: dict[str, Any], table: pa.Table, 
         shown = table.take(pa.array(chosen)).to_pylist()
         figures = (page.picture(one["path"], str(random.choice(one["captions"] or [one["key"]]))) for one in shown)
         parts += [page.heading("Some of them", "Drawn at random, each with one of its captions."), page.sheet(figures)]
-    page.write_page(config.out / PAGE, f"Pairs: {config.pairs.name}", found["source"], parts)
+    page.write_page(config.out / PAGE, f"Pairs: {Path(config.pairs).name}", found["source"], parts)

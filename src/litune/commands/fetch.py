@@ -54,7 +54,7 @@ REASONS = (
 
 
 @command(FetchConfig)
-def fetch(config: FetchConfig) -> dict[str, Any]:
+def fetch_data(config: FetchConfig) -> dict[str, Any]:
     """Fetch the images of a list of URLs; returns the report, which is written to `config.out`/fetch as well.
 
     Goes on with what an interrupted run left. Raises `DataError` for a list that can't be read, `MissingExtraError`

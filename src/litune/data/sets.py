@@ -25,7 +25,9 @@ import pyarrow as pa
 import pyarrow.parquet
 from PIL import Image
 
-from litune.data.pairs import CAPTION_COLUMNS, IMAGE_COLUMNS, IMAGE_SUFFIXES, class_folders, image_files, read_pairs
+from litune.data.pairs import class_folders, image_files, read_pairs
+from litune.data.sources.sample import CAPTION_COLUMNS, IMAGE_SUFFIXES
+from litune.data.sources.tables import IMAGE_COLUMNS
 from litune.errors import DataError, nearest
 
 TEST_SPLITS = ("test", "val", "validation", "valid")

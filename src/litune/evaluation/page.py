@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from litune.data.images import open_rgb
+from litune.data.references import read_bytes
 from litune.errors import DataError
 from litune.evaluation.confusion import class_rows
 from litune.evaluation.figures import (
@@ -389,7 +390,7 @@ class Thumbnails:
 
 def _jpeg(path: str) -> str | None:
     try:
-        picture = open_rgb(Path(path).read_bytes()) if path else None
+        picture = open_rgb(read_bytes(path)) if path else None
     except (OSError, DataError):
         return None
     if picture is None:

@@ -33,6 +33,7 @@ from PIL import Image
 
 from litune.data.images import ImageTransform, map_ahead, open_rgb
 from litune.data.names import DEFAULT_TEMPLATES
+from litune.data.references import read_bytes
 from litune.data.tokenizers import Tokenizer
 from litune.devices import processor_cores
 from litune.errors import DataError, ExportError
@@ -298,11 +299,11 @@ def _write_pictures(store: FeatureStore, rows: np.ndarray, folder: Path) -> None
     missing: list[str] = []
 
     def shrink(number: int) -> str | None:
-        path = Path(str(paths[int(rows[number])].as_py()))
+        path = str(paths[int(rows[number])].as_py())
         try:
-            (folder / f"{number}.jpg").write_bytes(thumbnail(open_rgb(path.read_bytes())))
+            (folder / f"{number}.jpg").write_bytes(thumbnail(open_rgb(read_bytes(path))))
         except (OSError, DataError):
-            return str(path)
+            return path
         return None
 
     with track("pictures", "images", len(rows)) as task:

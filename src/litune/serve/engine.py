@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -289,7 +288,7 @@ class Engine:
         self.check_row(row, 404)
         kept = self.pictures_kept.get((row, size))
         if kept is None:
-            path = Path(str(self.metadata["image_path"][row].as_py()))
+            path = str(self.metadata["image_path"][row].as_py())
             try:
                 kept = await self._in_thread(partial(thumbnail, path, size))
             except DataError as why:

@@ -10,6 +10,8 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from litune.data.images import open_rgb
+from litune.data.places import is_url
+from litune.data.references import parse, read_bytes
 from litune.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -36,23 +38,33 @@ def open_upload(data: bytes, max_pixels: int) -> Image.Image:
     return open_rgb(data)
 
 
-def thumbnail(path: Path, size: int) -> bytes:
-    """A picture's file as a JPEG whose longer side has at most `size` pixels.
+def thumbnail(reference: str, size: int) -> bytes:
+    """The picture that a reference points to, as a JPEG whose longer side has at most `size` pixels.
 
     Raises `DataError` where the file is gone, no plain file, too large or no picture.
     """
-    try:
-        facts = path.stat()
-        if not stat.S_ISREG(facts.st_mode):
-            raise DataError("it is no plain file")
-        if facts.st_size > MAX_FILE_BYTES:
-            raise DataError(f"its file has more than {MAX_FILE_BYTES >> 20} MB")
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError("its file is gone") from None
-    except (OSError, ValueError) as why:
-        raise DataError(f"its file can't be read ({getattr(why, 'strerror', None) or why})") from None
+    data = _read(reference)
     picture = ImageOps.contain(open_rgb(data), (size, size)) if data else open_rgb(data)
     out = io.BytesIO()
     picture.save(out, format="JPEG", quality=QUALITY)
     return out.getvalue()
+
+
+def _read(reference: str) -> bytes:
+    # The reasons name no folder: whoever asks the server has no business with its disk.
+    if is_url(reference) or not isinstance(parse(reference), str):
+        try:
+            return read_bytes(reference)
+        except (OSError, DataError):
+            raise DataError("its archive can't be read") from None
+    try:
+        facts = Path(reference).stat()
+        if not stat.S_ISREG(facts.st_mode):
+            raise DataError("it is no plain file")
+        if facts.st_size > MAX_FILE_BYTES:
+            raise DataError(f"its file has more than {MAX_FILE_BYTES >> 20} MB")
+        return Path(reference).read_bytes()
+    except FileNotFoundError:
+        raise DataError("its file is gone") from None
+    except (OSError, ValueError) as why:
+        raise DataError(f"its file can't be read ({getattr(why, 'strerror', None) or why})") from None
