@@ -37,7 +37,15 @@ NOT_IN_ROWS = {
     "out": "every run has its own folder under --out",
     "overwrite": "give --overwrite on the command line",
 }
-NOT_IN_EVAL = {"run": "every row's own runs are measured", "json": "results are written under --out"}
+OF_SUITES = (
+    "others", "tasks", "data", "features", "template_set", "canonical", "text_precision", "kshot", "probes",
+    "calibration", "contamination", "out", "overwrite", "by_lang",
+)  # fmt: skip
+NOT_IN_EVAL = {
+    "run": "every row's own runs are measured",
+    "json": "results are written under --out",
+    **dict.fromkeys(OF_SUITES, "a comparison measures retrieval and class folders: run litune eval on its run folders"),
+}
 
 
 @dataclass(frozen=True)

@@ -196,14 +196,12 @@ def test_a_stores_languages(run: Path, tune_config: TuneConfig) -> None:
 
 
 def test_what_a_run_was_tuned_on(run: Path, tune_config: TuneConfig, tmp_path: Path) -> None:
-    found = tuned_on(run)
-    assert found is not None
-    store, rows = found
+    ((store, rows),) = tuned_on(run)
     splits = np.array(store.metadata["split"].to_pylist())
     assert (splits[rows] == "train").all()
     assert len(rows) == 18
     shutil.move(tune_config.store, tmp_path / "moved")
-    assert tuned_on(run) is None
+    assert tuned_on(run) == []
 
 
 def test_bfloat16_texts(run: Path, sets: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from litune.data.sets import EvalSet
 from litune.errors import ConfigError, DataError
 from litune.evaluation.prompts import class_names
+from litune.evaluation.published import published_shares
 from litune.evaluation.tasks import (
     GROUPS,
     TASKS,
@@ -19,7 +20,6 @@ from litune.evaluation.tasks import (
     find_truth,
     group_means,
     imagenet_file,
-    published,
     read_tasks,
     task_templates,
 )
@@ -46,9 +46,10 @@ def test_the_registry() -> None:
             templates = task_templates(task, labelled(["a"]))
             assert templates
             assert all(one.count("{}") == 1 for one in templates)
-    assert published(TASKS["imagenet1k"])["LiT g/14, private 4B (v3)"] == {"accuracy": 0.852}
-    assert published(TASKS["coco"])["LiT L/16, public CC12M+YFCC"]["text_to_image recall@1"] == 0.312
-    assert "LiT L/16, public CC12M+YFCC" in published(TASKS["objectnet"])
+    assert published_shares("imagenet1k")["LiT g/14, private 4B (v3)"] == {"accuracy": 0.852}
+    assert published_shares("coco")["LiT L/16, public CC12M+YFCC"]["text_to_image recall@1"] == 0.312
+    assert "LiT L/16, public CC12M+YFCC" in published_shares("objectnet")
+    assert not published_shares("imagenet1k", "it"), "published in English alone"
 
 
 def test_every_task_is_in_the_docs() -> None:
@@ -187,7 +188,9 @@ def test_yaml(tmp_path: Path) -> None:
     assert [truth.names[one[0]] for one in truth.accepted] == ["navy", "scarlet"]
     assert (pairs.kind, pairs.splits, pairs.lang, pairs.images) == ("retrieval", ("val",), "en", tmp_path / "pics")
     assert (r.subset, r.path) == ("imagenet-r", tmp_path / "elsewhere")
-    assert r.published == TASKS["imagenet-r"].published
+    (tmp_path / "b.yaml").write_text("name: coco\nfolder: pics\n")
+    with pytest.raises(ConfigError, match="coco is a set that litune knows: write task: coco, or name it otherwise"):
+        read_tasks(tmp_path / "b.yaml")
     with pytest.raises(DataError, match="pics, which does not exist"):
         find_tasks([str(tmp_path / "a.yaml")], None)
 

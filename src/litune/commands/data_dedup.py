@@ -93,13 +93,14 @@ def dedup_data(config: DedupConfig) -> dict[str, Any]:
         raise OutputExistsError(f"{config.out} has a report: choose another --out, or give --overwrite")
     spec = _tower(config)
     sources = [(OWN, read_source(config))]
-    for path in config.against:
-        name = str(path) if str(path) != OWN else str(path.absolute())
-        sources.append((name, read_source(ReadingConfig(path, max_damaged=config.max_damaged))))
+    for against in config.against:
+        name = str(against) if str(against) != OWN else str(against.absolute())
+        sources.append((name, read_source(ReadingConfig(against, max_damaged=config.max_damaged))))
     prints = [source.pairs.fingerprint() for _, source in sources]
     work = config.out / "work"
     seconds: dict[str, float] = {}
     sets = []
+    path: Path | str
     for number, (name, source) in enumerate(sources):
         path = config.pairs if number == 0 else config.against[number - 1]
         sets.append(_open_set(config, name, path, source, prints[number], work / str(number), spec))
@@ -141,7 +142,7 @@ def _tower(config: DedupConfig) -> str:
 
 
 def _open_set(
-    config: DedupConfig, name: str, path: Path, source: Source, fingerprint: str, work: Path, spec: str
+    config: DedupConfig, name: str, path: Path | str, source: Source, fingerprint: str, work: Path, spec: str
 ) -> ImageSet:
     facts, thumbnails = _look(config, name, source, fingerprint, work)
     if source.store is not None:
@@ -190,7 +191,7 @@ def _look(config: DedupConfig, name: str, source: Source, fingerprint: str, work
     return pa.concat_tables(parts), thumbnails
 
 
-def _embed(config: DedupConfig, path: Path, fingerprint: str, out: Path, spec: str, *, own: bool) -> FeatureStore:
+def _embed(config: DedupConfig, path: Path | str, fingerprint: str, out: Path, spec: str, *, own: bool) -> FeatureStore:
     """The features of a set that is no store: those of an earlier run, or embedded now."""
     if (out / MANIFEST).exists():
         there = read_json(out / MANIFEST, StoreError)

@@ -126,20 +126,22 @@ def plain(result: Result) -> dict[str, Any]:
     return {"name": heading(result)} | {name: getattr(result, name) for name in kept}
 
 
-def tuned_on(run: Path) -> tuple[FeatureStore, np.ndarray] | None:
-    """The store that a run was tuned on and its rows; None where it is not there any more."""
+def tuned_on(run: Path) -> list[tuple[FeatureStore, np.ndarray]]:
+    """The stores that a run was tuned on and their rows; none where one is not there any more."""
     if not (run / CONFIG).is_file():
-        return None
+        return []
     try:
         given = read_json(run / CONFIG, DataError)
         known = {one.name: str(one.type) for one in fields(TuneConfig)}
         settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k in known}
-        paths = {k: Path(v) for k, v in settings.items() if "Path" in known[k] and isinstance(v, str)}
-        config = TuneConfig(**(settings | paths))
-        store = FeatureStore(config.store)
-        return store, choose_pairs(store, config)[0].rows
+        for name, value in settings.items():
+            if "Path" in known[name] and value is not None:
+                settings[name] = tuple(map(Path, value)) if isinstance(value, tuple) else Path(value)
+        config = TuneConfig(**settings)
+        stores = [FeatureStore(path) for path in config.stores]
+        return [(store, choose_pairs(store, config)[0].rows) for store in stores]
     except (LituneError, TypeError):
-        return None
+        return []
 
 
 def evaluate_retrieval(

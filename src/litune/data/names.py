@@ -9,6 +9,18 @@ from pathlib import Path
 from litune.errors import ConfigError
 
 DEFAULT_TEMPLATES = ("{}", "a photo of a {}.")
+BARE_TEMPLATES = ("{}",)
+SHORT_TEMPLATES = (
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+    "{}",
+)
+"""The seven templates that CLIP's authors chose out of their 80 for ImageNet, and the bare name."""
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 

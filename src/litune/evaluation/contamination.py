@@ -78,6 +78,28 @@ def overlap(
     }
 
 
+def overlap_with(
+    tuned: Sequence[tuple[FeatureStore, np.ndarray]],
+    hashes: Sequence[str],
+    features: np.ndarray | None,
+    *,
+    keys: Sequence[str],
+    threshold: float = THRESHOLD,
+) -> dict[str, Any]:
+    """The same for all stores that were tuned on together, each with its rows."""
+    parts = [overlap(store, hashes, features, keys=keys, rows=rows, threshold=threshold) for store, rows in tuned]
+    exact = [one for part in parts for one in part["exact"]]
+    same = {one["image"] for one in exact}
+    near = [one for part in parts for one in part["near"] if one["image"] not in same]
+    return parts[0] | {
+        "tuned_images": sum(part["tuned_images"] for part in parts),
+        "hashes_compared": max(part["hashes_compared"] for part in parts),
+        "exact": exact,
+        "near": near,
+        "warning": _warning(len(same), len({one["image"] for one in near}), len(hashes), threshold),
+    }
+
+
 def _warning(exact: int, near: int, images: int, threshold: float) -> str:
     """One line where images were found; else none."""
     if not exact + near:

@@ -15,24 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from litune.data.names import canonicalize
+from litune.data.names import BARE_TEMPLATES, SHORT_TEMPLATES, canonicalize
 from litune.errors import ConfigError, MissingExtraError, nearest
 from litune.losses import normalize
 
 TemplateSet = Literal["lit", "clip", "short", "bare"]
-
-BARE = ("{}",)
-SHORT = (
-    "itap of a {}.",
-    "a bad photo of the {}.",
-    "a origami {}.",
-    "a photo of the large {}.",
-    "a {} in a video game.",
-    "art of the {}.",
-    "a photo of the small {}.",
-    "{}",
-)
-"""The seven templates that CLIP's authors chose out of their 80 for ImageNet, and the bare name."""
 
 DEFAULT = "imagenet1k"
 """The set whose templates stand in for those of a set that has none, as in CLIP_benchmark."""
@@ -96,10 +83,10 @@ def pick_templates(which: TemplateSet, own: Sequence[str]) -> tuple[str, ...]:
     CLIP_benchmark has it.
     """
     sets: dict[str, tuple[str, ...]] = {
-        "lit": tuple(dict.fromkeys([*own, *BARE])),
+        "lit": tuple(dict.fromkeys([*own, *BARE_TEMPLATES])),
         "clip": tuple(own),
-        "short": SHORT,
-        "bare": BARE,
+        "short": SHORT_TEMPLATES,
+        "bare": BARE_TEMPLATES,
     }
     assert sets.keys() == set(get_args(TemplateSet))
     return sets[which]

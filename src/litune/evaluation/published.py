@@ -43,3 +43,9 @@ def published(task: str, lang: str = "") -> dict[str, dict[str, float]]:
             if name == task and lang in ("", "en") and value is not None:
                 found.setdefault(system, {})[figure] = value
     return found
+
+
+def published_shares(task: str, lang: str = "") -> dict[str, dict[str, float]]:
+    """The same as shares of one, as litune's own figures are."""
+    found = published(task, lang)
+    return {system: {name: round(value / 100, 4) for name, value in row.items()} for system, row in found.items()}

@@ -28,6 +28,7 @@ from litune.data.sets import EvalSet, picture_path
 from litune.encoding import encode_images, pick_runtime
 from litune.errors import DataError, LituneError, StoreError
 from litune.evaluation import prompts, retrieval, tasks, zero_shot
+from litune.evaluation.published import published_shares
 from litune.evaluation.result import Result
 from litune.features import MANIFEST, FeatureStore, StoreWriter, library_versions
 from litune.files import read_json
@@ -68,8 +69,8 @@ class Subject:
     path: Path
     model: LiT
     bfloat16: bool = False
-    tuned_on: tuple[FeatureStore, np.ndarray] | None = None
-    """The store that it was tuned on and which of its rows, where that is still there."""
+    tuned_on: Sequence[tuple[FeatureStore, np.ndarray]] = ()
+    """The stores that it was tuned on and which of their rows, where they are still there."""
     vectors: prompts.ClassVectors = field(init=False)
 
     def __post_init__(self) -> None:
@@ -376,8 +377,8 @@ def classify(
     if "top5" in values and truth.single:
         chance["top5"] = 5 / len(truth.names)
     extras: dict[str, Any] = {"seconds": seconds, "texts": subject.vectors.texts - before}
-    if task.published:
-        extras["published"] = tasks.published(task)
+    if known := published_shares(task.name, task.lang):
+        extras["published"] = known
     if protocol.calibration:
         extras["calibration"] = _calibrate(embedded, model, weights, labels, scale)
     keys, pictures = _described(found, embedded)
@@ -469,8 +470,8 @@ def retrieve(
         task.name, ranks, owner, flat, keys, pictures, embedded.hashes, protocol_facts, lang or task.lang
     )
     result.extras.update({"seconds": seconds, "texts": len(set(flat))})
-    if task.published:
-        result.extras["published"] = tasks.published(task)
+    if known := published_shares(task.name, task.lang):
+        result.extras["published"] = known
     result.extras.update(_contamination(found, embedded, subject, protocol))
     return result
 
@@ -610,15 +611,14 @@ def _draw(labels: np.ndarray, shots: int) -> np.ndarray:
 
 def _contamination(found: EvalSet, embedded: Embedded, subject: Subject, protocol: Protocol) -> dict[str, Any]:
     """How many of the images the run was tuned on, exactly or nearly, where its store is still there."""
-    if not protocol.contamination or subject.tuned_on is None:
+    if not protocol.contamination or not subject.tuned_on:
         return {}
-    from litune.evaluation.contamination import overlap
+    from litune.evaluation.contamination import overlap_with
 
-    store, rows = subject.tuned_on
     # The features of an image tower that was tuned are not those of the store that its tuning began with.
     raw = None if subject.model.image_tuned else embedded.raw()
     keys = [found.keys[row] for row in embedded.rows]
-    return {"contamination": overlap(store, embedded.hashes, raw, keys=keys, rows=rows)}
+    return {"contamination": overlap_with(subject.tuned_on, embedded.hashes, raw, keys=keys)}
 
 
 class _timed:  # noqa: N801

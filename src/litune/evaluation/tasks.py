@@ -18,10 +18,7 @@ from litune.data.names import canonicalize
 from litune.data.sets import TEST_SPLITS, WNID, EvalSet, Kind, read_set
 from litune.errors import ConfigError, DataError, nearest
 from litune.evaluation import prompts
-
-CLIP, ALIGN = "CLIP", "ALIGN"
-LIT_G, LIT_G1 = "LiT g/14, private 4B (v3)", "LiT g/14, private 4B (v1)"
-LIT_L = "LiT L/16, public CC12M+YFCC"
+from litune.evaluation.published import published_shares
 
 Metric = Literal["accuracy", "mean_per_class", "text_to_image recall@1"]
 
@@ -48,8 +45,6 @@ class Task:
     folders: tuple[str, ...] = ()
     """Other names of the folder in --data."""
     splits: tuple[str, ...] = TEST_SPLITS
-    published: dict[str, dict[str, float]] = field(default_factory=dict)
-    """System → figure → value in percent."""
     lang: str = ""
     # A user's own
     path: Path | None = None
@@ -79,11 +74,6 @@ class Task:
         return found.in_language(self.lang) if self.kind == "retrieval" and self.lang else found
 
 
-def _one(figure: str, **values: float) -> dict[str, dict[str, float]]:
-    systems = {"lit_g": LIT_G, "lit_g1": LIT_G1, "lit_l": LIT_L, "clip": CLIP, "align": ALIGN}
-    return {systems[system]: {figure: value} for system, value in values.items()}
-
-
 _TREE = "one folder of images per class, or another layout of docs/evaluation.md"
 _IMAGENET = ("imagenet1k", "imagenet", "ILSVRC2012", "imagenet-1k", "imagenet1k-unverified")
 _HUB = "clip-benchmark's webdataset shards or the original as class folders"
@@ -98,23 +88,19 @@ _ALL = [
         "imagenet1k",
         f"the 50,000 validation images of ILSVRC 2012 in folders of WordNet ids under imagenet1k/val, or {_HUB}",
         names="imagenet1k", folders=_IMAGENET[1:],
-        published=_one("accuracy", lit_g=85.2, lit_g1=84.5, lit_l=75.7, clip=76.2, align=76.4),
     ),
     Task(
         "imagenet-v2", "ImageNetV2 matched-frequency (10,000 images in folders 0 to 999) under imagenet-v2",
         names="imagenet1k", templates="imagenet1k",
         folders=("imagenetv2", "ImageNetV2-matched-frequency", "imagenetv2-matched-frequency-format-val"),
-        published=_one("accuracy", lit_g=79.8, lit_g1=78.7, lit_l=66.6, clip=70.1, align=70.1),
     ),
     Task(
         "imagenet-r", "imagenet-r.tar (30,000 images in 200 folders of WordNet ids) unpacked under imagenet-r",
         names="imagenet1k", templates="imagenet1k", subset="imagenet-r",
-        published=_one("accuracy", lit_g=94.9, lit_g1=93.9, lit_l=60.4, clip=88.9, align=92.2),
     ),
     Task(
         "imagenet-a", "imagenet-a.tar (7,500 images in 200 folders of WordNet ids) unpacked under imagenet-a",
         names="imagenet1k", templates="imagenet1k", subset="imagenet-a",
-        published=_one("accuracy", lit_g=81.8, lit_g1=79.4, lit_l=37.8, clip=77.2, align=75.8),
     ),
     Task(
         "imagenet-sketch", "ImageNet-Sketch (50,889 images in 1,000 folders of WordNet ids) under imagenet-sketch",
@@ -123,13 +109,11 @@ _ALL = [
     Task(
         "objectnet", "ObjectNet unpacked under objectnet: objectnet-1.0/images and mappings, both as they come",
         names="imagenet1k", templates="imagenet1k", truth="objectnet",
-        published=_one("accuracy", lit_g=82.5, lit_g1=81.1, lit_l=54.5, clip=72.3),
     ),
     Task(
         "imagenet-real",
         "the images of imagenet1k, their files called ILSVRC2012_val_00000001 and so on; the labels come with timm",
         names="imagenet1k", templates="imagenet1k", truth="real", folders=_IMAGENET,
-        published=_one("accuracy", lit_g=88.6, lit_g1=88.0, lit_l=82.1),
     ),
     Task("cifar10", "cifar-10-batches-py (the Python version) under cifar10", folders=("cifar-10-batches-py",)),
     # VTAB, natural
@@ -172,10 +156,6 @@ _ALL = [
     Task(
         "coco", "COCO's 2014 images and Karpathy's dataset_coco.json (or coco_test_karpathy.json) under coco",
         kind="retrieval", metric="text_to_image recall@1", splits=("test",), folders=("mscoco_captions", "mscoco"),
-        published={
-            LIT_G: {"image_to_text recall@1": 59.3, "text_to_image recall@1": 41.9},
-            LIT_L: {"image_to_text recall@1": 48.5, "text_to_image recall@1": 31.2},
-        },
     ),
     Task("flickr30k", "Flickr30k's images and dataset_flickr30k.json (or flickr30k_test_karpathy.txt) under flickr30k",
          kind="retrieval", metric="text_to_image recall@1"),
@@ -201,11 +181,6 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "retrieval": ("coco", "flickr30k", "flickr8k"),
 }  # fmt: skip
 GROUPS["vtab"] = GROUPS["vtab-natural"] + GROUPS["vtab-specialized"] + GROUPS["vtab-structured"]
-
-PUBLISHED_MEANS = {
-    "vtab-natural": {LIT_G: 74.7, LIT_G1: 72.6, LIT_L: 63.1},
-}
-"""Group → system → the published mean over the group's sets, in percent."""
 
 
 def find_tasks(wanted: Sequence[str], data: Path | None) -> list[Task]:
@@ -290,6 +265,10 @@ def _read_task(file: Path, given: dict[str, Any]) -> Task:
         base = TASKS[given["task"]]
     else:
         base = Task(str(given.get("name", file.stem)), f"the images that {file} names")
+        if base.name in TASKS:  # figures published for that set would stand beside it
+            raise ConfigError(
+                f"{file}: {base.name} is a set that litune knows: write task: {base.name}, or name it otherwise"
+            )
     text = {key: str(given[key]) for key in ("folder", "table", "images", "train", "label", "lang") if key in given}
     if ("folder" in text) == ("table" in text):
         raise ConfigError(f"{file}: a task needs folder: FOLDER (class folders, …) or table: FILE, one of both")
@@ -323,7 +302,6 @@ def _read_task(file: Path, given: dict[str, Any]) -> Task:
         images=file.parent / text["images"] if "images" in text else None,
         label=text.get("label"),
         rename=rename,
-        published=base.published if given.get("task") else {},
     )
 
 
@@ -519,11 +497,6 @@ def task_templates(task: Task, found: EvalSet) -> tuple[str, ...]:
     return prompts.dataset_templates(key, task.lang or "en")
 
 
-def published(task: Task) -> dict[str, dict[str, float]]:
-    """System → figure → value as a share of one."""
-    return {name: {figure: round(v / 100, 4) for figure, v in row.items()} for name, row in task.published.items()}
-
-
 def chance(truth: Truth) -> float:
     """The share of images that a random class is right for."""
     return float(np.mean([len(one) for one in truth.accepted]) / len(truth.names))
@@ -535,6 +508,6 @@ def group_means(values: dict[str, float]) -> dict[str, Any]:
     for group, names in GROUPS.items():
         if group.startswith("vtab") and all(name in values for name in names):
             mean = float(np.mean([values[name] for name in names]))
-            reference = {k: round(v / 100, 4) for k, v in PUBLISHED_MEANS.get(group, {}).items()}
+            reference = {system: row["accuracy"] for system, row in published_shares(group).items()}
             found[group] = {"mean": mean, "sets": len(names), "published": reference}
     return found

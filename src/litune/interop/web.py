@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 
 from litune.data.images import ImageTransform, map_ahead, open_rgb
-from litune.data.names import DEFAULT_TEMPLATES
+from litune.data.names import BARE_TEMPLATES, DEFAULT_TEMPLATES, SHORT_TEMPLATES
 from litune.data.references import read_bytes
 from litune.data.tokenizers import Tokenizer
 from litune.devices import processor_cores
@@ -52,17 +52,6 @@ SIDE, QUALITY = 256, 80
 """The longer side of the small pictures, and their JPEG quality."""
 MOST_CAPTIONS = 5
 """So many captions of an image are shown."""
-
-SHORT_TEMPLATES = (
-    "{}",
-    "itap of a {}.",
-    "a bad photo of the {}.",
-    "a origami {}.",
-    "a photo of the large {}.",
-    "a {} in a video game.",
-    "art of the {}.",
-    "a photo of the small {}.",
-)
 
 KINDS: dict[str, set[str | None]] = {
     "normalizer": {
@@ -131,7 +120,11 @@ def export_web(
         "image_tower": (model.image_provenance or {}).get("spec"),
         "can_encode_images": with_image_tower,
         "images": len(rows),
-        "templates": {"auto": list(DEFAULT_TEMPLATES), "bare": ["{}"], "short": list(SHORT_TEMPLATES)},
+        "templates": {
+            "auto": list(DEFAULT_TEMPLATES),
+            "bare": list(BARE_TEMPLATES),
+            "short": list(SHORT_TEMPLATES),
+        },
         "columns": ["key", "captions", *(["label"] if labels else [])],
     }
     settings = None if tower is None else {**tower.describe(), "mean": None, "std": None}

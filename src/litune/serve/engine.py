@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from litune.config import ServeConfig
-from litune.data.names import DEFAULT_TEMPLATES, canonicalize
+from litune.data.names import BARE_TEMPLATES, DEFAULT_TEMPLATES, SHORT_TEMPLATES, canonicalize
 from litune.errors import DataError, LituneError
 from litune.index import Found, Index, combine, fingerprint
 from litune.index.filters import select_rows
@@ -26,15 +26,7 @@ from litune.serve.pictures import open_upload, thumbnail
 from litune.serve.problems import Problem
 from litune.serve.worker import Busy, Worker
 
-TEMPLATES = {
-    "auto": DEFAULT_TEMPLATES,
-    "bare": ("{}",),
-    # The bare name, and the seven that CLIP's notebook found to be enough.
-    "short": (
-        "{}", "itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
-        "a {} in a video game.", "art of the {}.", "a photo of the small {}.",
-    ),
-}  # fmt: skip
+TEMPLATES = {"auto": DEFAULT_TEMPLATES, "bare": BARE_TEMPLATES, "short": SHORT_TEMPLATES}
 MAX_TEXTS = 8192
 """Texts that the classes and templates of one request may make."""
 MAX_NUMBERS = 500_000
