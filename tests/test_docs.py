@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import litune
-from litune.cli import COMMANDS, main, parse
+from litune.cli import COMMANDS, GROUPS, main, parse
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
@@ -70,8 +70,9 @@ def test_commands_and_settings_in_running_text_exist(page: Path) -> None:
     options = set((ROOT / "tests" / "cli_options.txt").read_text().split()) | {"--help"}
     prose = re.sub(r"(?s)```.*?```", "", page.read_text(encoding="utf-8"))
     for code in re.findall(r"`([^`\n]+)`", prose):
-        if name := re.match(r"litune ([a-z]\w*)", code):
-            assert name[1] in COMMANDS, f"{page.name}: {code}"
+        if name := re.match(r"litune ([a-z]\w*)(?: ([a-z]\w*))?", code):
+            command = " ".join(filter(None, name.groups())) if name[1] in GROUPS else name[1]
+            assert command in [*COMMANDS, *GROUPS], f"{page.name}: {code}"
             for option in re.findall(r"(?<!\S)--[a-z][a-z0-9-]+", code):
                 assert option in options, f"{page.name}: {code}"
 

@@ -385,9 +385,9 @@ def test_designs_are_toml() -> None:
 
 
 def test_the_file_in_the_docs(write: Callable[..., Path], tmp_path: Path) -> None:
-    howto = Path(__file__).parents[2] / "docs" / "howto.md"
+    guide = Path(__file__).parents[2] / "docs" / "compare.md"
     for folder in ("my-features", "clothing/test"):
         (tmp_path / folder).mkdir(parents=True)
-    plan = read_plan(write(blocks(howto.read_text(encoding="utf-8"), "toml")[0]), tmp_path / "t")
+    plan = read_plan(write(blocks(guide.read_text(encoding="utf-8"), "toml")[0]), tmp_path / "t")
     assert [row.name for row in plan.rows] == ["no head", "linear head"]
     assert len(plan.runs) == 6

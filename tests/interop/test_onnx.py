@@ -23,7 +23,7 @@ from litune.interop.samples import TEXTS, pictures
 
 from .conftest import MakeRun
 
-HOWTO = Path(__file__).parents[2] / "docs" / "howto.md"
+GUIDE = Path(__file__).parents[2] / "docs" / "export.md"
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_the_documented_way(make_run: MakeRun, tmp_path: Path, monkeypatch: pyte
     run = make_run("my-run", pooling="mean", image_map="whiten")
     assert export(run, to="onnx")["folder"] == str(tmp_path / "my-run-onnx")
     pictures()[2].save(tmp_path / "a.png")
-    recipe = next(b for b in re.findall(r"```python\n(.*?)```", HOWTO.read_text(), re.DOTALL) if "onnxruntime" in b)
+    recipe = next(b for b in re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL) if "onnxruntime" in b)
     assert "litune" not in re.findall(r"import (\w+)", recipe)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
