@@ -208,8 +208,10 @@ def show_run(results: dict[str, Any]) -> None:
             print(f"{name:16}" + "".join(f"{found[way][k]:>11.1%} " for k in ks))
             print(f"{'  chance':16}" + "".join(f"{found['chance'][way][k]:>11.1%} " for k in ks))
         for lang, one in found.get("by_lang", {}).items():
-            shares = "  ".join(f"{k} {one['text_to_image'][k]:.1%} / {one['image_to_text'][k]:.1%}" for k in ks)
-            print(f"{lang:4}{one['images']:>8,} images {one['captions']:>8,} captions  {shares}")
+            print(f"{lang}: {one['images']:,} images, {one['captions']:,} captions")
+            for way, name in (("text_to_image", "text → image"), ("image_to_text", "image → text")):
+                print(f"  {name:14}" + "".join(f"{one[way][k]:>11.1%} " for k in ks))
+                print(f"  {'  chance':14}" + "".join(f"{one['chance'][way][k]:>11.1%} " for k in ks))
         print(found["definition"])
     if found := results.get("zero_shot"):
         print(f"zero-shot: {found['images']:,} images, {found['classes']:,} classes, templates {found['templates']}")
@@ -232,12 +234,12 @@ def show_tasks(rows: Sequence[dict[str, Any]], means: dict[str, Any]) -> None:
             chance = f"   chance {one['chance'][figure]:.1%}" if figure in one["chance"] else ""
             print(f"  {figure:26}{value:>7.1%}{chance}")
         for system, row in one["extras"].get("published", {}).items():
-            print(f"    {system}: " + ", ".join(f"{figure} {value:.1%}" for figure, value in row.items()))
+            print(f"    published: {system}: " + ", ".join(f"{figure} {value:.1%}" for figure, value in row.items()))
         for probe in ("ridge", "linear", "knn"):
             if learned := one["extras"].get(probe):
                 print(f"  {probe + ' probe':26}{learned['accuracy']:>7.1%}   from {learned['train_images']:,} images")
-        if warning := one["extras"].get("contamination", {}).get("warning"):
-            print(f"  {warning}")
+        if looked := one["extras"].get("contamination"):
+            print("  " + (looked["warning"] or f"no copy among the {looked['tuned_images']:,} images it was tuned on"))
     for group, mean in means.items():
         print(
             f"{group}: {mean['mean']:.1%} over {mean['sets']} sets",

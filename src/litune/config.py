@@ -460,7 +460,7 @@ class EvalConfig:
     """The templates of --tasks: clip takes the set's own (80 for ImageNet), lit these and the bare name, as the LiT
     paper; short eight for all sets; bare the name alone."""
     canonical: bool = True
-    """Write class names in lower case without punctuation."""
+    """Whether class names are written in lower case, without punctuation."""
     text_precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the text tower for --tasks. bfloat16 is faster where the processor has units for it, and moves a
     few images of a thousand."""
@@ -469,9 +469,9 @@ class EvalConfig:
     probes: bool = False
     """Also learn a linear probe and nearest neighbours on the image features from the set's training images."""
     calibration: bool = True
-    """Measure how far the probabilities of --tasks can be believed."""
+    """Whether to measure how far the probabilities of --tasks can be believed."""
     contamination: bool = True
-    """Look for the images of --tasks in the store that the run was tuned on, where it is still there."""
+    """Whether to look for the images of --tasks in the stores that the run was tuned on, where they are still there."""
     out: Path | None = None
     """A folder for the reports on --tasks and --store: tables, intervals, what was confused with what."""
     overwrite: bool = False

@@ -79,10 +79,14 @@ def clear_output(folder: Path, ours: bool, what: str, overwrite: bool) -> None:
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not ours:
-        raise OutputExistsError(f"{folder} is not empty and not a {what} of litune: choose another --out")
+        raise OutputExistsError(f"{folder} is not empty and not {_a(what)} of litune: choose another --out")
     if not overwrite:
-        raise OutputExistsError(f"{folder} already holds a {what}: choose another --out, or give --overwrite")
+        raise OutputExistsError(f"{folder} already holds {_a(what)}: choose another --out, or give --overwrite")
     shutil.rmtree(folder)
+
+
+def _a(what: str) -> str:
+    return f"an {what}" if what[0] in "aeiou" else f"a {what}"
 
 
 def cache_folder() -> Path:

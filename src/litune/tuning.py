@@ -549,8 +549,14 @@ class Tuning:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             texts = self.model.encode_text(val.captions)
         images, kept = self._held_out_images(val)
+        # An image that several stores hold out is one image: it would tie with itself.
+        first = image_ids(val) if len(val.sources) > 1 else None
+        if first is not None:
+            once = first[kept] == kept
+            images, kept = images[torch.from_numpy(once)], kept[once]
         owner = np.full(len(val), -1)
         owner[kept] = np.arange(len(kept))
+        owner = owner if first is None else owner[first]
         there = owner[val.owner] >= 0
         return retrieval(images, texts[torch.from_numpy(there)], torch.from_numpy(owner[val.owner][there]))
 

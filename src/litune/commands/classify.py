@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 from litune.checkpoint import load
 from litune.config import ClassifyConfig, command
+from litune.errors import ConfigError
 from litune.files import write_json
 
 
@@ -26,8 +27,10 @@ class Classified:
 def classify(config: ClassifyConfig) -> list[Classified]:
     """Classify images with any labels; returns one result per image, in order.
 
-    Raises `RunError` for the run, `DataError` for an image that can't be read.
+    Raises `ConfigError` for a label given twice, `RunError` for the run, `DataError` for an image that can't be read.
     """
+    if twice := [label for label in config.labels if config.labels.count(label) > 1]:
+        raise ConfigError(f"--labels has {twice[0]!r} twice: equal labels would share their probability")
     model = load(config.run, image_tower=config.image_tower, device=config.device)
     classifier = model.zero_shot(config.labels, config.templates)
     found = []

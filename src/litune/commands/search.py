@@ -47,9 +47,12 @@ def search(config: SearchConfig) -> list[Found] | list[FoundCaption]:
         if exact is None and index.cells is None and len(index) > EXACT_ROWS:
             say(f"searching all {len(index):,} images; --index approximate makes an index, once, and is faster")
         found = index.search(model, image=query, top=config.top, where=config.where, exact=exact)
+    if not found:
+        say("nothing found" + (f": no image meets {' and '.join(config.where)}" if config.where else ""))
     title = " + ".join([*([text] if text else []), *([str(config.image)] if config.image else [])])
     if config.sheet:
         write_sheet(config.sheet, [(title, [one for one in found if isinstance(one, Found)])])
+        say(f"wrote {config.sheet}")
     if config.json:
         write_json(config.json, {"query": title, "found": [asdict(one) for one in found]})
     return found

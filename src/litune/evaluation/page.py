@@ -429,11 +429,11 @@ def _classified(result: Result, thumbnails: Thumbnails, whose: str) -> str:
 
 
 def surest(rows: np.ndarray, sure: np.ndarray, labels: np.ndarray, most: int) -> list[int]:
-    """The rows with the highest confidence, one of each class first."""
+    """The rows with the highest confidence, surest first; a class has two only where every class has one."""
     order = rows[np.argsort(-sure[rows], kind="stable")]
     _, first = np.unique(labels[order], return_index=True)
     others = np.setdiff1d(np.arange(len(order)), first)
-    found: list[int] = order[np.concatenate([np.sort(first), others])][:most].tolist()
+    found: list[int] = order[np.sort(np.concatenate([np.sort(first), others])[:most])].tolist()
     return found
 
 

@@ -132,8 +132,9 @@ def _plain(entry: Entry) -> dict[str, Any]:
 
 def markdown(report: Report) -> str:
     """The summary with published rows, every figure, differences, and what they mean."""
-    parts = ["# Evaluation", "In percent. Below one's own runs, what others have printed."]
     columns = headlines(report)
+    known = any(published_percent(report, *column) for column in columns)
+    parts = ["# Evaluation", "In percent." + (" Below one's own runs, what others have printed." if known else "")]
     parts += [_summary(report, columns[i : i + ACROSS]) for i in range(0, len(columns), ACROSS)]
     if report.differences:
         lines = [["task", "figure", "run", "difference in points", "95% interval", ""]]

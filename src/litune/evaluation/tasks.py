@@ -410,6 +410,11 @@ def match_classes(task: Task, found: EvalSet, names: Sequence[str]) -> tuple[np.
         # The package's order is that of the original set's classes, as these files number them.
         return np.arange(len(names)), "matched by position"
     strange = next((name for name, one in zip(found.classes, own, strict=True) if one not in place), found.classes[0])
+    if task.rename:
+        raise DataError(
+            f"{found.path}: classes: of {task.name} has no entry for {strange!r} "
+            f"({nearest(strange, task.rename)}): give one for every class of the set, or leave classes: out"
+        )
     raise DataError(
         f"{found.path}: the class {strange!r} is none of the {len(names):,} of {task.name} "
         f"({nearest(canonicalize(strange), place)}): name the folders so, by number or, for ImageNet, by WordNet id"

@@ -194,6 +194,8 @@ class Index:
         """
         parts = []
         if text is not None:
+            if not text.strip():
+                raise DataError("the text of the query is empty: say what to look for, or leave it out")
             parts.append(text_weight * model.encode_text(text)[0])
         if image is not None:
             parts.append(image_weight * self._image_feature(model, image))
@@ -226,6 +228,8 @@ class Index:
         `where` are conditions on the metadata that all have to be met, as "split=val" or "width>=640". By default the
         search is exact up to `EXACT_ROWS` images, and where no cells were built.
         """
+        _check_count("top", top, 1)
+        _check_count("offset", offset, 0)
         query = self.query(model, text, image, text_weight=text_weight, image_weight=image_weight)
         mask = select_rows(self.metadata, where) if where else None
         scores, rows = self.nearest(model, query[None], offset + top, mask=mask, exact=exact)
@@ -245,6 +249,7 @@ class Index:
         where: Sequence[str] = (),
     ) -> list[FoundCaption]:
         """The captions nearest to a text or an image, best first. The first search encodes all captions."""
+        _check_count("top", top, 1)
         query = self.query(model, text, image)
         mask = self.there & select_rows(self.metadata, where)
         lists = self.metadata["captions"].combine_chunks()
@@ -395,10 +400,14 @@ class Index:
 
         Raises `DataError` for a key that no image has.
         """
+        keys = [keys] if isinstance(keys, str) else keys
         found = np.isin(self.metadata["key"].to_numpy(), np.asarray(list(keys), dtype=object)) & self.there
         known = set(self.metadata.filter(pa.array(found))["key"].to_pylist())
         if missing := [key for key in keys if key not in known]:
-            raise DataError(f"no image of the index has the key {missing[0]!r}: give keys as litune search prints them")
+            raise DataError(
+                f"no image of the index has the key {missing[0]!r}: give keys as in the store's metadata, or as "
+                "`Found.key` has them"
+            )
         self.there = self.there & ~found
         if self.cells is not None:
             self.cells = self.cells.with_rows(np.where(found, np.int32(-1), self.cells.cell))
@@ -430,7 +439,13 @@ class Index:
             raise StoreError(f"{self.file} is damaged ({why}): remove it and build the index again") from None
         if facts.get("format") != FORMAT:
             raise StoreError(f"{self.file} has the index format {facts.get('format')!r}, this litune reads {FORMAT}")
-        self.stores += [FeatureStore(one["path"]) for one in facts["stores"][1:]]
+        for one in facts["stores"][1:]:
+            if not Path(one["path"]).is_dir():
+                raise StoreError(
+                    f"{self.file} holds the images of {one['path']}, too, which is gone: bring it back, or remove the "
+                    "index"
+                )
+            self.stores.append(FeatureStore(one["path"]))
         for store, one in zip(self.stores, facts["stores"], strict=True):
             now = _describe(store)
             if changed := [name for name in ("rows", "width", "weights") if now[name] != one[name]]:
@@ -442,6 +457,11 @@ class Index:
         self.there, self.probes = tensors["there"].astype(bool), int(facts["probes"])
         if "cell" in tensors:
             self.cells = Cells(tensors["centroids"], tensors["mean"], tensors["cell"])
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise DataError(f"{name} is {value}, it must be at least {least}")
 
 
 def combine(parts: Sequence[Float[Tensor, " D"]]) -> Float[Tensor, " D"]:

@@ -61,7 +61,7 @@ def select_rows(table: pa.Table, where: Sequence[str]) -> np.ndarray:
     Raises `DataError` for an unknown column, or a value or an operator that does not suit its type.
     """
     mask = np.ones(table.num_rows, dtype=bool)
-    for text in where:
+    for text in [where] if isinstance(where, str) else where:
         mask &= _meets(table, Condition.parse(text))
     return mask
 

@@ -255,9 +255,12 @@ class Engine:
         """A row of the store. Raises `Problem` where it has none of that number."""
         index = self.need_images()
         if not (0 <= row < index.rows and index.there[row]):
-            raise Problem(
-                status, f"there is no image in row {row}", "row", f"rows go from 0 to {index.rows - 1}; see /v1/images"
-            )  # fmt: skip
+            gone = (
+                "was removed from the index"
+                if 0 <= row < index.rows
+                else f"is none: they go from 0 to {index.rows - 1}"
+            )
+            raise Problem(status, f"row {row} {gone}", "row", "see /v1/images")
         return row
 
     def page(self, offset: int, limit: int) -> np.ndarray:

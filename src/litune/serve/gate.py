@@ -7,6 +7,7 @@ import hmac
 import re
 import time
 from collections.abc import Collection
+from contextlib import suppress
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -32,6 +33,9 @@ SECURITY = {
 _PATHS = re.compile(
     r"/v1/(?:model|encode/text|encode/image|match|classify|search|images)|/health|/metrics|/openapi.json|/"
 )
+
+
+STOPPING = Problem(503, "the server is stopping", "the server", "ask again when it is back", {"Connection": "close"})
 
 
 class Gate:
@@ -78,6 +82,10 @@ class Gate:
                 await problem.response()(scope, receive, sending)
             else:
                 await self.app(scope, self._bounded(scope, receive), sending)
+        except asyncio.CancelledError:  # the server ends, and this took longer than it waits
+            with suppress(Exception):
+                if status == 500:
+                    await STOPPING.response()(scope, receive, sending)
         finally:
             self.running -= 1
             self.metrics.running.set(self.running)

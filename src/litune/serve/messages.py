@@ -207,5 +207,19 @@ def read(kind: type[M], body: bytes) -> M:
         if first["type"] == "json_invalid":
             reason = first["ctx"]["error"] if "ctx" in first else first["msg"]
             raise Problem(400, f"the body is not valid JSON: {reason}", "the body", "send UTF-8 JSON") from None
-        message = f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}"
+        message = f"{where}: {_plain(first)}"
         raise Problem(422, message, where, "see the schema in /openapi.json") from None
+
+
+def _plain(error: Any) -> str:
+    """What pydantic says, for people who don't know it."""
+    match error["type"]:
+        case "extra_forbidden":
+            return f"there is no field {str(error['loc'][-1])[:40]!r} here"
+        case "too_short":
+            return f"needs at least {error['ctx']['min_length']}"
+        case "string_too_long":
+            return f"has more than {error['ctx']['max_length']:,} characters"
+        case "string_pattern_mismatch":
+            return "needs exactly one {}"
+    return f"{error['msg'][0].lower()}{error['msg'][1:]}"

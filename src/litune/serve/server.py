@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from litune.errors import ConfigError
+from litune.progress import say
 
 GRACE = 30
 """Seconds that running requests have at the end."""
@@ -68,6 +69,11 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._on_start()
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        super().handle_exit(sig, frame)
+        if running := len(self.server_state.tasks):
+            say(f"stopping; requests that are still running: {running:,}, for at most {GRACE} seconds; Ctrl-C: at once")
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -56,7 +56,9 @@ def _find(spec: str) -> ImageTower:
     kind, found, name = head.partition(":")
     if not found or kind not in KINDS:
         choices = [*PACKAGED, *(f"{k}:…" for k in KINDS)]
-        raise TowerError(f"unknown image tower {spec!r}: {nearest(head, choices, 2)}; known: {', '.join(choices)}")
+        close = nearest(head, choices, 2)
+        known = "" if close.startswith("known") else f"; known: {', '.join(choices)}"
+        raise TowerError(f"unknown image tower {spec!r}: {close}{known}")
     if not name:
         raise TowerError(f"{spec!r} names no tower after {kind}:")
     return KINDS[kind](spec, name, options)

@@ -32,7 +32,7 @@ async function call(path, options = {}) {
   }
   if (!response.ok) {
     const { error } = await response.json().catch(() => ({}));
-    const line = error ? [error.message, error.do].filter(Boolean).join(": ") : `the server answered ${response.status}`;
+    const line = error ? error.message : `the server answered ${response.status}`;
     throw new Error(`${line[0].toUpperCase()}${line.slice(1)}.`);
   }
   return response;
