@@ -162,8 +162,8 @@ def test_the_command_ends_in_order(made: Made) -> None:
         connection.close()
         assert process.wait(30) == 0
         *before, last = process.stderr.read().splitlines()
-            assert last == "stopped"
-            assert all("still running: 1" in line for line in before)
+        assert last == "stopped"
+        assert all("still running: 1" in line for line in before)
     finally:
         process.kill()
         process.stderr.close()
