@@ -25,7 +25,8 @@ OUTSIDE = (
     "benchmarks/README.md",
     *(
         path.relative_to(ROOT).as_posix()
-        for path in sorted((ROOT / "benchmarks" / "designs").iterdir())
+        for folder in ("designs", "evaluations")
+        for path in sorted((ROOT / "benchmarks" / folder).iterdir())
         if path.is_file()
     ),
 )
