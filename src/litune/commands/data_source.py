@@ -51,7 +51,7 @@ def read_source(config: ReadingConfig) -> Source:
     say(f"pairs: {len(pairs):,} images, {pairs.captions:,} captions ({pairs.source})")
     if pairs.damaged:
         first = pairs.damaged[0]
-        say(f"skipped {len(pairs.damaged):,} captions that can't be used, first {first.key}: {first.reason}")
+        say(f"skipped {len(pairs.damaged):,} that can't be used, first {first.key}: {first.reason}")
     return source
 
 

@@ -53,7 +53,8 @@ def export(config: ExportConfig) -> dict[str, Any]:
         raise
     about = {"complete": True, **about, **facts, "folder": str(out)}
     write_json(out / ABOUT, about)
-    say(f"wrote {out}: " + _verdict(facts["largest_difference"]))
+    rounded = " (texts: before they are rounded to int8)" if "int8" in facts else ""
+    say(f"wrote {out}: {_verdict(facts['largest_difference'])}{rounded}")
     return about
 
 

@@ -35,6 +35,7 @@ def search(config: SearchConfig) -> list[Found] | list[FoundCaption]:
     model = load(config.run, image_tower=config.image_tower, device=config.device)
     check_store(config.run, model, config.store, store.width, store.tower)
     index = Index(store)
+    say_changes(index)
     if config.index == "approximate" and index.cells is None:
         build(index, model)
     text = config.query if config.query.strip() else None
@@ -56,6 +57,13 @@ def search(config: SearchConfig) -> list[Found] | list[FoundCaption]:
     if config.json:
         write_json(config.json, {"query": title, "found": [asdict(one) for one in found]})
     return found
+
+
+def say_changes(index: Index) -> None:
+    """Say where an index that was saved has more, or fewer, images than its store."""
+    removed = index.rows - len(index)
+    if removed or len(index.stores) > 1:
+        say(f"{index.file}: {len(index):,} images of {len(index.stores):,} stores, {removed:,} removed ones left out")
 
 
 def build(index: Index, model: LiT) -> None:

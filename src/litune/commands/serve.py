@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from litune.checkpoint import CONFIG, check_store, load
+from litune.commands.search import say_changes
 from litune.config import ServeConfig, command
 from litune.errors import LituneError, MissingExtraError, RunError, StoreError
 from litune.files import read_json
@@ -61,6 +62,7 @@ def announce(config: ServeConfig, index: Index | None, port: int) -> None:
 def open_images(run: Path, path: Path, model: LiT, how: str) -> Index:
     """The index of the images that are served. Raises `StoreError` where they are of another tower than the run."""
     index = Index(path)
+    say_changes(index)
     check_store(run, model, path, index.store.width, index.store.tower)
     if how == "approximate" and index.cells is None:
         raise StoreError(f"{path} has no index: build one with  litune search {run} {path} QUERY --index approximate")
