@@ -9,10 +9,11 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from litune.data import page
 from litune.data.images import open_rgb
 from litune.data.references import read_bytes
 from litune.errors import DataError
-from litune.files import atomic, write_text
+from litune.files import atomic
 from litune.index import Found
 
 TILE, GAP, LABEL = 150, 10, 34
@@ -70,13 +71,7 @@ def write_page(
 ) -> None:
     """One HTML page with the same, its pictures linked relative to the page's folder; needs nothing from elsewhere."""
     style = resources.files("litune").joinpath("gallery.css").read_text(encoding="utf-8")
-    parts = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{html.escape(title)}</title><style>{style}</style></head><body><main>",
-        f"<h1>{html.escape(title)}</h1><p>{html.escape(intro)}</p>",
-    ]
+    parts = []
     for (query, found), right in zip(rows, marked, strict=True):
         parts.append(f"<section><h2>“{html.escape(query)}”</h2><ol>")
         for one in found:
@@ -87,8 +82,8 @@ def write_page(
                 f'<li{kind}><img src="{source}" alt="{label}" loading="lazy"><small>{one.score:.3f}</small></li>'
             )
         parts.append("</ol></section>")
-    parts.append(f"<footer>{html.escape(credit)}</footer></main></body></html>\n")
-    write_text(file, "\n".join(parts))
+    parts.append(f"<footer>{html.escape(credit)}</footer>")
+    page.write_page(file, title, intro, parts, style)
 
 
 def _relative(path: str, folder: Path) -> str:

@@ -13,9 +13,10 @@ import pyarrow as pa
 
 from litune import distributed
 from litune.checkpoint import find_image_tower
+from litune.commands.data_source import read_files, say_pairs
 from litune.config import EmbedConfig, command
 from litune.data.images import Decoded
-from litune.data.pairs import Damage, Pairs, read_pairs
+from litune.data.pairs import Damage, Pairs
 from litune.data.references import absolute
 from litune.devices import pick_device
 from litune.encoding import encode_images, pick_runtime
@@ -43,22 +44,8 @@ def embed(config: EmbedConfig) -> FeatureStore:
     pairs, `OutputExistsError` where it is finished already.
     """
     distributed.start(config.device)
-    pairs = read_pairs(
-        config.pairs,
-        images=config.images,
-        image_column=config.image_column,
-        caption_columns=config.caption_column,
-        split_column=config.split_column,
-        lang_column=config.lang_column,
-        keep=config.keep,
-        split=config.split,
-        lang=config.lang,
-        max_damaged=config.max_damaged,
-    )
-    say(f"pairs: {len(pairs):,} images, {pairs.captions:,} captions ({pairs.source})")
-    if pairs.damaged:
-        first = pairs.damaged[0]
-        say(f"skipped {len(pairs.damaged):,} inputs that can't be used, first {first.key}: {first.reason}")
+    pairs = read_files(config, config.keep)
+    say_pairs(pairs)
     tower = find_image_tower(config.image_tower).to(pick_device(config.device))
     runtime = _pick_runtime(config, tower, pairs)
     manifest = {

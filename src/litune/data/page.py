@@ -18,9 +18,9 @@ PICTURE = 220
 """The longer side of a picture in a page, in pixels."""
 
 
-def write_page(file: Path, title: str, intro: str, parts: Iterable[str]) -> None:
-    """A page of these parts (HTML) under a heading."""
-    style = resources.files("litune.data").joinpath("page.css").read_text(encoding="utf-8")
+def write_page(file: Path, title: str, intro: str, parts: Iterable[str], style: str | None = None) -> None:
+    """A page of these parts (HTML) under a heading, in its own `style` (CSS) or that of the data commands' pages."""
+    style = style or resources.files("litune.data").joinpath("page.css").read_text(encoding="utf-8")
     head = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
