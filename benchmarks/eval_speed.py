@@ -23,7 +23,8 @@ from bench_run import machine, start_run
 from bench_store import write_store
 
 from litune.evaluation import prompts, zero_shot
-from litune.evaluation.suite import ROWS, Subject
+from litune.evaluation.set_features import ROWS
+from litune.evaluation.suite import Subject
 from litune.features import FeatureStore
 from litune.model import LiT
 from litune.towers.packing import pack

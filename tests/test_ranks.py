@@ -28,6 +28,7 @@ from litune.commands.evaluate import evaluate
 from litune.commands.tune import prepare_run, tune
 from litune.config import TuneConfig
 from litune.errors import LituneError, StoreError
+from litune.evaluation import set_features, suite
 from litune.features import FeatureStore
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -54,6 +55,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }
 EMBED = {"pairs": "photos", "image_tower": "python:colortower:make", "batch_size": 5, "max_damaged": 0.2}
+TASKS = {"tasks": "sets.yaml", "kshot": 2, "by_lang": True, "max_damaged": 0.1, "device": "cpu"}
+SETS = """
+- {name: colors, folder: classes, train: training}
+- {name: pairs, table: photos/captions.csv, split: val}
+"""
 WRONG: list[dict[str, Any]] = [
     {"store": "nowhere", "out": "new"},
     {"out": "two/softmax"},
@@ -86,12 +92,14 @@ def work(out: str) -> dict[str, Any]:
     """What is done alike by one process and by each of two."""
     torch.set_num_threads(1)  # of a few cores, two processes spin for none
     evaluation.CHUNK = 4
+    suite.CHUNK, set_features.BATCH = 3, 5
     found: dict[str, Any] = {"errors": []}
     for name, settings in VARIANTS.items():
         tune(**{"store": "store", "text_tower": "hf:bert", **COMMON, **settings, "out": f"{out}/{name}"})
     store = embed(**EMBED, out=f"{out}/store")
     found["rows"] = len(store)
     found["eval"] = evaluate(f"{out}/softmax", store="store", classes="classes", json=f"{out}/eval.json", device="cpu")
+    found["tasks"] = evaluate(f"{out}/softmax", **TASKS, features=f"{out}/features", out=f"{out}/report")["tasks"]
     if distributed.world_size() > 1:
         for settings in WRONG:
             try:
@@ -121,6 +129,10 @@ def place(photos: Path, tower_module: str, tiny_bert: Path, tmp_path: Path) -> P
         (tmp_path / "classes" / color).mkdir(parents=True)
         for size in range(40, 50):
             draw(color, "box", size).save(tmp_path / "classes" / color / f"{size}.png")
+        (tmp_path / "training" / color).mkdir(parents=True)
+        for shape in SHAPES:
+            draw(color, shape).save(tmp_path / "training" / color / f"{shape}.png")
+    (tmp_path / "sets.yaml").write_text(SETS)
     return tmp_path
 
 
@@ -143,6 +155,7 @@ def test_two_ranks_are_as_one(place: Path) -> None:
     assert two["eval"] | {"run": "one/softmax"} == json.loads((place / "one" / "eval.json").read_text())
     assert one["eval"]["retrieval"]["captions"] == 72
     assert json.loads((place / "two" / "eval.json").read_text()) == two["eval"]
+    check_tasks(place, one["tasks"], two["tasks"])
     no_store, finished, differing, no_lang = two["errors"]
     assert no_store.startswith("StoreError: there is no feature store at nowhere")
     assert finished.startswith("OutputExistsError: two/softmax holds a finished run")
@@ -169,6 +182,22 @@ def check_runs(one: Path, two: Path) -> None:
         # A softmax over keys does not see their common bias: its gradient is rounding, which Adam blows up to a step.
         if not name.endswith(("key.bias", "qkv.bias")):
             assert np.linalg.norm(a - weights[1][name]) <= 1e-5 * np.linalg.norm(a) + 2e-5, name
+
+
+def check_tasks(place: Path, one: list[dict[str, Any]], two: list[dict[str, Any]]) -> None:
+    """Equal figures of named sets, from stores that are equal, too; one report."""
+    stores = [sorted((place / out / "features").iterdir()) for out in ("one", "two")]
+    assert [store.name for store in stores[0]] == [store.name for store in stores[1]]
+    for a, b in zip(*stores, strict=True):
+        check_stores(FeatureStore(a), FeatureStore(b))
+    assert [row["name"] for row in one] == ["colors", "pairs de", "pairs en"]
+    for a, b in zip(one, json.loads(json.dumps(two)), strict=True):
+        assert a["extras"].pop("seconds").keys() == b["extras"].pop("seconds").keys()
+        assert b["protocol"].pop("features") == a["protocol"].pop("features").replace("one", "two")
+        assert json.loads(json.dumps(a)) == b
+    assert one[0]["extras"]["ridge"]["train_images"] == 8
+    assert one[0]["extras"]["contamination"]["tuned_images"] == 18
+    assert (place / "two" / "report" / "report.md").is_file()
 
 
 def check_stores(one: FeatureStore, two: FeatureStore) -> None:

@@ -235,6 +235,8 @@ def show_tasks(rows: Sequence[dict[str, Any]], means: dict[str, Any]) -> None:
             print(f"  {figure:26}{value:>7.1%}{chance}")
         for system, row in one["extras"].get("published", {}).items():
             print(f"    published: {system}: " + ", ".join(f"{figure} {value:.1%}" for figure, value in row.items()))
+        if note := one["extras"].get("published_note"):
+            print(f"    {note}")
         for probe in ("ridge", "linear", "knn"):
             if learned := one["extras"].get(probe):
                 print(f"  {probe + ' probe':26}{learned['accuracy']:>7.1%}   from {learned['train_images']:,} images")
@@ -245,6 +247,8 @@ def show_tasks(rows: Sequence[dict[str, Any]], means: dict[str, Any]) -> None:
             f"{group}: {mean['mean']:.1%} over {mean['sets']} sets",
             *(f"{k} {v:.1%}" for k, v in mean["published"].items()),
         )
+        if mean["note"]:
+            print(f"    {mean['note']}")
     for definition in dict.fromkeys(one["definition"] for one in rows):
         print(definition)
 

@@ -22,7 +22,7 @@ from litune.config import TuneConfig
 from litune.data.images import open_rgb
 from litune.data.sets import read_set
 from litune.errors import ConfigError, DataError, OutputExistsError, StoreError
-from litune.evaluation import prompts, suite
+from litune.evaluation import prompts, set_features, suite
 from litune.evaluation.suite import Protocol, Subject, run_task
 from litune.evaluation.tasks import Task, find_tasks
 from litune.features import FeatureStore
@@ -92,7 +92,7 @@ def test_features_are_made_once(
     settings: dict[str, Any] = {"tasks": "cifar10", "data": sets, "features": tmp_path / "f", **QUIET}
     first = evaluate(run, **settings)["tasks"]
     assert "embedding" in capsys.readouterr().err
-    monkeypatch.setattr(suite, "encode_images", None)
+    monkeypatch.setattr(set_features, "encode_images", None)
     again = evaluate(run, **settings)["tasks"]
     assert again[0]["values"] == first[0]["values"]
     assert "embedding" not in capsys.readouterr().err
@@ -104,10 +104,10 @@ def test_features_are_made_once(
 def test_an_interrupted_set_goes_on(
     run: Path, sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(suite, "BATCH", 5)
-    monkeypatch.setattr(suite, "SHARD_SECONDS", 0.0)
+    monkeypatch.setattr(set_features, "BATCH", 5)
+    monkeypatch.setattr(set_features, "SHARD_SECONDS", 0.0)
     settings: dict[str, Any] = {"tasks": "cifar10", "data": sets, "features": tmp_path / "f", **QUIET}
-    whole = suite.encode_images
+    whole = set_features.encode_images
     with monkeypatch.context() as patch:
 
         def stopping(*args: Any, **kwargs: Any) -> Any:
@@ -115,7 +115,7 @@ def test_an_interrupted_set_goes_on(
             batches.close()
             raise KeyboardInterrupt
 
-        patch.setattr(suite, "encode_images", stopping)
+        patch.setattr(set_features, "encode_images", stopping)
         with pytest.raises(KeyboardInterrupt):
             evaluate(run, **settings)
     capsys.readouterr()

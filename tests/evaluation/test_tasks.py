@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import pytest
 from litune.data.sets import EvalSet
 from litune.errors import ConfigError, DataError
 from litune.evaluation.prompts import class_names
-from litune.evaluation.published import published_shares
+from litune.evaluation.published import IMAGES, note, published_shares
+from litune.evaluation.result import Result
 from litune.evaluation.tasks import (
     GROUPS,
     TASKS,
@@ -218,11 +220,45 @@ def test_bad_yaml(tmp_path: Path, text: str, said: str) -> None:
 
 
 def test_group_means() -> None:
-    values = {name: 0.1 * i for i, name in enumerate(GROUPS["vtab-natural"])}
-    found = group_means(values)
+    results = [result_of(name, 0.1 * i, IMAGES[name]) for i, name in enumerate(GROUPS["vtab-natural"])]
+    found = group_means(results)
     assert found["vtab-natural"]["mean"] == pytest.approx(0.3)
     assert found["vtab-natural"]["published"]["LiT L/16, public CC12M+YFCC"] == 0.631
+    assert found["vtab-natural"]["note"] == ""
     assert found.keys() == {"vtab-natural"}
+    assert group_means(results[1:]) == {}
+    results[2] = result_of("dtd", 0.2, 12)
+    assert group_means(results)["vtab-natural"]["note"].endswith("other images or prompts of dtd")
+
+
+def result_of(task: str, accuracy: float, images: int, **protocol: Any) -> Result:
+    """A classification's result with so many images, its captions and examples left out."""
+    return Result(
+        task=task, kind="classification", metric="accuracy", values={"accuracy": accuracy}, chance={}, definition="",
+        images=images, protocol=protocol, outcomes={}, groups={}, keys=[], pictures=[], hashes=[], class_names=[],
+        labels=None, predicted=None, confidence=None, captions=[], owner=None, found=None,
+    )  # fmt: skip
+
+
+def test_what_can_be_compared_with_what_was_published() -> None:
+    """All of a set under its own templates; a part of it, other templates or captions are named."""
+    assert note(result_of("imagenet1k", 0.7, 50_000, template_set="lit", canonical_names=True)) == ""
+    assert note(result_of("imagenet1k", 0.7, 50_000, template_set="clip")) == ""
+    assert note(result_of("imagenet-v2", 0.7, 9_999)) == (
+        "not comparable with what was published: 9,999 images here, 10,000 there"
+    )
+    said = note(result_of("imagenet1k", 0.7, 50_000, template_set="own", canonical_names=False))
+    assert said.endswith("templates here: own, there: the set's; class names not canonicalised here")
+    assert note(result_of("dtd", 0.5, 3)) == "", "nothing is published on it alone"
+    coco = replace(result_of("coco", 0.5, 5_000), captions=[""] * 25_000)
+    assert note(coco).endswith("25,000 captions here, 25,010 there")
+    assert note(replace(coco, captions=[""] * 25_010)) == ""
+    assert note(replace(coco, lang="de")) == "", "nothing is published in German"
+
+
+def test_every_published_set_has_its_number_of_images() -> None:
+    named = {task for task in [*TASKS, *GROUPS] if published_shares(task)}
+    assert {one for task in named for one in GROUPS.get(task, (task,))} == IMAGES.keys()
 
 
 @pytest.mark.skipif(not SAMPLES.is_dir(), reason="shared/data is not here")

@@ -17,7 +17,7 @@ from litune.config import EvalConfig, TuneConfig, command
 from litune.data.names import canonicalize, read_templates
 from litune.data.pairs import class_folders
 from litune.encoding import encode_images, pick_runtime
-from litune.errors import ConfigError, DataError, LituneError, OutputExistsError
+from litune.errors import DataError, LituneError, OutputExistsError
 from litune.evaluation import retrieval as retrieval_metrics
 from litune.evaluation import zero_shot as zero_shot_metrics
 from litune.evaluation.result import Result
@@ -42,8 +42,6 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     `OutputExistsError` where there are reports already.
     """
     distributed.start(config.device)
-    if config.tasks and distributed.world_size() > 1:
-        raise ConfigError("--tasks runs in one process: start it without torchrun")
     tasks = find_tasks(config.tasks, config.data)
     if config.out is not None and config.out.exists() and not config.overwrite:
         raise OutputExistsError(f"{config.out} is there already: choose another --out, or give --overwrite")
@@ -82,11 +80,10 @@ def measure(config: EvalConfig, name: str, run: Path, tasks: Sequence[Task]) -> 
     if config.classes is not None:
         results["zero_shot"] = evaluate_classes(model, config, run, config.classes)
     if tasks:
-        found = evaluate_tasks(
-            Subject(name, run, model, config.text_precision == "bfloat16", tuned_on(run)), config, tasks
-        )
+        known = tuned_on(run) if config.contamination and distributed.is_main() else []
+        found = evaluate_tasks(Subject(name, run, model, config.text_precision == "bfloat16", known), config, tasks)
         results["tasks"] = [plain(one) for one in found]
-        results["means"] = group_means({one.task: one.values[one.metric] for one in found})
+        results["means"] = group_means(found)
         reported += found
     return results, reported
 

@@ -11,7 +11,7 @@ import numpy as np
 from litune.errors import DataError
 from litune.evaluation.confusion import confusion
 from litune.evaluation.intervals import interval, paired
-from litune.evaluation.published import published
+from litune.evaluation.published import note, published
 from litune.evaluation.result import Result
 
 PER_CLASS = "mean_per_class"
@@ -201,6 +201,12 @@ def published_percent(report: Report, task: str, figure: str) -> dict[str, float
     result = next(iter(report.entries(task).values())).result
     found = published(result.task, result.lang)
     return {system: values[figure] for system, values in found.items() if figure in values}
+
+
+def published_notes(report: Report) -> list[tuple[str, str]]:
+    """Task and why its figures can't be compared with what was published, of those where that is so."""
+    found = {task: {note(entry.result): None for entry in report.entries(task).values()} for task in report.tasks}
+    return [(task, one) for task, notes in found.items() for one in notes if one]
 
 
 def words(figure: str) -> str:

@@ -26,12 +26,13 @@ from litune.evaluation.figures import (
     headlines,
     percent,
     points,
+    published_notes,
     published_percent,
     warning,
     words,
 )
 from litune.evaluation.intervals import DEFINITION as INTERVALS
-from litune.evaluation.published import SYSTEMS
+from litune.evaluation.published import SYSTEMS, note
 from litune.evaluation.result import Result
 from litune.files import write_text
 
@@ -128,7 +129,8 @@ def _summary(report: Report, place: dict[str, str]) -> str:
         cells += [f"{beside[task, figure][s]:.1f}" if s in beside[task, figure] else "" for s in systems]
         rows.append(("", cells))
     about = "The headline figure of each task" + (", beside what others have printed" if systems else "")
-    return f"<section><h2>At a glance</h2>{table(about, head, rows, 'Summary')}</section>"
+    notes = "".join(f"<p class=soft>{escape(task)}: {escape(one)}.</p>" for task, one in published_notes(report))
+    return f"<section><h2>At a glance</h2>{table(about, head, rows, 'Summary')}{notes}</section>"
 
 
 def _color(report: Report, run: str) -> str:
@@ -176,7 +178,7 @@ def _task(report: Report, task: str, place: str, folder: Path, thumbnails: Thumb
     figures.sort(key=lambda name: name != result.metric)
     parts = [
         f'<section aria-labelledby="{place}"><h2 id="{place}">{escape(task)}</h2>',
-        f'<p class="about">{escape(_counts(result))}</p>',
+        f'<p class="about">{escape(". ".join(filter(None, (_counts(result), _capital(note(result))))))}</p>',
         *(_chart(report, task, figure, entries) for figure in figures),
     ]
     for run, entry in entries.items():
@@ -185,6 +187,10 @@ def _task(report: Report, task: str, place: str, folder: Path, thumbnails: Thumb
         parts += _more(entry, f" · {run}" if len(report.runs) > 1 else "", folder)
     parts.append(_details("What these figures are", f"<p>{escape(result.definition)}</p>"))
     return "\n".join(parts) + "</section>"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _counts(result: Result) -> str:
@@ -230,7 +236,7 @@ def _more(entry: Entry, whose: str, folder: Path) -> list[str]:
     """What stands behind the figures, folded away."""
     result, extras = entry.result, entry.result.extras
     probes = {name: one for name, one in extras.items() if isinstance(one, dict) and "train_images" in one}
-    shown = ("calibration", "contamination", "published", *probes)
+    shown = ("calibration", "contamination", "published", "published_note", *probes)
     other = {name: value for name, value in extras.items() if name not in shown}
     return [
         _details(f"What is taken for what{whose}", _confusion(entry, folder)),

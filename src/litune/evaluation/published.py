@@ -1,10 +1,14 @@
 """Published figures to stand beside one's own, in percent as printed.
 
 Sources: LiT (arXiv 2111.07991; v3, and where it says so v1), CLIP (2103.00020) and ALIGN (2102.05918) as the LiT paper
-cites them.
+cites them. The numbers of images are those of the sets' papers; of VTAB's natural sets, of VTAB (1910.04867).
 """
 
 from __future__ import annotations
+
+from typing import Any
+
+from litune.evaluation.result import Result
 
 LIT_G, LIT_G1 = "LiT g/14, private 4B (v3)", "LiT g/14, private 4B (v1)"
 LIT_L = "LiT L/16, public CC12M+YFCC"
@@ -30,6 +34,17 @@ _ROWS: dict[str, tuple[float | None, ...]] = {
 }
 SYSTEMS = tuple(_ROWS)
 
+IMAGES = {
+    "imagenet1k": 50_000, "imagenet-v2": 10_000, "imagenet-r": 30_000, "imagenet-a": 7_500, "objectnet": 18_574,
+    "imagenet-real": 46_837, "coco": 5_000,
+    "caltech101": 6_084, "cifar100": 10_000, "dtd": 1_880, "flowers102": 6_149, "pets": 3_669, "sun397": 21_750,
+    "svhn": 26_032,
+}  # fmt: skip
+"""Images of a set that the published figures are of."""
+CAPTIONS = {"coco": 25_010}
+TEMPLATE_SETS = ("lit", "clip")
+"""Those that the published figures are near: the set's own templates, with or without the bare name."""
+
 
 def published(task: str, lang: str = "") -> dict[str, dict[str, float]]:
     """System → figure → percent, for one task; none for other languages than English.
@@ -49,3 +64,29 @@ def published_shares(task: str, lang: str = "") -> dict[str, dict[str, float]]:
     """The same as shares of one, as litune's own figures are."""
     found = published(task, lang)
     return {system: {name: round(value / 100, 4) for name, value in row.items()} for system, row in found.items()}
+
+
+def mismatch(result: Result) -> str:
+    """What makes a result's figures and those published on its set different things, in a few words; "" where nothing.
+
+    The images and captions that they are of, and the templates: a part of a set is easier or harder than all of it.
+    """
+    asked: dict[str, Any] = result.protocol
+    found = []
+    for what, here, there in (
+        ("images", result.images, IMAGES.get(result.task)),
+        ("captions", len(result.captions), CAPTIONS.get(result.task)),
+    ):
+        if there is not None and here != there:
+            found.append(f"{here:,} {what} here, {there:,} there")
+    if asked.get("template_set", "lit") not in TEMPLATE_SETS:
+        found.append(f"templates here: {asked['template_set']}, there: the set's")
+    if not asked.get("canonical_names", True):
+        found.append("class names not canonicalised here")
+    return "; ".join(found)
+
+
+def note(result: Result) -> str:
+    """One line that says why a result can't be compared with what was published on its set; "" where it can."""
+    differs = mismatch(result) if published(result.task, result.lang) else ""
+    return f"not comparable with what was published: {differs}" if differs else ""

@@ -17,6 +17,7 @@ from litune.evaluation.figures import (
     headlines,
     percent,
     points,
+    published_notes,
     published_percent,
     title,
     warning,
@@ -24,7 +25,7 @@ from litune.evaluation.figures import (
 )
 from litune.evaluation.intervals import DEFINITION as INTERVALS
 from litune.evaluation.page import write_page
-from litune.evaluation.published import SYSTEMS, published
+from litune.evaluation.published import SYSTEMS, note, published
 from litune.evaluation.result import Result
 from litune.features import library_versions
 from litune.files import clear_output, write_json, write_text
@@ -121,6 +122,7 @@ def _plain(entry: Entry) -> dict[str, Any]:
         "classes": len(result.class_names),
         "figures": shown,
         "published_percent": published(result.task, result.lang),
+        "published_note": note(result),
         "definition": result.definition,
         "protocol": result.protocol,
         "extras": result.extras,
@@ -136,6 +138,7 @@ def markdown(report: Report) -> str:
     known = any(published_percent(report, *column) for column in columns)
     parts = ["# Evaluation", "In percent." + (" Below one's own runs, what others have printed." if known else "")]
     parts += [_summary(report, columns[i : i + ACROSS]) for i in range(0, len(columns), ACROSS)]
+    parts += [f"{task}: {one}." for task, one in published_notes(report)]
     if report.differences:
         lines = [["task", "figure", "run", "difference in points", "95% interval", ""]]
         for one in report.differences:

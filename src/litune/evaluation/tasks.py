@@ -18,7 +18,8 @@ from litune.data.names import canonicalize
 from litune.data.sets import TEST_SPLITS, WNID, EvalSet, Kind, read_set
 from litune.errors import ConfigError, DataError, nearest
 from litune.evaluation import prompts
-from litune.evaluation.published import published_shares
+from litune.evaluation.published import mismatch, published_shares
+from litune.evaluation.result import Result
 
 Metric = Literal["accuracy", "mean_per_class", "text_to_image recall@1"]
 
@@ -507,12 +508,17 @@ def chance(truth: Truth) -> float:
     return float(np.mean([len(one) for one in truth.accepted]) / len(truth.names))
 
 
-def group_means(values: dict[str, float]) -> dict[str, Any]:
-    """The mean over each group of VTAB whose sets all are in `values` (task → figure), with the published ones."""
+def group_means(results: Sequence[Result]) -> dict[str, Any]:
+    """The mean accuracy over each group of VTAB whose sets all are among the results, with the published ones."""
+    values = {one.task: one.values["accuracy"] for one in results if "accuracy" in one.values}
     found: dict[str, Any] = {}
     for group, names in GROUPS.items():
         if group.startswith("vtab") and all(name in values for name in names):
             mean = float(np.mean([values[name] for name in names]))
             reference = {system: row["accuracy"] for system, row in published_shares(group).items()}
-            found[group] = {"mean": mean, "sets": len(names), "published": reference}
+            differing = [one.task for one in results if reference and one.task in names and mismatch(one)]
+            note = f"not comparable with what was published: other images or prompts of {', '.join(differing)}"
+            found[group] = {
+                "mean": mean, "sets": len(names), "published": reference, "note": note if differing else "",
+            }  # fmt: skip
     return found
