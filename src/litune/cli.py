@@ -187,8 +187,9 @@ def quiet_libraries() -> None:
 
 
 def show_eval(config: EvalConfig, results: dict[str, Any]) -> None:
-    """Print the figures beside chance, with what they mean."""
-    for name, found in results.get("runs", {"": results}).items():
+    """Print the figures beside chance, with what they mean; exits with 1 where a task failed, after naming it."""
+    runs = results.get("runs", {"": results})
+    for name, found in runs.items():
         if name:
             print(f"\n{name}")
         show_run(found)
@@ -196,6 +197,10 @@ def show_eval(config: EvalConfig, results: dict[str, Any]) -> None:
         print(f"written to {config.json}")
     if config.out:
         print(f"reports in {config.out}")
+    if failed := {one["task"]: one["reason"] for found in runs.values() for one in found.get("failed", ())}:
+        for task, reason in failed.items():
+            print(f"litune: failed: {task}: {reason}", file=sys.stderr)
+        sys.exit(1)
 
 
 def show_run(results: dict[str, Any]) -> None:

@@ -156,6 +156,20 @@ def test_sorted_folders() -> None:
     truth = find_truth(TASKS["eurosat"], labelled(folders))
     assert truth.names[truth.accepted[9][0]] == "lake or sea"
     assert find_truth(TASKS["pets"], labelled(["american_bulldog"])).accepted[0] == 1
+    caltech = ["BACKGROUND_Google", "Faces", "Faces_easy", "Leopards", "Motorbikes", *class_names("caltech101")[5:]]
+    for folders in (caltech, caltech[1:]):  # torchvision leaves the background out
+        truth = find_truth(TASKS["caltech101"], labelled(folders))
+        assert (truth.names[truth.accepted[-1][0]], truth.note) == ("yin and yang symbol", "matched by position")
+
+
+def test_another_order_is_not_taken_by_position() -> None:
+    """TensorFlow's files number Caltech 101's classes by name, from accordion on."""
+    tensorflow = sorted(one.replace("ketch", "ketches") for one in class_names("caltech101"))
+    with pytest.raises(DataError, match="the class 'ketches' is none of the 102"):
+        find_truth(TASKS["caltech101"], labelled(tensorflow, "2 Parquet files"))
+
+
+def test_names_of_other_sets() -> None:
     assert find_truth(TASKS["dtd"], labelled(["polka-dotted", "dotted"])).names == ["polka-dotted", "dotted"]
 
 

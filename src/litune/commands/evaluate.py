@@ -81,15 +81,21 @@ def measure(config: EvalConfig, name: str, run: Path, tasks: Sequence[Task]) -> 
         results["zero_shot"] = evaluate_classes(model, config, run, config.classes)
     if tasks:
         known = tuned_on(run) if config.contamination and distributed.is_main() else []
-        found = evaluate_tasks(Subject(name, run, model, config.text_precision == "bfloat16", known), config, tasks)
+        subject = Subject(name, run, model, config.text_precision == "bfloat16", known)
+        found, results["failed"] = evaluate_tasks(subject, config, tasks)
         results["tasks"] = [plain(one) for one in found]
         results["means"] = group_means(found)
         reported += found
     return results, reported
 
 
-def evaluate_tasks(subject: Subject, config: EvalConfig, tasks: Sequence[Task]) -> list[Result]:
-    """The results of all tasks; one that can't be read says so before the others are lost."""
+def evaluate_tasks(
+    subject: Subject, config: EvalConfig, tasks: Sequence[Task]
+) -> tuple[list[Result], list[dict[str, str]]]:
+    """The results of all tasks, and of those that failed, why: the others are measured all the same.
+
+    Raises the first failure where nothing was measured, or where there are several ranks, which must go on alike.
+    """
     protocol = Protocol(
         template_set=config.template_set,
         templates=read_templates(config.templates) if config.templates else (),
@@ -103,13 +109,23 @@ def evaluate_tasks(subject: Subject, config: EvalConfig, tasks: Sequence[Task]) 
         max_damaged=config.max_damaged,
     )
     features = config.features or cache_folder() / "features"
-    results = []
+    results: list[Result] = []
+    failures: dict[str, LituneError] = {}
     for task in tasks:
-        found = run_task(task, subject, protocol, config.data, features)
+        try:
+            found = run_task(task, subject, protocol, config.data, features)
+        except LituneError as why:
+            if distributed.world_size() > 1:
+                raise
+            say(f"{task.name} failed: {why}")
+            failures[task.name] = why
+            continue
         for one in found:
             say(f"{subject.name}: {heading(one)}: {one.metric} {one.values[one.metric]:.1%}")
         results += found
-    return results
+    if failures and not results:
+        raise next(iter(failures.values()))
+    return results, [{"task": name, "reason": str(why)} for name, why in failures.items()]
 
 
 def heading(result: Result) -> str:
