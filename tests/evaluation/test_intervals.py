@@ -76,6 +76,31 @@ def test_covers_as_often_as_it_says() -> None:
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.3 * 0.7 / 10_000), rel=0.08)
 
 
+@pytest.mark.parametrize(("b", "c"), [(60, 30), (52, 40), (25, 3), (15, 14), (300, 250)])
+def test_paired_against_mcnemar(b: int, c: int) -> None:
+    """b images that only the first run has right, c that only the second has, of 2,000: the textbook's interval."""
+    first = np.concatenate([np.ones(b), np.zeros(c), np.ones(500), np.zeros(1500 - b - c)])
+    second = np.concatenate([np.zeros(b), np.ones(c), np.ones(500), np.zeros(1500 - b - c)])
+    found = paired(first, second, resamples=8000)
+    deviation = np.sqrt(b + c - (b - c) ** 2 / 2000)
+    expected = (b - c - 1.96 * deviation, b - c + 1.96 * deviation)
+    assert (2000 * found["low"], 2000 * found["high"]) == pytest.approx(expected, abs=0.08 * 2 * deviation)
+    assert (found["low"] > 0) == (stats.binomtest(b, b + c).pvalue < 0.05)
+
+
+@pytest.mark.parametrize("images", [12, 500])
+def test_paired_with_few_that_differ(images: int) -> None:
+    """All that differ favour one run: clear where McNemar's exact test is, whichever run it is."""
+    for differing in range(1, 13):
+        better, worse = np.ones(images), np.ones(images)
+        worse[:differing] = 0
+        clear = stats.binomtest(differing, differing).pvalue < 0.05
+        found, turned = paired(better, worse), paired(worse, better)
+        assert (found["low"] > 0) == (turned["high"] < 0) == clear
+        assert found["low"] <= found["difference"] <= found["high"]
+        assert (-turned["high"], -turned["low"]) == (found["low"], found["high"])
+
+
 def test_nothing_or_everything_found_is_not_certain() -> None:
     """Where resampling shows no doubt, the exact binomial bound stands in."""
     exact = stats.binomtest(0, 40).proportion_ci(method="exact")

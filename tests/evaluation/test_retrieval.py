@@ -106,3 +106,27 @@ def test_as_clip_benchmark() -> None:
         assert (hits[f"text_to_image recall@{k}"] == (recall_at_k(scores, positive, k) > 0).numpy()).all()
         assert (hits[f"image_to_text recall@{k}"] == (recall_at_k(scores.T, positive.T, k) > 0).numpy()).all()
     assert (ranks.found == scores.topk(5, dim=1).indices.numpy()).all()
+
+
+def test_ties_and_repeated_captions_beside_clip_benchmark() -> None:
+    """It breaks a tie by the order of the images; here the model loses it. So no hit of ours is none of theirs."""
+    from clip_benchmark.metrics.zeroshot_retrieval import recall_at_k
+
+    random = torch.Generator().manual_seed(1)
+    images, distinct = (torch.randint(-2, 3, (n, 4), generator=random).double() for n in (40, 60))
+    owner = torch.cat([torch.arange(40), torch.randint(0, 40, (90,), generator=random)])
+    texts = distinct[torch.randint(0, 60, (130,), generator=random)]  # the same captions of several images
+    scores = texts @ images.T
+    positive = torch.nn.functional.one_hot(owner, 40).bool()
+    hits = rank(images, texts, owner, chunk=17).hits((1, 5, 10))
+    # Theirs, with each own score a trifle lower: then no tie is left, and both count alike.
+    lower = scores - 1e-6 * positive
+    for k in (1, 5, 10):
+        for way, own, there, apart in (
+            ("text_to_image", scores, positive, lower), ("image_to_text", scores.T, positive.T, lower.T),
+        ):  # fmt: skip
+            ours = hits[f"{way} recall@{k}"]
+            assert (ours == (recall_at_k(apart, there, k) > 0).numpy()).all()
+            assert not (ours & ~(recall_at_k(own, there, k) > 0).numpy()).any()
+        assert ours.any()
+        assert not ours.all()
