@@ -233,8 +233,9 @@ def show_tasks(rows: Sequence[dict[str, Any]], means: dict[str, Any]) -> None:
     for one in rows:
         asked = one["protocol"]
         about = f"{asked['captions']:,} captions" if "captions" in asked else f"{asked['classes']:,} classes"
-        prompts = f", {asked['templates']} templates ({asked['template_set']})" if "templates" in asked else ""
-        print(f"{one['name']}: {one['images']:,} images, {about}{prompts}")
+        prompts = f", templates: {asked['templates']} ({asked['template_set']})" if "templates" in asked else ""
+        languages = f" in {', '.join(asked['languages'])}" if asked.get("languages") else ""
+        print(f"{one['name']}: {one['images']:,} images, {about}{languages}{prompts}")
         for figure, value in one["values"].items():
             chance = f"   chance {one['chance'][figure]:.1%}" if figure in one["chance"] else ""
             print(f"  {figure:26}{value:>7.1%}{chance}")

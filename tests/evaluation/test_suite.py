@@ -15,6 +15,7 @@ import pytest
 from tests.conftest import COLORS, SHAPES, draw
 
 import litune
+from litune.cli import main
 from litune.commands.embed import embed
 from litune.commands.evaluate import evaluate, run_names, tuned_on
 from litune.commands.tune import tune
@@ -161,6 +162,54 @@ def test_a_store_as_a_set(run: Path, sets: Path, tower_module: str, tmp_path: Pa
         for data in (sets, tmp_path / "stored")
     ]
     assert both[0] == both[1]
+
+
+def test_a_set_that_fails_leaves_the_others(
+    run: Path, sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (sets / "pets" / "strange").mkdir(parents=True)
+    draw("red", "box").save(sets / "pets" / "strange" / "a.png")
+    argv = [
+        "eval",
+        str(run),
+        "--data",
+        str(sets),
+        "--features",
+        str(tmp_path / "f"),
+        "--json",
+        str(tmp_path / "e.json"),
+    ]
+    argv += ["--template-set", "bare", "--no-calibration", "--tasks"]
+    with pytest.raises(SystemExit) as ended:
+        main([*argv, "available"])
+    assert ended.value.code == 1
+    said = capsys.readouterr()
+    assert "cifar10: 12 images, 4 classes, templates: 1 (bare)" in said.out
+    assert "litune: failed: pets: " in said.err
+    found = json.loads((tmp_path / "e.json").read_text())
+    assert [one["task"] for one in found["tasks"]] == ["cifar10"]
+    assert [one["task"] for one in found["failed"]] == ["pets"]
+    with pytest.raises(DataError, match="the class 'strange' is none of the 37 of pets"):  # nothing else to show
+        evaluate(run, tasks="pets", data=sets, features=tmp_path / "f")
+
+
+def test_what_was_published_stands_with_what_differs(run: Path, sets: Path, tmp_path: Path) -> None:
+    (sets / "cifar10").rename(sets / "imagenet1k")
+    for number, color in enumerate(COLORS):
+        (sets / "imagenet1k" / "test" / color).rename(sets / "imagenet1k" / "test" / str(number))
+    (one,) = evaluate(
+        run, tasks="imagenet1k", data=sets, features=tmp_path / "f", template_set="bare", out=tmp_path / "o", **QUIET
+    )["tasks"]
+    said = (
+        "not comparable with what was published: 12 images here, 50,000 there; templates here: bare, there: the set's"
+    )
+    assert one["extras"]["published"]["CLIP"] == {"accuracy": 0.762}
+    assert one["extras"]["published_note"] == said
+    assert f"\n\nimagenet1k: {said}.\n\n" in (tmp_path / "o" / "report.md").read_text()
+    page = (tmp_path / "o" / "report.html").read_text()
+    assert "12 images · 1,000 classes. Not comparable with what was published: 12 images here" in page
+    written = json.loads((tmp_path / "o" / "results.json").read_text())["runs"]["run"][0]
+    assert written["published_note"] == said
 
 
 def test_yaml_and_several_runs(run: Path, sets: Path, photos: Path, tmp_path: Path, tune_config: TuneConfig) -> None:

@@ -404,8 +404,8 @@ def _protocol(
     }
     if task.subset:
         facts["class_subset"] = task.subset
-    if task.lang:
-        facts["languages"] = [task.lang]
+    if languages := [task.lang] if task.lang else found.languages:
+        facts["languages"] = languages
     return facts
 
 

@@ -187,8 +187,10 @@ GROUPS["vtab"] = GROUPS["vtab-natural"] + GROUPS["vtab-specialized"] + GROUPS["v
 def find_tasks(wanted: Sequence[str], data: Path | None) -> list[Task]:
     """The tasks that are asked for: names, NAME:LANG, groups, YAML files, or `available`: all that are in `data`.
 
-    Raises `ConfigError` for a name that is none, `DataError` for a set that is not there.
+    Raises `ConfigError` for a name that is none or `data` that is no folder, `DataError` for a set that is not there.
     """
+    if data is not None and not data.is_dir():
+        raise ConfigError(f"--data is {data}, which is no folder: give the one that has the evaluation sets in it")
     found: list[Task] = []
     for word in wanted:
         if word == "available":
@@ -196,7 +198,9 @@ def find_tasks(wanted: Sequence[str], data: Path | None) -> list[Task]:
                 raise ConfigError("--tasks available looks for sets in --data: give that folder")
             here = [task for task in TASKS.values() if task.find(data) and task.name not in ("wit", "babel-imagenet")]
             if not here:
-                raise DataError(f"{data} has no folder with the name of a task: {', '.join(TASKS)}")
+                raise DataError(
+                    f"{data} has no folder with the name of a task, as imagenet1k or coco: see docs/evaluation.md"
+                )
             found += here
         elif word.endswith((".yaml", ".yml")):
             found += read_tasks(Path(word))
