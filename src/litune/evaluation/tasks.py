@@ -196,7 +196,7 @@ def find_tasks(wanted: Sequence[str], data: Path | None) -> list[Task]:
         if word == "available":
             if data is None:
                 raise ConfigError("--tasks available looks for sets in --data: give that folder")
-            here = [task for task in TASKS.values() if task.find(data) and task.name not in ("wit", "babel-imagenet")]
+            here = [task for task in TASKS.values() if task.find(data) and task.name != "babel-imagenet"]
             if not here:
                 raise DataError(
                     f"{data} has no folder with the name of a task, as imagenet1k or coco: see docs/evaluation.md"
@@ -228,9 +228,13 @@ def _named(word: str) -> list[Task]:
         languages = [lang.upper()] if lang else prompts.babel_languages()
         prompts.babel(languages[0])
         return [replace(task, name=f"{name}:{one}", lang=one) for one in languages]
-    if lang and task.kind == "classification" and (not task.imagenet or lang not in prompts.TRANSLATED):
-        raise ConfigError(f"{name} has no names in {lang!r}: imagenet1k has {', '.join(prompts.TRANSLATED)}")
+    _check_lang(task, lang)
     return [replace(task, name=word, lang=lang) if lang else task]
+
+
+def _check_lang(task: Task, lang: str) -> None:
+    if lang and task.kind == "classification" and (not task.imagenet or lang not in prompts.TRANSLATED):
+        raise ConfigError(f"{task.name} has no names in {lang!r}: imagenet1k has {', '.join(prompts.TRANSLATED)}")
 
 
 # A user's own task ---------------------------------------------------------------------------------------------------
@@ -257,13 +261,21 @@ def read_tasks(file: Path) -> list[Task]:
     several = content if isinstance(content, list) else [content]
     if not several or not all(isinstance(one, dict) for one in several):
         raise ConfigError(f"{file} must hold a task (name, folder, classes, templates) or a list of tasks")
-    return [_read_task(file, one) for one in several]
+    found = [_read_task(file, one) for one in several]
+    names = [task.name for task in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f"{file} has several tasks called {twice}: give each a name: of its own")
+    return found
 
 
 def _read_task(file: Path, given: dict[str, Any]) -> Task:
-    for key in given:
+    for key, value in given.items():
         if key not in YAML_KEYS:
             raise ConfigError(f"{file}: a task has no {key!r}: {nearest(str(key), YAML_KEYS)}")
+        if value is None:
+            raise ConfigError(f"{file}: {key}: is empty: give it a value, or leave it out")
+        if key not in ("classes", "templates") and isinstance(value, list | dict):
+            raise ConfigError(f"{file}: {key} is {value!r}, it must be one word or path")
     if given.get("task") is not None:  # one of the registry's, elsewhere
         if given["task"] not in TASKS:
             raise ConfigError(f"{file}: there is no task {given['task']!r}: {nearest(str(given['task']), TASKS)}")
@@ -274,6 +286,9 @@ def _read_task(file: Path, given: dict[str, Any]) -> Task:
             raise ConfigError(
                 f"{file}: {base.name} is a set that litune knows: write task: {base.name}, or name it otherwise"
             )
+    name = str(given.get("name", base.name))
+    if not name or Path(name).name != name:
+        raise ConfigError(f"{file}: the name {name!r} can't be that of a folder: leave out slashes")
     text = {key: str(given[key]) for key in ("folder", "table", "images", "train", "label", "lang") if key in given}
     if ("folder" in text) == ("table" in text):
         raise ConfigError(f"{file}: a task needs folder: FOLDER (class folders, …) or table: FILE, one of both")
@@ -285,21 +300,26 @@ def _read_task(file: Path, given: dict[str, Any]) -> Task:
     if kind not in ("classification", "retrieval"):
         raise ConfigError(f"{file}: kind is {kind!r}, it must be classification or retrieval")
     templates = given.get("templates")
-    templates = (templates,) if isinstance(templates, str) else tuple(map(str, templates)) if templates else None
+    templates = (templates,) if isinstance(templates, str) else templates
+    if templates is not None and not (isinstance(templates, list | tuple) and templates):
+        raise ConfigError(f"{file}: templates is {templates!r}, it must be a list, as in ['a photo of a {{}}.']")
     for one in templates or ():
-        if one.count("{}") != 1:
+        if not isinstance(one, str) or one.count("{}") != 1:
             raise ConfigError(f"{file}: the template {one!r} needs exactly one {{}}, as in 'a photo of a {{}}.'")
-    metric = given.get("metric", "text_to_image recall@1" if kind == "retrieval" else base.metric)
-    if metric not in ("accuracy", "mean_per_class", "text_to_image recall@1"):
-        raise ConfigError(f"{file}: metric is {metric!r}, it must be accuracy or mean_per_class")
+    figures = ("text_to_image recall@1",) if kind == "retrieval" else ("accuracy", "mean_per_class")
+    metric = given.get("metric", base.metric if base.metric in figures else figures[0])
+    if metric not in figures:
+        raise ConfigError(f"{file}: metric is {metric!r}, of {kind} it must be {' or '.join(figures)}")
+    if kind == "classification":
+        _check_lang(base, text.get("lang", ""))
     split = given.get("split")
     return replace(
         base,
-        name=str(given.get("name", base.name)),
+        name=name,
         kind=kind,
         metric=metric,
         names=names or base.names,
-        templates=templates or base.templates,
+        templates=tuple(templates) if templates else base.templates,
         splits=(str(split),) if split else base.splits,
         lang=text.get("lang", ""),
         path=where,
@@ -314,11 +334,16 @@ def _read_classes(file: Path, given: Any) -> tuple[tuple[str, ...] | None, dict[
     """A list of class names, or a mapping of the set's own names to those for the prompts."""
     if given is None:
         return None, {}
-    if isinstance(given, dict):
-        return tuple(str(v) for v in given.values()), {str(k): str(v) for k, v in given.items()}
-    if isinstance(given, list) and not any(isinstance(one, dict | list) for one in given):
-        return tuple(map(str, given)), {}
-    raise ConfigError(f"{file}: classes must be a list of names, or FOLDER: NAME on a line each")
+    names = list(given.values()) if isinstance(given, dict) else given
+    if not isinstance(names, list) or not names or any(isinstance(one, dict | list) for one in names):
+        raise ConfigError(f"{file}: classes must be a list of names, or FOLDER: NAME on a line each")
+    for one in [*names, *given]:
+        if one is None or isinstance(one, bool):  # YAML takes yes, no, on and off for these
+            raise ConfigError(f"{file}: classes has {one!r}, which YAML takes for no text: put the name in quotes")
+    written = [canonicalize(str(one)) or str(one) for one in names]
+    if twice := next((one for one in written if written.count(one) > 1), None):
+        raise ConfigError(f"{file}: classes has {twice!r} twice: equal names tie, and each of their images is a miss")
+    return tuple(map(str, names)), {str(k): str(v) for k, v in given.items()} if isinstance(given, dict) else {}
 
 
 # Which class is which ------------------------------------------------------------------------------------------------
