@@ -98,7 +98,8 @@ class EvalSet:
         """Only the captions in this language, and the images that have some. Raises `DataError` where none has."""
         kept = [[c for c, one in zip(*pair, strict=True) if one == lang] for pair in self._with_langs()]
         if not any(kept):
-            raise DataError(f"{self.path} has no captions in {lang!r} ({nearest(lang, self.languages)})")
+            known = nearest(lang, self.languages) if self.languages else "it has no column of languages"
+            raise DataError(f"{self.path} has no captions in {lang!r} ({known})")
         found = replace(self, captions=kept, langs=[[lang] * len(one) for one in kept])
         return found.subset([row for row, one in enumerate(kept) if one])
 
