@@ -74,14 +74,16 @@ def classify(
     if not weights.isfinite().all():
         raise DataError("some class vectors are not finite: no accuracy can be told from them")
     distinct, place = weights.unique(dim=0, return_inverse=True)
-    ahead, predicted, confidence = [], [], []
+    # Made beforehand: small arrays that stay, made between large ones that go, would leave ever more memory in pieces.
+    ahead, predicted = (torch.empty(len(accepted), dtype=torch.int64) for _ in range(2))
+    confidence = torch.empty(len(accepted))
     done = 0
     for block in blocks:
         if not block.isfinite().all():
             raise DataError("some image features are not finite: no accuracy can be told from them")
         scores = block @ weights.T if len(distinct) == len(weights) else (block @ distinct.T)[:, place]
-        right = accepted[done : done + len(block)]
-        done += len(block)
+        here = slice(done, done + len(block))
+        right = accepted[here]
         rows = torch.from_numpy(np.repeat(np.arange(len(right)), [len(one) for one in right]))
         mask = torch.zeros(scores.shape, dtype=torch.bool)
         mask[rows, torch.from_numpy(np.concatenate(right))] = True
@@ -89,8 +91,7 @@ def classify(
         wrong = scores.masked_fill(mask, -torch.inf)
         count = (wrong >= own[:, None]).sum(1)
         chosen = best if mask.all() else torch.where(count == 0, best, wrong.argmax(1))
-        probability = (scale * scores).softmax(1).gather(1, chosen[:, None])[:, 0]
-        ahead.append(count)
-        predicted.append(chosen)
-        confidence.append(probability)
-    return Outcomes(*(torch.cat(part).numpy() for part in (ahead, predicted, confidence)))
+        ahead[here], predicted[here] = count, chosen
+        confidence[here] = (scale * scores).softmax(1).gather(1, chosen[:, None])[:, 0]
+        done = here.stop
+    return Outcomes(ahead.numpy(), predicted.numpy(), confidence.numpy())
