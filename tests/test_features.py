@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import errno
 import json
+import resource
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +180,19 @@ def test_parts_are_joined_after_any_interruption(tmp_path: Path) -> None:
         assert store.metadata["key"].to_pylist() == list("012345")
         assert (store.manifest["seen"], store.manifest["shards"], store.manifest["damaged"]) == (6, 6, 1)
         assert (store.path / "damaged.jsonl").read_text().count("torn") == 1
+
+
+def test_a_full_disk_is_an_error_that_says_so(tmp_path: Path) -> None:
+    """What NumPy's own writing of arrays raises there has no errno, and can't be told from a defect."""
+    writer = StoreWriter(tmp_path, manifest(100))
+    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        with pytest.raises(OSError, match="too large") as why:
+            writer.write_shard(np.ones((100, 64)), rows([str(i) for i in range(100)]), [], 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert why.value.errno == errno.EFBIG
+    assert not list(tmp_path.rglob("*.npy"))

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import multiprocessing
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
-from litune.errors import OutputExistsError, RunError
-from litune.files import atomic, clear_output, read_json, sweep_temporaries, write_json, write_text
+from litune.errors import OutputBusyError, OutputExistsError, RunError
+from litune.files import atomic, claim, clear_output, read_json, sweep_temporaries, write_json, write_text
 
 
 def test_atomic_leaves_the_old_file_on_an_error(tmp_path: Path) -> None:
@@ -51,3 +53,32 @@ def test_sweep(tmp_path: Path) -> None:
     (tmp_path / "keep").write_text("")
     sweep_temporaries(tmp_path)
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["keep"]
+
+
+def _claim_and_wait(folder: Path, there: Connection) -> None:
+    with claim(folder):
+        there.send("claimed")
+        there.recv()
+
+
+def test_a_folder_is_claimed_until_its_process_ends_or_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    here, there = multiprocessing.Pipe()
+    other = multiprocessing.get_context("spawn").Process(target=_claim_and_wait, args=(tmp_path / "out", there))
+    other.start()
+    assert here.recv() == "claimed"
+    with (
+        pytest.raises(OutputBusyError, match=f"out is being written by process {other.pid}: wait"),
+        claim(tmp_path / "out"),
+    ):
+        pass
+    with claim(tmp_path / "another"):
+        pass
+    other.kill()
+    other.join()
+    for _ in range(2):  # and whoever lets go leaves nothing behind
+        with claim(tmp_path / "out"):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]

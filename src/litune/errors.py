@@ -8,6 +8,7 @@
     ├── RunError                a run folder is missing, incomplete or of another version
     ├── ExportError             a run can't be expressed by the target of an export
     ├── OutputExistsError       the output is there already and overwriting was not asked for
+    ├── OutputBusyError         another process is writing the output
     └── MissingExtraError       an optional package is not installed
 
 A message has the value, the rule and the remedy, in one line.
@@ -49,6 +50,10 @@ class ExportError(LituneError):
 
 class OutputExistsError(LituneError):
     """The output is there already and overwriting was not asked for."""
+
+
+class OutputBusyError(LituneError):
+    """Another process is writing the output."""
 
 
 class MissingExtraError(LituneError):

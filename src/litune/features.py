@@ -544,7 +544,9 @@ class StoreWriter:
             )
         if len(features):
             with atomic(self.path / "img_emb" / f"img_emb_{number:04d}.npy") as file, open(file, "wb") as out:
-                np.save(out, stored, allow_pickle=False)
+                # np.save, but that a full disk is an error that says so: np.ndarray.tofile has no errno.
+                np.lib.format.write_array_header_1_0(out, np.lib.format.header_data_from_array_1_0(stored))
+                out.write(np.ascontiguousarray(stored).data)
             with atomic(self.path / "metadata" / f"metadata_{number:04d}.parquet") as file:
                 pa.parquet.write_table(rows, file)
         if damaged:

@@ -12,7 +12,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from litune.errors import LituneError, OutputExistsError
+from litune.errors import LituneError, OutputBusyError, OutputExistsError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: nothing is claimed there
+    fcntl = None  # type: ignore[assignment]
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -67,6 +72,34 @@ def sweep_temporaries(folder: Path) -> None:
         for path in folder.rglob(pattern):
             with suppress(FileNotFoundError):
                 path.unlink()
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Keep other processes from claiming `folder`, until this one lets go or ends, however it ends.
+
+    The lock is a file in the user's cache: there is nothing to clear away in `folder`, or beside it. Raises
+    `OutputBusyError` where another process is at work.
+    """
+    if fcntl is None:
+        yield
+        return
+    locks = cache_folder() / "locks"
+    locks.mkdir(exist_ok=True)
+    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
+    with open(locks / name, "a+", encoding="ascii") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise OutputBusyError(
+                f"{folder} is being written by process {lock.read() or '?'}: wait until it has ended, or choose "
+                "another --out"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
 
 
 def clear_output(folder: Path, ours: bool, what: str, overwrite: bool) -> None:
