@@ -177,6 +177,8 @@ class TuneConfig:
     holdout: float = 0.05
     """The share of the images held out for evaluation where the store has no splits (at most 1,000 images);
     0: none."""
+    exclude_held_out: bool = False
+    """Don't tune on images whose files are held out too (equal bytes, in one store or in several)."""
     lang: tuple[str, ...] = ()
     """Use only captions in these languages."""
     fields: tuple[str, ...] = ()

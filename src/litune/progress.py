@@ -109,9 +109,12 @@ class _RateAndNote(TextColumn):
 
 @contextmanager
 def track(what: str, unit: str, total: int, done: int = 0) -> Iterator[Task]:
-    """Follow `total` units of work, `done` of them done before, and say at the end what it took."""
+    """Follow `total` units of work, `done` of them done before, and say at the end what the others took."""
     task: Task
-    if sys.stderr.isatty() and not _silent():
+    if 0 < total == done:
+        say(f"{what}: {total:,} {unit}, done before")
+        yield Task(what, unit, total, done)
+    elif sys.stderr.isatty() and not _silent():
         bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -127,4 +130,4 @@ def track(what: str, unit: str, total: int, done: int = 0) -> Iterator[Task]:
         say(f"{what}: {total - done:,} {unit}")
         task = _Lines(what, unit, total, done)
         yield task
-        say(f"{what}: {task.done:,} {unit} in {duration(task.seconds)} ({task.rate:,.0f} {unit}/s)")
+        say(f"{what}: {task.done - done:,} {unit} in {duration(task.seconds)} ({task.rate:,.0f} {unit}/s)")

@@ -81,7 +81,7 @@ def test_goes_on(sets: tuple[Path, Path], tower_module: str, tmp_path: Path, mon
         patch.setattr(data_dedup, "_remove_within", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             dedup_data(**settings)
-    for name in ("verify", "thumbnail", "embed"):
+    for name in ("verify", "thumbnail", "embed_pairs"):
         monkeypatch.setattr(data_dedup, name, None)
     dedup_data(**settings)
     assert removed(tmp_path / "out") == GONE

@@ -75,6 +75,18 @@ def parse(reference: str) -> Member | Row | str:
     return reference
 
 
+def name_of(key: str, reference: str) -> str:
+    """An image's name for messages, with the file that it lies in where that holds many images.
+
+    >>> name_of("00000/12", "/data/00000.tar::1536+20480::12.jpg")
+    '00000/12 in /data/00000.tar'
+    """
+    place = parse(reference)
+    if isinstance(place, Member):
+        return f"{key} in {place.shard}"
+    return f"{key} in {place.file}" if isinstance(place, Row) else key
+
+
 def absolute(reference: str) -> str:
     """The reference as it can be read from any folder."""
     reference = local(reference)
