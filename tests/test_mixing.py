@@ -273,9 +273,9 @@ def test_held_out_images_that_are_tuned_on(
     less, _ = choose_mixture(same, dataclasses.replace(config, exclude_held_out=True))
     assert less.keys == left
     assert len(left) == 44  # 12 of the other store's held-out images, and 19 and 28 of both, copies of 18 and 29
-    with pytest.raises(ConfigError, match="same has 0 image to tune on"):
-        everything = dataclasses.replace(config, split="val", val_split="train", exclude_held_out=True)
-        choose_mixture([stores[0], write_store(tmp_path / "same", range(1), val=0)], everything)
+    copies = [stores[0], write_store(tmp_path / "copies", range(28, 30), val=1)]
+    with pytest.raises(ConfigError, match="copies has 0 images to tune on"):
+        choose_mixture(copies, dataclasses.replace(config, exclude_held_out=True))
 
 
 def test_texts_of_several_stores(config: TuneConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

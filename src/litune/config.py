@@ -45,7 +45,7 @@ class EmbedConfig:
     python:MODULE:FUNCTION, or run:RUN (the image tower that a run has trained)."""
     out: Path
     """The feature store to write (a folder)."""
-    images: Path | None = None
+    images: Address | None = None
     """The folder that the table's image paths are relative to, if litune should not look for it."""
     image_column: str | None = None
     """The table's column of image paths; by default the first of image, image_path, file_name, filename, …"""
@@ -838,7 +838,7 @@ class ReadingConfig:
 
     pairs: Annotated[Positional[Address], arg(metavar="PAIRS")]
     """The pairs: whatever litune embed reads, or a feature store."""
-    images: Path | None = None
+    images: Address | None = None
     """The folder that the table's image paths are relative to, if litune should not look for it."""
     image_column: str | None = None
     """The table's column of image paths; by default the first of image, image_path, file_name, filename, …"""

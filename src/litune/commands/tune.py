@@ -176,7 +176,8 @@ def held_out_split(store: FeatureStore, config: TuneConfig, captions: Captions |
 
 def _enough(pairs: Selection) -> Selection:
     if len(pairs) < 2:
-        raise ConfigError(f"{pairs.store.path} has {len(pairs)} image to tune on: contrastive tuning needs two or more")
+        images = "1 image" if len(pairs) == 1 else f"{len(pairs)} images"
+        raise ConfigError(f"{pairs.store.path} has {images} to tune on: contrastive tuning needs two or more")
     return pairs
 
 

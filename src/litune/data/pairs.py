@@ -71,7 +71,7 @@ class Pairs:
 def read_pairs(
     source: Path | str,
     *,
-    images: Path | None = None,
+    images: Path | str | None = None,
     image_column: str | None = None,
     caption_columns: Sequence[str] = (),
     split_column: str = "split",

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 from litune.data.places import expand, files_under, is_file, is_pattern, is_url, local, open_file
 from litune.data.references import first_line
-from litune.data.sources.annotations import annotation_files, annotation_source
+from litune.data.sources.annotations import annotation_files, annotation_source, is_annotation
 from litune.data.sources.columns import arrow_source, holds_pictures, parquet_source
-from litune.data.sources.folders import class_source, files_source, parts_of, pictures_in
+from litune.data.sources.folders import (
+    beside_part,
+    class_folders,
+    class_source,
+    files_source,
+    is_part,
+    is_picture,
+    local_files,
+    parts_of,
+    pictures_in,
+)
 from litune.data.sources.sample import Options, Source
 from litune.data.sources.stores import is_store, store_source
 from litune.data.sources.tables import TABLE_SUFFIXES, table_source
@@ -39,13 +49,36 @@ def find_source(address: str, options: Options) -> Source:
 
 
 def _from_elsewhere(folder: str, options: Options) -> Source:
-    """A folder that is not on this machine: its shards, else its Parquet files, else its one table."""
-    files = [file for file in files_under(folder) if not PurePosixPath(file).name.startswith(".")]
-    for suffixes in ({".tar"}, {".parquet"}, TABLE_SUFFIXES):
-        found = [file for file in files if PurePosixPath(file).suffix.lower() in suffixes]
-        if found:
+    """What a folder that is not on this machine holds, of all files in it and below it."""
+    folder = folder.rstrip("/")
+    paths = [file for file in files_under(folder) if not PurePosixPath(file).name.startswith(".")]
+    names: dict[str, list[str]] = {}  # by folder, from here
+    for path in paths:
+        inside, _, name = path.removeprefix(f"{folder}/").rpartition("/")
+        names.setdefault(inside, []).append(name)
+    if {"dataset_dict.json", "state.json"} & set(names.get("", [])):
+        raise DataError(
+            f"{folder} has Arrow files, which are read on this machine alone: copy it, or write it as Parquet"
+        )
+    parts = [part for part in sorted(names) if is_part(part) and set(beside_part(part)) & set(names.get("", []))]
+    if parts:
+        return files_source(folder, {part: names[part].copy for part in parts}, options)
+    for of_kind in (_ends(".tar"), _ends(".parquet"), is_annotation, _ends(*TABLE_SUFFIXES, ".token.txt")):
+        if found := [path for path in paths if of_kind(path)]:
             return _from_files(found, options)
-    raise DataError(f"{folder} has no .tar, no .parquet and no table of captions in it: {MISSING}")
+    if any(map(is_picture, names.get("", []))):
+        return files_source(folder, {"": names[""].copy}, options)
+    classes = {
+        name: [f"{folder}/{name}/{file}" for file in sorted(files) if is_picture(file)]
+        for name, files in sorted(names.items())
+    }
+    if any(classes.values()) and not any("/" in name for name in classes):
+        return class_source(folder, {name: files for name, files in classes.items() if files})
+    raise DataError(f"{folder} has no shards, no table of captions and no images in it: {MISSING}")
+
+
+def _ends(*suffixes: str) -> Callable[[str], bool]:
+    return lambda path: path.lower().endswith(suffixes)
 
 
 def _from_files(files: Sequence[str], options: Options) -> Source:
@@ -60,7 +93,7 @@ def _from_files(files: Sequence[str], options: Options) -> Source:
     if kind == "parquet" and any(holds_pictures(file) for file in files):
         return parquet_source(files, options)
     if kind == "json":
-        return annotation_source([Path(file) for file in files], options)
+        return annotation_source(files, options)
     if len(files) > 1 and kind != "parquet":
         raise DataError(f"{files[0]} and {files[1]} are two tables: give the one to read")
     return table_source(files, options)
@@ -102,15 +135,15 @@ def _from_folder(folder: Path, options: Options) -> Source:
     if any(holds_pictures(file) for file in parquets[:2]):
         return parquet_source(parquets, options)
     if parts_of(folder):
-        return files_source(folder, options)
+        return local_files(folder, options)
     if annotations := annotation_files(folder):
         return annotation_source(annotations, options)
     table = _find_table(folder)
     if table is not None:
         return table_source([str(table)], options)
     if any(pictures_in(folder)):
-        return files_source(folder, options)
-    return class_source(folder)
+        return local_files(folder, options)
+    return class_source(str(folder), {name: list(map(str, files)) for name, files in class_folders(folder).items()})
 
 
 def _find_table(folder: Path) -> Path | None:

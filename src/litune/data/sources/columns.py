@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 
 from litune.data.names import canonicalize
-from litune.data.places import open_file
+from litune.data.places import folder_of, open_file
 from litune.data.references import BROKEN, Row, absolute, first_line, open_arrow
 from litune.data.sources.sample import (
     CAPTION_COLUMNS,
@@ -89,7 +89,7 @@ def _hub_split(file: str) -> str:
 
 
 def _source(files: Sequence[str], options: Options, kind: str, splits: Sequence[str]) -> Source:
-    folder = str(PurePosixPath(files[0]).parent)
+    folder = folder_of(files[0])
     splits = splits if all(splits) else [""] * len(files)
     absent: list[int] = []
 

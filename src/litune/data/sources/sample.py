@@ -64,7 +64,7 @@ class Damage:
 class Options:
     """What a user says about a source; see `EmbedConfig`."""
 
-    images: Path | None = None
+    images: Path | str | None = None
     image_column: str | None = None
     caption_columns: Sequence[str] = ()
     split_column: str = "split"

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet
 
-from litune.data.places import is_file, is_url, open_file
+from litune.data.places import folder_of, folders_in, is_file, is_url, open_file
 from litune.data.references import BROKEN, Member, Row, first_line, parse
 from litune.data.sources.sample import (
     CAPTION_COLUMNS,
@@ -49,6 +49,8 @@ DELIMITERS: dict[str, Literal[0, 3]] = {
 }
 """How each kind is quoted: captions between tabs or bars are written as they are and may hold a lone quote."""
 ROWS = 10_000
+ASKED_ELSEWHERE = 5
+"""Images that are looked for to find their folder, where each takes a request."""
 
 Line = tuple[str, dict[str, Any]] | Damage
 """Where a row stands and its cells by column; or why it can't be read."""
@@ -60,10 +62,10 @@ def table_source(files: Sequence[str], options: Options) -> Source:
     """The pairs in a table, or in several of one kind."""
     first = PurePosixPath(files[0])
     lines = (line for file in files for line in read_lines(file))
-    name = files[0] if len(files) == 1 else f"{first.parent} ({len(files)} tables)"
+    name = files[0] if len(files) == 1 else f"{folder_of(files[0])} ({len(files)} tables)"
 
     def about(_: int) -> str:
-        return f"the table {first.name}" if len(files) == 1 else f"{len(files):,} tables in {first.parent}"
+        return f"the table {first.name}" if len(files) == 1 else f"{len(files):,} tables in {folder_of(files[0])}"
 
     return Source(
         about,
@@ -248,35 +250,38 @@ def _is_picture(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
 
 
-def image_base(file: str, images: Path | None, keys: Sequence[str]) -> str:
+def image_base(file: str, images: Path | str | None, keys: Sequence[str]) -> str:
     """The folder that a table's image paths are relative to: the candidate where most of a sample exist."""
-    sample = [str(key) for key in keys[:: max(1, len(keys) // 200)]]
-    if is_url(file):
-        return str(images) if images is not None else file.rpartition("/")[0]
+    most = ASKED_ELSEWHERE if is_url(file) else 200
+    sample = [str(key) for key in keys[:: -(-len(keys) // most)]]
     if images is not None:
-        if not images.is_dir():
+        if not is_url(images) and not Path(images).is_dir():
             raise DataError(f"--images {images} is not a folder")
         return str(images)
-    here = Path(file).parent
-    folders = [here, *sorted(p for p in here.iterdir() if p.is_dir() and not p.name.startswith("."))]
-    if here.name == "annotations":
-        folders += sorted(p for p in here.parent.iterdir() if p.is_dir() and p != here)
-    candidates = [here, here / Path(file).stem, *folders, here.parent]
-    found = {base: sum(exists(str(base), key) for key in sample) for base in candidates}
+    here = folder_of(file)
+    above = folder_of(here)
+    try:
+        candidates = [here, join(here, PurePosixPath(file).stem), *folders_in(here)]
+        if PurePosixPath(here).name == "annotations":
+            candidates += [folder for folder in folders_in(above) if folder != here]
+        candidates.append(above)
+        found = {base: sum(exists(base, key) for key in sample) for base in candidates}
+    except OSError as why:
+        raise DataError(first_line(why)) from None
     best = max(candidates, key=lambda base: found[base])
     if found[best] == 0:
         raise DataError(
             f"none of the images that {file} names was found (the first: {sample[0]}) in {here} or the folders "
             "in it: name their folder with --images"
         )
-    return str(best)
+    return best
 
 
 def exists(base: str, key: str) -> bool:
     """Whether the file that an image lies in is there."""
     place = parse(join(base, key))
     file = place.shard if isinstance(place, Member) else place.file if isinstance(place, Row) else place
-    return is_url(file) or is_file(file)  # an image elsewhere is asked for when it is its turn
+    return is_url(key) or is_file(file)  # an address of its own is asked for when it is its turn
 
 
 def join(base: str, key: str) -> str:

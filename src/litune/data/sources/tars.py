@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 from litune.data.names import canonicalize
-from litune.data.places import open_file, size_of
+from litune.data.places import folder_of, open_file, size_of
 from litune.data.references import BLOCK, Member, absolute, first_line
 from litune.data.sources.sample import (
     CAPTION_COLUMNS,
@@ -45,7 +45,7 @@ _PASSED_OVER = (tarfile.DIRTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK)
 
 def tar_source(shards: Sequence[str], options: Options) -> Source:
     """The samples in tar shards, in the shards' order."""
-    folder = str(PurePosixPath(shards[0]).parent)
+    folder = folder_of(shards[0])
     split = all(split_of(PurePosixPath(shard).name) for shard in shards)
 
     def read() -> Iterator[Sample | Damage]:
