@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
-from litune.data.places import is_url, local, open_file, read_all, read_part
+from litune.data.places import folder_of, is_url, local, open_file, read_all, read_part
 from litune.errors import DataError
 
 MOST_BYTES = 1 << 29
@@ -197,7 +197,11 @@ class _Rows:
             data: bytes | None = pictures[place.row].as_py()
             path = paths[place.row].as_py() if paths is not None and data is None else None
         if data is None and path:
-            return read_all(local(path), MOST_BYTES)
+            path = local(path) if is_url(path) or path.startswith("/") else f"{folder_of(place.file)}/{path}"
+            try:
+                return read_all(path, MOST_BYTES)
+            except FileNotFoundError:
+                raise DataError(f"{path}, which it names, does not exist") from None
         if data is None:
             raise DataError("the cell has no picture")
         return data

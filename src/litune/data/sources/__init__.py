@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from codecs import BOM_UTF8
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 from litune.data.places import expand, files_under, is_file, is_pattern, is_url, local, open_file
 from litune.data.references import first_line
 from litune.data.sources.annotations import annotation_files, annotation_source, is_annotation
-from litune.data.sources.columns import arrow_source, holds_pictures, parquet_source
+from litune.data.sources.columns import arrow_files, arrow_source, holds_pictures, parquet_source
 from litune.data.sources.folders import (
     beside_part,
     class_folders,
@@ -26,6 +28,8 @@ from litune.data.sources.tables import TABLE_SUFFIXES, table_source
 from litune.data.sources.tars import tar_source
 from litune.errors import DataError
 
+MOST_LISTS = 10
+"""More .json files than this in a folder belong to its images, one each."""
 MISSING = "give a folder of images, a table of captions, webdataset shards or Parquet files"
 
 
@@ -63,7 +67,12 @@ def _from_elsewhere(folder: str, options: Options) -> Source:
     parts = [part for part in sorted(names) if is_part(part) and set(beside_part(part)) & set(names.get("", []))]
     if parts:
         return files_source(folder, {part: names[part].copy for part in parts}, options)
-    for of_kind in (_ends(".tar"), _ends(".parquet"), is_annotation, _ends(*TABLE_SUFFIXES, ".token.txt")):
+    for of_kind in (
+        _ends(".tar"),
+        _ends(".parquet"),
+        is_annotation,
+        _ends(*TABLE_SUFFIXES, ".token.txt", "/captions.txt"),
+    ):
         if found := [path for path in paths if of_kind(path)]:
             return _from_files(found, options)
     if any(map(is_picture, names.get("", []))):
@@ -92,6 +101,8 @@ def _from_files(files: Sequence[str], options: Options) -> Source:
         return tar_source(files, options)
     if kind == "parquet" and any(holds_pictures(file) for file in files):
         return parquet_source(files, options)
+    if kind == "arrow":
+        return arrow_files(files, options)
     if kind == "json":
         return annotation_source(files, options)
     if len(files) > 1 and kind != "parquet":
@@ -102,7 +113,7 @@ def _from_files(files: Sequence[str], options: Options) -> Source:
 def _kind(file: str) -> str:
     """What a file is, by its first bytes, else by its name; a damaged one still has its name."""
     suffix = PurePosixPath(file).suffix.lower()
-    if suffix in (".tar", ".parquet"):
+    if suffix in (".tar", ".parquet") or (suffix == ".arrow" and not is_url(file)):
         return suffix[1:]
     try:
         with open_file(file) as opened:
@@ -116,7 +127,7 @@ def _kind(file: str) -> str:
     if head.startswith(b"PAR1"):
         return "parquet"
     if suffix == ".json":
-        return "json"
+        return "table" if head.removeprefix(BOM_UTF8).lstrip().startswith(b"[") else "json"
     for magic, kind in ((b"\x1f\x8b", "gzip"), (b"PK\x03\x04", "zip"), (b"\x28\xb5\x2f\xfd", "zstd")):
         if head.startswith(magic):
             raise DataError(f"{file} is compressed with {kind}: unpack it first")
@@ -126,11 +137,16 @@ def _kind(file: str) -> str:
 def _from_folder(folder: Path, options: Options) -> Source:
     """What a folder on this machine holds, the plainest sign first."""
     if tars := sorted(folder.glob("*.tar")) or sorted(folder.glob("*/*.tar")):
+        beside = [file for file in sorted(folder.glob("*.parquet")) if not file.with_suffix(".tar").is_file()]
+        if beside and holds_pictures(str(beside[0])):
+            raise DataError(f"{tars[0]} and {beside[0]} are files of different kinds: give one kind at a time")
         return tar_source([str(file) for file in tars], options)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return arrow_source(folder, options)
     if is_store(folder):
         return store_source(folder, options)
+    if arrows := sorted(folder.glob("*.arrow")):
+        return arrow_files([str(file) for file in arrows], options)
     parquets = [str(file) for file in sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet"))]
     if any(holds_pictures(file) for file in parquets[:2]):
         return parquet_source(parquets, options)
@@ -149,6 +165,9 @@ def _from_folder(folder: Path, options: Options) -> Source:
 def _find_table(folder: Path) -> Path | None:
     """The one table of captions in `folder`, or beside it under the folder's name."""
     tables = sorted(p for p in folder.iterdir() if (p.suffix.lower() in TABLE_SUFFIXES or _is_list(p)) and p.is_file())
+    if not tables:
+        lists = list(itertools.islice(folder.glob("*.json"), MOST_LISTS + 1))
+        tables = sorted(p for p in lists if len(lists) <= MOST_LISTS and p.is_file() and _kind(str(p)) == "table")
     if len(tables) > 1:
         names = ", ".join(t.name for t in tables)
         raise DataError(f"{folder} has several tables ({names}): give the one to read, and --images {folder}")
@@ -160,5 +179,5 @@ def _find_table(folder: Path) -> Path | None:
 
 
 def _is_list(file: Path) -> bool:
-    """Whether a file is named as Flickr's lists of captions are: Flickr8k.token.txt."""
-    return file.name.endswith(".token.txt")
+    """Whether a file is named as Flickr's lists of captions are: Flickr8k.token.txt, captions.txt."""
+    return file.name.endswith(".token.txt") or file.name == "captions.txt"

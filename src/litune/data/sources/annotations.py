@@ -19,12 +19,14 @@ PATTERNS = ("captions_*.json", "dataset_*.json", "annotations/captions_*.json", 
 
 def annotation_files(folder: Path) -> list[str]:
     """Files in a folder that are named as COCO's or Karpathy's are."""
-    return sorted(str(file) for pattern in PATTERNS for file in folder.glob(pattern))
+    found = (str(file) for pattern in PATTERNS for file in folder.glob(pattern))
+    return sorted(file for file in found if is_annotation(file))
 
 
 def is_annotation(file: str) -> bool:
     """Whether a file is named as COCO's or Karpathy's are."""
-    return any(PurePosixPath(file).match(pattern) for pattern in PATTERNS)
+    hub = PurePosixPath(file).match("dataset_info*.json")  # what Hugging Face's datasets say of themselves
+    return not hub and any(PurePosixPath(file).match(pattern) for pattern in PATTERNS)
 
 
 def annotation_source(files: Sequence[str], options: Options) -> Source:
@@ -56,7 +58,7 @@ def _load(file: str) -> dict[str, Any]:
     except (ValueError, RecursionError, OSError) as why:
         raise DataError(f"{file} can't be read as JSON: {first_line(why)}") from None
     if not isinstance(found, dict) or not isinstance(found.get("images"), list):
-        raise DataError(f"{file} has no list of images: expected COCO's captions or Karpathy's splits")
+        raise DataError(f"{file} has no list of images: expected COCO's captions, Karpathy's splits, or a list of rows")
     return found
 
 

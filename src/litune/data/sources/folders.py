@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,10 @@ from litune.data.references import first_line
 from litune.data.sources.sample import IMAGE_SUFFIXES, MOST_TEXT, Damage, Options, Sample, Source, decode_text
 from litune.data.sources.tars import load_facts, pick_texts
 from litune.errors import DataError
+
+LOOKED_INTO = 1000
+"""Folders that are looked into for a hint."""
+PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 
 _PART = re.compile(r"\d{5,}")
 
@@ -41,13 +46,23 @@ def class_folders(root: Path) -> dict[str, list[Path]]:
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     classes = {f.name: image_files(f) for f in folders}
     if not any(classes.values()):
-        nested = [f.name for f in folders if any(g.is_dir() and any(pictures_in(g)) for g in f.iterdir())]
-        hint = f": perhaps you meant {root / nested[0]}" if nested else ""
-        raise DataError(f"{root} has no images, no table of captions and no class folders with images{hint}")
+        raise DataError(f"{root} has no images, no table of captions and no class folders with images{_hint(root)}")
     empty = [name for name, files in classes.items() if not files]
     if empty:
         raise DataError(f"the class folder {root / empty[0]} has no images: remove it or fill it")
     return classes
+
+
+def _hint(root: Path) -> str:
+    """Where something lies that litune reads, for the end of a message."""
+    for folder, _, names in itertools.islice(os.walk(root), LOOKED_INTO):
+        if packed := [name for name in sorted(names) if name.endswith(PACKED)]:
+            return f": {Path(folder, packed[0])} is compressed, unpack it first"
+        inside = any(is_picture(name) or name.endswith((".tar", ".parquet", ".arrow")) for name in names)
+        if inside and Path(folder) != root:
+            one_above = any(map(is_picture, names)) and Path(folder).parent != root
+            return f": perhaps you meant {Path(folder).parent if one_above else folder}"
+    return ""
 
 
 def class_source(root: str, classes: Mapping[str, Sequence[str]]) -> Source:
@@ -120,8 +135,9 @@ def _read_file(file: str, key: str, names: set[str], options: Options) -> Iterat
     texts: dict[str, Any] = {}
     facts: dict[str, Any] = {}
     for suffix in ("txt", "json"):
-        beside = f"{_stem(file)}.{suffix}"
-        if beside.rpartition("/")[2] not in names:
+        both = (f"{_stem(file)}.{one}" for one in (suffix, suffix.upper()))
+        beside = next((one for one in both if one.rpartition("/")[2] in names), None)
+        if beside is None:
             continue
         try:
             data = read_all(beside, MOST_TEXT)

@@ -7,6 +7,7 @@ import csv
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -97,7 +98,7 @@ def _samples(file: str, lines: Iterator[Line], options: Options) -> Iterator[Sam
             f"{where} ({path})",
             key if isinstance(key, str) and key else path,
             path,
-            {name: cells.get(name) for name in captions},
+            {name: _listed(cells.get(name)) for name in captions},
             cells.get(lang) or "" if lang else "",
             cells.get(split) or "" if split else "",
             extra={name: cells[name] for name in options.kept if name in cells and name not in captions},
@@ -106,9 +107,18 @@ def _samples(file: str, lines: Iterator[Line], options: Options) -> Iterator[Sam
         raise DataError(f"{file} has no rows: expected one per caption, with columns such as image and caption")
 
 
+def _listed(cell: Any) -> Any:
+    """A cell as it is; or, where it is a list of texts written as JSON, the list."""
+    if isinstance(cell, str) and cell.startswith('["') and cell.endswith('"]'):
+        with suppress(ValueError, RecursionError):
+            found = json.loads(cell)
+            return found if all(isinstance(one, str) for one in found) else cell
+    return cell
+
+
 def _columns(file: str, names: list[str], options: Options) -> tuple[str, list[str], str | None, str | None]:
     """The columns of image paths, captions, splits and languages."""
-    if options.image_column is None and "url" in names and not set(names) & set(IMAGE_COLUMNS):
+    if options.image_column is None and "url" in names and not {name.lower() for name in names} & set(IMAGE_COLUMNS):
         raise DataError(f"{file} is a list of URLs: fetch the images with litune data fetch, then embed what it wrote")
     return (
         pick_column(file, names, options.image_column, IMAGE_COLUMNS, "--image-column image paths"),
@@ -134,6 +144,8 @@ def read_lines(file: str) -> Iterator[Line]:
             opened.seek(0)
             if suffix in (".jsonl", ".ndjson"):
                 yield from _read_jsonl(file, opened)
+            elif suffix == ".json":
+                yield from _read_json(file, opened)
             else:
                 yield from _read_csv(file, opened, suffix)
     except (*BROKEN, csv.Error) as why:
@@ -175,10 +187,27 @@ def _read_jsonl(file: str, opened: Any) -> Iterator[Line]:
                 yield Damage(where, f"the line holds a {type(row).__name__}, expected a JSON object")
 
 
+def _read_json(file: str, opened: Any) -> Iterator[Line]:
+    """A list of objects, whole in memory."""
+    try:
+        rows = json.loads(opened.read().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as why:
+        raise DataError(f"{file} can't be read as JSON: {first_line(why)}") from None
+    for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
+        where = f"row {number} of {PurePosixPath(file).name}"
+        if isinstance(row, dict):
+            yield where, row
+        else:
+            yield Damage(where, f"it is a {type(row).__name__}, expected a JSON object")
+
+
 def _read_csv(file: str, opened: Any, suffix: str) -> Iterator[Line]:
     """Every cell as text: a caption of digits stays a caption."""
     name = PurePosixPath(file).name
-    head = _decode(opened.readline(MOST_TEXT))
+    first = opened.readline(MOST_TEXT)
+    if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{file} is UTF-16, expected UTF-8: save it as UTF-8")
+    head = _decode(first)
     delimiter, names = _header(head, suffix)
     if not names:
         raise DataError(f"{file} is not a table litune reads: expected .csv, .tsv, .jsonl, .parquet or Flickr's lists")
@@ -210,12 +239,22 @@ def _read_csv(file: str, opened: Any, suffix: str) -> Iterator[Line]:
         if len(cells) != len(names):
             yield Damage(where, f"it has {len(cells)} cells, the table has {len(names)} columns")
             continue
+        if delimiter == "\t":
+            cells = [_unquoted(cell) for cell in cells]
         row = dict(zip(names, cells, strict=True))
         if "image#" in row:  # Flickr's lists: photo.jpg#0
             row["image"] = re.sub(r"#\d+$", "", row.pop("image#"))
         if delimiter == "|":
             row = {column: cell.strip() for column, cell in row.items()}
         yield where, row
+
+
+def _unquoted(cell: str) -> str:
+    """A cell between tabs, without the quotes that spreadsheets put around it where it has some inside."""
+    inside = cell[1:-1]
+    if len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inside.replace('""', ""):
+        return inside.replace('""', '"')
+    return cell
 
 
 def _decode(line: bytes) -> str:
@@ -235,7 +274,7 @@ def _header(line: str, suffix: str) -> tuple[str, list[str]]:
         cells = _split(line, delimiter)
         if len(cells) > 1 and _is_picture(cells[0]):
             return delimiter, ["image", "caption"] if len(cells) == 2 else ["image", "number", "caption"][: len(cells)]
-        if set(cells) & set(IMAGE_COLUMNS) and len(cells) > 1:
+        if {cell.lower() for cell in cells} & set(IMAGE_COLUMNS) and len(cells) > 1:
             return delimiter, cells
     cells = _split(line, usual)
     return usual, cells if suffix in (".csv", ".tsv") else []
