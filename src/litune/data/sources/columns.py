@@ -87,7 +87,7 @@ def arrow_source(folder: Path, options: Options) -> Source:
 
 def arrow_files(files: Sequence[str], options: Options, splits: Sequence[str] = ()) -> Source:
     """The rows of Arrow files on this machine."""
-    return _source(files, options, "Arrow file", splits or [_hub_split(file) for file in files])
+    return _source(files, options, "Arrow file", splits or [split_of(PurePosixPath(file).stem) for file in files])
 
 
 def _arrow_files(folder: Path) -> list[Path]:

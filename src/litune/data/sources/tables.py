@@ -282,7 +282,8 @@ def _header(line: str, suffix: str) -> tuple[str, list[str]]:
 
 def _split(line: str, delimiter: str) -> list[str]:
     cells = next(csv.reader([line], delimiter=delimiter, quoting=DELIMITERS[delimiter]), [""])
-    return [cell.strip() for cell in cells] or [""]
+    cells = [cell.strip() for cell in cells]
+    return [_unquoted(cell) for cell in cells] if delimiter == "\t" else cells
 
 
 def _is_picture(name: str) -> bool:
