@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from litune.progress import track
+from litune.progress import Task, track
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -18,6 +18,18 @@ def test_rates_are_of_what_is_done_now(capsys: pytest.CaptureFixture[str], monke
         task.advance(8)
     assert said(capsys) == ["reading: 8 files", "reading: 8 files in 0:04 (2 files/s)"]
     assert task.done == 10
+
+
+def test_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first one is done nothing is known of the time left."""
+    now = iter([100.0, 104.0, 104.0, 104.0, 104.0, 104.0])
+    task = Task("reading", "files", 100, 2)
+    assert task.line() == "reading 2/100 files"
+    monkeypatch.setattr("litune.progress.time.monotonic", lambda: next(now))
+    task = Task("reading", "files", 100, 2)
+    task.advance(8)
+    task.note = "1 damaged"
+    assert task.line() == "reading 10/100 files · 2 files/s · 0:45 left · 1 damaged"
 
 
 def test_everything_was_done(capsys: pytest.CaptureFixture[str]) -> None:

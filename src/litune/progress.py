@@ -66,12 +66,12 @@ class Task:
 
     def line(self) -> str:
         """The state as one line of text."""
-        left = (self.total - self.done) / self.rate if self.rate > 0 else 0.0
-        note = f" · {self.note}" if self.note else ""
+        done, note = f"{self.what} {self.done:,}/{self.total:,} {self.unit}", f" · {self.note}" if self.note else ""
+        if not self.rate:
+            return done + note
+        left = duration((self.total - self.done) / self.rate)
         rate = f"{self.rate:,.0f}" if self.rate >= 10 else f"{self.rate:.2g}"
-        return (
-            f"{self.what} {self.done:,}/{self.total:,} {self.unit} · {rate} {self.unit}/s · {duration(left)} left{note}"
-        )
+        return f"{done} · {rate} {self.unit}/s · {left} left{note}"
 
 
 class _Lines(Task):

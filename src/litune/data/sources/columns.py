@@ -78,7 +78,9 @@ def arrow_source(folder: Path, options: Options) -> Source:
     if (folder / "dataset_dict.json").is_file():
         names = read_json(folder / "dataset_dict.json", DataError).get("splits")
         there = [part.name for part in sorted(folder.iterdir()) if (part / "state.json").is_file()]
-        parts = {name: folder / name for name in (names if isinstance(names, list) else there) if _plain(name)}
+        parts = {
+            str(name): folder / str(name) for name in (names if isinstance(names, list) else there) if _plain(name)
+        }
     files = [(str(file), split) for split, part in parts.items() for file in _arrow_files(part)]
     if not files:
         raise DataError(f"{folder} has no .arrow files: save the dataset to disk again")
