@@ -38,3 +38,6 @@ def test_everything_was_done(capsys: pytest.CaptureFixture[str]) -> None:
         pass
     assert said(capsys) == ["reading: 10 files, done before"]
     assert task.done == 10
+    with track("reading", "files", 0):
+        pass
+    assert said(capsys) == ["reading: 0 files"]

@@ -411,7 +411,7 @@ class Selection:
     def also_in(self, other: Selection) -> np.ndarray:
         """The positions of the images whose files are equal to one of the other selection's, by their hashes."""
         ours, theirs = self.image_hashes(), other.image_hashes()
-        if ours is None or theirs is None:
+        if ours is None or theirs is None or not len(theirs):
             return np.zeros(0, np.int64)
         theirs = np.sort(theirs)
         place = np.minimum(np.searchsorted(theirs, ours), len(theirs) - 1)

@@ -111,8 +111,8 @@ class _RateAndNote(TextColumn):
 def track(what: str, unit: str, total: int, done: int = 0) -> Iterator[Task]:
     """Follow `total` units of work, `done` of them done before, and say at the end what the others took."""
     task: Task
-    if 0 < total == done:
-        say(f"{what}: {total:,} {unit}, done before")
+    if total == done:
+        say(f"{what}: {total:,} {unit}" + (", done before" if total else ""))
         yield Task(what, unit, total, done)
     elif sys.stderr.isatty() and not _silent():
         bars = Progress(

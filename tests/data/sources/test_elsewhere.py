@@ -122,9 +122,11 @@ def test_what_is_not_there(tmp_path: Path, memory: Callable[[Path], str]) -> Non
     assert read_pairs(f"{where}/captions.csv", images="s3://photos/2020").table["path"][0].as_py() == (
         f"s3://photos/2020/{NAMES[0]}.png"
     )
-    write(tmp_path / "arrow", {"state.json": "{}", "data-00000-of-00001.arrow": "x"})
-    with pytest.raises(DataError, match="has Arrow files, which are read on this machine alone: copy it"):
+    write(tmp_path / "arrow", {"state.json": "{}", "data-0.arrow": "x"})
+    with pytest.raises(DataError, match="has Arrow data, which is read on this machine alone: copy it"):
         read_pairs(memory(tmp_path / "arrow"))
+    with pytest.raises(DataError, match="0.arrow has Arrow data, which is read on this machine alone"):
+        read_pairs("memory://elsewhere/arrow/data-0.arrow")
     write(tmp_path / "notes", {"a/b/c.md": "x"})
     with pytest.raises(DataError, match="has no shards, no table of captions and no images in it"):
         read_pairs(memory(tmp_path / "notes"))
@@ -180,6 +182,18 @@ def test_a_web_server(layout: str, address: str, tmp_path: Path, site: str) -> N
     for name in ("key", "captions"):
         assert there.table[name].to_pylist() == here.table[name].to_pylist()
     assert read_bytes(there.table["path"][5].as_py()) == read_bytes(here.table["path"][5].as_py())
+
+
+def test_a_web_server_that_lists_nothing(tmp_path: Path, site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table is read by its address; its images are looked for where none needs a list of files."""
+    pytest.importorskip("aiohttp", reason="needs the extra http")
+    monkeypatch.setattr(Ranges, "list_directory", lambda self, path: self.send_error(403))
+    write_table(tmp_path / "csv")
+    (tmp_path / "csv" / "images").rename(tmp_path / "csv" / "captions")
+    pairs = read_pairs(f"{site}/csv/captions.csv")
+    assert pairs.table["path"][3].as_py() == f"{site}/csv/captions/{NAMES[3]}.png"
+    with pytest.raises(DataError, match="csv/"):
+        read_pairs(f"{site}/csv/")
 
 
 def test_a_web_server_that_gives_no_parts(tmp_path: Path, site: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,8 +73,12 @@ def test_what_is_no_list_of_captions(folder: Path) -> None:
     [
         ("t.csv", "image,caption\n1_a.jpg,a".encode("utf-16"), "t.csv is UTF-16, expected UTF-8"),
         ("t.json", b'[{"image": "1_a.jpg", "caption": "a"}', "t.json can't be read as JSON"),
-        ("t.json", b"[]", "t.json has no rows"),
-        ("t.json", b'["1_a.jpg"]', "row 1 of t.json: it is a str, expected a JSON object"),
+        ("t.json", b"[]", "t.json has no list of images"),
+        (
+            "t.json",
+            b'[{"image": "1_a.jpg", "caption": "a"}, 3]',
+            "row 2 of t.json: it is a int, expected a JSON object",
+        ),
     ],
 )
 def test_lists_that_are_none(folder: Path, name: str, data: bytes, message: str) -> None:

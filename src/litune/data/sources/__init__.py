@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from codecs import BOM_UTF8
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
@@ -28,6 +29,8 @@ from litune.data.sources.tables import TABLE_SUFFIXES, table_source
 from litune.data.sources.tars import tar_source
 from litune.errors import DataError
 
+NOT_HERE = "has Arrow data, which is read on this machine alone: copy it, or write it as Parquet"
+_ROWS = re.compile(rb"\s*\[\s*\{")
 MOST_LISTS = 10
 """More .json files than this in a folder belong to its images, one each."""
 MISSING = "give a folder of images, a table of captions, webdataset shards or Parquet files"
@@ -61,9 +64,7 @@ def _from_elsewhere(folder: str, options: Options) -> Source:
         inside, _, name = path.removeprefix(f"{folder}/").rpartition("/")
         names.setdefault(inside, []).append(name)
     if {"dataset_dict.json", "state.json"} & set(names.get("", [])):
-        raise DataError(
-            f"{folder} has Arrow files, which are read on this machine alone: copy it, or write it as Parquet"
-        )
+        raise DataError(f"{folder} {NOT_HERE}")
     parts = [part for part in sorted(names) if is_part(part) and set(beside_part(part)) & set(names.get("", []))]
     if parts:
         return files_source(folder, {part: names[part].copy for part in parts}, options)
@@ -113,7 +114,9 @@ def _from_files(files: Sequence[str], options: Options) -> Source:
 def _kind(file: str) -> str:
     """What a file is, by its first bytes, else by its name; a damaged one still has its name."""
     suffix = PurePosixPath(file).suffix.lower()
-    if suffix in (".tar", ".parquet") or (suffix == ".arrow" and not is_url(file)):
+    if suffix == ".arrow" and is_url(file):
+        raise DataError(f"{file} {NOT_HERE}")
+    if suffix in (".tar", ".parquet", ".arrow"):
         return suffix[1:]
     try:
         with open_file(file) as opened:
@@ -127,7 +130,7 @@ def _kind(file: str) -> str:
     if head.startswith(b"PAR1"):
         return "parquet"
     if suffix == ".json":
-        return "table" if head.removeprefix(BOM_UTF8).lstrip().startswith(b"[") else "json"
+        return "table" if _ROWS.match(head.removeprefix(BOM_UTF8)) else "json"
     for magic, kind in ((b"\x1f\x8b", "gzip"), (b"PK\x03\x04", "zip"), (b"\x28\xb5\x2f\xfd", "zstd")):
         if head.startswith(magic):
             raise DataError(f"{file} is compressed with {kind}: unpack it first")

@@ -95,7 +95,7 @@ def arrow_files(files: Sequence[str], options: Options, splits: Sequence[str] = 
 def _arrow_files(folder: Path) -> list[Path]:
     """The files that a dataset's state names, be they there or not."""
     if not (folder / "state.json").is_file():
-        return [folder / "state.json"]
+        return [folder / "state.json"]  # which is then named as missing
     listed = read_json(folder / "state.json", DataError).get("_data_files")
     names = [one.get("filename") for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
     return [folder / name for name in names if _plain(name)] or sorted(folder.glob("*.arrow"))

@@ -301,9 +301,9 @@ def image_base(file: str, images: Path | str | None, keys: Sequence[str]) -> str
     here = folder_of(file)
     above = folder_of(here)
     try:
-        candidates = [here, join(here, PurePosixPath(file).stem), *folders_in(here)]
+        candidates = [here, join(here, PurePosixPath(file).stem), *_folders_in(here)]
         if PurePosixPath(here).name == "annotations":
-            candidates += [folder for folder in folders_in(above) if folder != here]
+            candidates += [folder for folder in _folders_in(above) if folder != here]
         candidates.append(above)
         found = {base: sum(exists(base, key) for key in sample) for base in candidates}
     except OSError as why:
@@ -315,6 +315,13 @@ def image_base(file: str, images: Path | str | None, keys: Sequence[str]) -> str
             "in it: name their folder with --images"
         )
     return best
+
+
+def _folders_in(folder: str) -> list[str]:
+    try:
+        return folders_in(folder)
+    except OSError:  # not every web server lists a folder's files
+        return []
 
 
 def exists(base: str, key: str) -> bool:
