@@ -207,8 +207,10 @@ def test_a_web_server_that_gives_no_parts(tmp_path: Path, site: str, monkeypatch
 
 def test_no_web_server(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("aiohttp", reason="needs the extra http")
-    with pytest.raises(DataError, match=r"has no shards|can't be read|does not exist"):
+    with pytest.raises(DataError, match="nothing was found at http.*/nothing: check the address"):
         read_pairs(f"{site}/nothing/")
+    with pytest.raises(DataError, match="nothing was found at http.*/nothing.tar: check the address"):
+        read_pairs(f"{site}/nothing.tar")
     with pytest.raises(DataError, match=r"nothing/00000.tar: the shard does not exist"):
         read_pairs(f"{site}/nothing/{{00000..00001}}.tar")
 

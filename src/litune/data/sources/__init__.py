@@ -59,6 +59,8 @@ def _from_elsewhere(folder: str, options: Options) -> Source:
     """What a folder that is not on this machine holds, of all files in it and below it."""
     folder = folder.rstrip("/")
     paths = [file for file in files_under(folder) if not PurePosixPath(file).name.startswith(".")]
+    if not paths:
+        raise DataError(f"nothing was found at {folder}: check the address (a web server must list a folder's files)")
     names: dict[str, list[str]] = {}  # by folder, from here
     for path in paths:
         inside, _, name = path.removeprefix(f"{folder}/").rpartition("/")

@@ -78,9 +78,7 @@ def arrow_source(folder: Path, options: Options) -> Source:
     if (folder / "dataset_dict.json").is_file():
         names = read_json(folder / "dataset_dict.json", DataError).get("splits")
         there = [part.name for part in sorted(folder.iterdir()) if (part / "state.json").is_file()]
-        parts = {
-            str(name): folder / str(name) for name in (names if isinstance(names, list) else there) if _plain(name)
-        }
+        parts = {name: folder / name for name in (names if isinstance(names, list) else there) if _plain(name)}
     files = [(str(file), split) for split, part in parts.items() for file in _arrow_files(part)]
     if not files:
         raise DataError(f"{folder} has no .arrow files: save the dataset to disk again")
@@ -98,7 +96,7 @@ def _arrow_files(folder: Path) -> list[Path]:
         return [folder / "state.json"]  # which is then named as missing
     listed = read_json(folder / "state.json", DataError).get("_data_files")
     names = [one.get("filename") for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
-    return [folder / name for name in names if _plain(name)] or sorted(folder.glob("*.arrow"))
+    return [folder / str(name) for name in names if _plain(name)] or sorted(folder.glob("*.arrow"))
 
 
 def _plain(name: Any) -> bool:
