@@ -205,7 +205,7 @@ def test_a_web_server_that_gives_no_parts(tmp_path: Path, site: str, monkeypatch
         read_bytes(pairs.table["path"][1].as_py())
 
 
-def test_no_web_server(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_web_server(site: str) -> None:
     pytest.importorskip("aiohttp", reason="needs the extra http")
     with pytest.raises(DataError, match="nothing was found at http.*/nothing: check the address"):
         read_pairs(f"{site}/nothing/")
