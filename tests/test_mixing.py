@@ -35,8 +35,8 @@ def file_of(image: int) -> int:
     return 0 if image == 50 else image - (image % 10 == 9)
 
 
-def write_store(path: Path, rows: range, tower: dict[str, Any] | None = None) -> FeatureStore:
-    """Some of 60 images, each with one to three captions."""
+def write_store(path: Path, rows: range, tower: dict[str, Any] | None = None, val: int = 5) -> FeatureStore:
+    """Some of 60 images, each with one to three captions; one of six is held out."""
     writer = StoreWriter(path, {"tower": tower, "images": len(rows), "dtype": "float16", "pairs": None})
     table = pa.table(
         {
@@ -44,7 +44,7 @@ def write_store(path: Path, rows: range, tower: dict[str, Any] | None = None) ->
             "image_path": [f"/nowhere/{i}.png" for i in rows],
             "captions": [[f"the {WORDS[i % 7]} {WORDS[(i + c) % 5]}" for c in range(1 + i % 3)] for i in rows],
             "sha256": [hashlib.sha256(b"%d" % file_of(i)).hexdigest() for i in rows],
-            "split": ["val" if i % 6 == 5 else "train" for i in rows],
+            "split": ["val" if i % 6 == val else "train" for i in rows],
         }
     )
     writer.write_shard(VALUES[rows.start : rows.stop], table, [], len(rows))
@@ -241,6 +241,41 @@ def test_texts_of_the_store_itself(config: TuneConfig, tmp_path: Path) -> None:
         tune.run(other)
         assert bytes_of(other.out) == bytes_of(own.out)
         assert log_of(other.out)[-1]["val"] == log_of(own.out)[-1]["val"]
+
+
+def test_held_out_images_that_are_tuned_on(
+    config: TuneConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Equal files on both sides, of one store or of two, are told of in one line; or left out, when asked to."""
+    stores = [FeatureStore(path) for path in config.stores]
+    train, val = choose_mixture(stores, config)
+    assert val is not None
+    files = {key: file_of(int(key.removesuffix(".png"))) for key in (*train.keys, *val.keys)}
+    held_out = {files[key] for key in val.keys}
+    both = [key for key in train.keys if files[key] in held_out]
+    assert both == ["28.png", "58.png"]  # 29.png and 59.png are held out
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"2 of 50 images to tune on are held out too, as equal files (the first: 28.png in {stores[0].path})" in said
+    assert "--exclude-held-out" in said
+
+    less, _ = choose_mixture(stores, dataclasses.replace(config, exclude_held_out=True))
+    assert less.keys == [key for key in train.keys if key not in both]
+    assert "2 images are left out of tuning: their files are held out too" in capsys.readouterr().err
+
+    # What one store holds out, the other one has in its split to tune on.
+    same = [stores[0], write_store(tmp_path / "same", range(36), val=0)]
+    train, val = choose_mixture(same, config)
+    assert val is not None
+    assert (len(train), len(val)) == (60, 12)
+    held_out = {file_of(int(key.removesuffix(".png"))) for key in val.keys}
+    left = [key for key in train.keys if file_of(int(key.removesuffix(".png"))) not in held_out]
+    assert "16 of 60 images to tune on are held out too" in " ".join(capsys.readouterr().err.split())
+    less, _ = choose_mixture(same, dataclasses.replace(config, exclude_held_out=True))
+    assert less.keys == left
+    assert len(left) == 44  # 12 of the other store's held-out images, and 19 and 28 of both, copies of 18 and 29
+    copies = [stores[0], write_store(tmp_path / "copies", range(28, 30), val=1)]
+    with pytest.raises(ConfigError, match="copies has 0 images to tune on"):
+        choose_mixture(copies, dataclasses.replace(config, exclude_held_out=True))
 
 
 def test_texts_of_several_stores(config: TuneConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,7 +45,7 @@ class EmbedConfig:
     python:MODULE:FUNCTION, or run:RUN (the image tower that a run has trained)."""
     out: Path
     """The feature store to write (a folder)."""
-    images: Path | None = None
+    images: Address | None = None
     """The folder that the table's image paths are relative to, if litune should not look for it."""
     image_column: str | None = None
     """The table's column of image paths; by default the first of image, image_path, file_name, filename, …"""
@@ -177,6 +177,8 @@ class TuneConfig:
     holdout: float = 0.05
     """The share of the images held out for evaluation where the store has no splits (at most 1,000 images);
     0: none."""
+    exclude_held_out: bool = False
+    """Don't tune on images whose files are held out too (equal bytes, in one store or in several)."""
     lang: tuple[str, ...] = ()
     """Use only captions in these languages."""
     fields: tuple[str, ...] = ()
@@ -836,7 +838,7 @@ class ReadingConfig:
 
     pairs: Annotated[Positional[Address], arg(metavar="PAIRS")]
     """The pairs: whatever litune embed reads, or a feature store."""
-    images: Path | None = None
+    images: Address | None = None
     """The folder that the table's image paths are relative to, if litune should not look for it."""
     image_column: str | None = None
     """The table's column of image paths; by default the first of image, image_path, file_name, filename, …"""

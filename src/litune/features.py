@@ -408,6 +408,15 @@ class Selection:
         whole = self._picks is None and len(self) == len(self.store)
         return numbers if whole else numbers[self.rows]
 
+    def also_in(self, other: Selection) -> np.ndarray:
+        """The positions of the images whose files are equal to one of the other selection's, by their hashes."""
+        ours, theirs = self.image_hashes(), other.image_hashes()
+        if ours is None or theirs is None or not len(theirs):
+            return np.zeros(0, np.int64)
+        theirs = np.sort(theirs)
+        place = np.minimum(np.searchsorted(theirs, ours), len(theirs) - 1)
+        return np.flatnonzero((theirs[place] == ours) & (ours >= 0))  # below 0: without a hash
+
     @property
     def caption_array(self) -> pa.Array:
         """All captions, image by image."""

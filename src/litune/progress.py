@@ -66,12 +66,12 @@ class Task:
 
     def line(self) -> str:
         """The state as one line of text."""
-        left = (self.total - self.done) / self.rate if self.rate > 0 else 0.0
-        note = f" · {self.note}" if self.note else ""
+        done, note = f"{self.what} {self.done:,}/{self.total:,} {self.unit}", f" · {self.note}" if self.note else ""
+        if not self.rate:
+            return done + note
+        left = duration((self.total - self.done) / self.rate)
         rate = f"{self.rate:,.0f}" if self.rate >= 10 else f"{self.rate:.2g}"
-        return (
-            f"{self.what} {self.done:,}/{self.total:,} {self.unit} · {rate} {self.unit}/s · {duration(left)} left{note}"
-        )
+        return f"{done} · {rate} {self.unit}/s · {left} left{note}"
 
 
 class _Lines(Task):
@@ -109,9 +109,12 @@ class _RateAndNote(TextColumn):
 
 @contextmanager
 def track(what: str, unit: str, total: int, done: int = 0) -> Iterator[Task]:
-    """Follow `total` units of work, `done` of them done before, and say at the end what it took."""
+    """Follow `total` units of work, `done` of them done before, and say at the end what the others took."""
     task: Task
-    if sys.stderr.isatty() and not _silent():
+    if total == done:
+        say(f"{what}: {total:,} {unit}" + (", done before" if total else ""))
+        yield Task(what, unit, total, done)
+    elif sys.stderr.isatty() and not _silent():
         bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -127,4 +130,4 @@ def track(what: str, unit: str, total: int, done: int = 0) -> Iterator[Task]:
         say(f"{what}: {total - done:,} {unit}")
         task = _Lines(what, unit, total, done)
         yield task
-        say(f"{what}: {task.done:,} {unit} in {duration(task.seconds)} ({task.rate:,.0f} {unit}/s)")
+        say(f"{what}: {task.done - done:,} {unit} in {duration(task.seconds)} ({task.rate:,.0f} {unit}/s)")

@@ -72,7 +72,13 @@ def test_pairs_against_pairs(sets: tuple[Path, Path], tower_module: str, tmp_pat
         dedup_data(**settings)
 
 
-def test_goes_on(sets: tuple[Path, Path], tower_module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_goes_on(
+    sets: tuple[Path, Path],
+    tower_module: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """After an interruption nothing that is done is done again."""
     tuning, evaluation = sets
     settings = {"pairs": tuning, "against": [evaluation], "image_tower": tower_module, "out": tmp_path / "out"}
@@ -81,10 +87,15 @@ def test_goes_on(sets: tuple[Path, Path], tower_module: str, tmp_path: Path, mon
         patch.setattr(data_dedup, "_remove_within", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             dedup_data(**settings)
-    for name in ("verify", "thumbnail", "embed"):
+    for name in ("verify", "thumbnail", "embed_pairs"):
         monkeypatch.setattr(data_dedup, name, None)
+    capsys.readouterr()
     dedup_data(**settings)
     assert removed(tmp_path / "out") == GONE
+    said = capsys.readouterr().err
+    assert "looking at pairs: 13 images, done before" in said
+    assert "comparing with pairs: 55 candidates, done before" in said
+    assert said.count("wrote ") == 1, "nothing of the folder work/ that means nothing to its reader"
 
 
 def test_stores(sets: tuple[Path, Path], tower_module: str, tmp_path: Path) -> None:

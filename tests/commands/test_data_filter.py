@@ -52,11 +52,28 @@ def test_rules_in_their_order(noisy: Path, tmp_path: Path) -> None:
     assert read_pairs(tmp_path / "kept.jsonl").table["captions"].to_pylist() == [["a dog runs over the grass"]]
     dropped = (tmp_path / "dropped.csv").read_text().splitlines()
     assert len(dropped) == 1 + 7
-    assert "f.png,DSC00042,boilerplate" in dropped
-    assert "d.png,this picture is too small,min-side 200" in dropped
+    assert dropped[0] == "key,caption,rule,times"
+    assert "f.png,DSC00042,boilerplate,1" in dropped
+    assert "d.png,this picture is too small,min-side 200,1" in dropped
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["kept_images"] == report["kept_captions"] == 1
     assert report["settings"]["max_aspect"] == 3
+
+
+def test_dropped_captions_by_language(tmp_path: Path) -> None:
+    """Of an image, equal captions in two languages are two rows; one that stands there twice is one, with its count."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
+    rows = ["a.png,ok,de", "a.png,ok,en", "a.png,ok,en", "a.png,three words here,en", "b.png,ok,en"]
+    (tmp_path / "t.csv").write_text("\n".join(["image,caption,lang", *rows]))
+    found = filter_data(pairs=tmp_path / "t.csv", out=tmp_path / "k.csv", dropped=tmp_path / "d.csv", min_words=2)
+    assert (tmp_path / "d.csv").read_text().splitlines() == [
+        "key,caption,rule,lang,times",
+        "a.png,ok,min-words 2,de,1",
+        "a.png,ok,min-words 2,en,2",
+        "b.png,ok,min-words 2,en,1",
+    ]
+    assert found["rules"][0]["dropped_captions"] == 4
 
 
 def test_presets_and_their_values(photos: Path, tmp_path: Path) -> None:

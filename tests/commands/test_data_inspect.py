@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tests.data.packed import NAMES, sample, write_tar
 
 from litune.commands.data_inspect import inspect_data
 from litune.errors import OutputExistsError
@@ -21,7 +22,10 @@ def test_overview(photos: Path, tiny_bert: Path, tmp_path: Path) -> None:
     assert captions["words_histogram"] == {"3–4": 48, "5–7": 24}
     assert captions["on_several_images"] == 72  # two pictures of each color and shape
     assert captions["most_repeated"]["a blue bar"] == 2
-    assert found["languages"]["declared"] == {"en": 48, "de": 24}
+    languages = found["languages"]
+    assert languages["declared"] == {"en": 48, "de": 24}
+    assert (languages["captions_counted"], languages["too_short"]) == (72, 0)
+    assert sum(languages["identified"].values()) == 72
     assert files["equal_examples"] == [["red-bar-0.png", "red-bar-1.png"]]
     assert files["damaged_examples"] == {"red-box-0.png": "not an image"}
     assert files["short_side"]["most"] == 56
@@ -37,6 +41,28 @@ def test_overview(photos: Path, tiny_bert: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["overview.html", "overview.json"]
     with pytest.raises(OutputExistsError):
         inspect_data(pairs=photos, out=tmp_path / "out")
+
+
+def test_what_is_damaged(tmp_path: Path) -> None:
+    """A damaged picture is named with its shard, what was skipped with its reason, short captions are counted."""
+    members = [part for name in NAMES for part in sample(name, name, caption=f"the picture of a {name}")]
+    members = [(name, b"" if name == "red-box.png" else data) for name, data in members if name != "blue-box.png"]
+    members = [(name, b"\xff" if name == "red-bar.txt" else data) for name, data in members]
+    write_tar(tmp_path / "shards" / "00000.tar", members)
+    found = inspect_data(pairs=tmp_path / "shards", out=tmp_path / "out", tokenizer="none", max_damaged=0.5)
+    assert found["files"]["damaged_examples"] == {
+        f"00000/red-box in {tmp_path}/shards/00000.tar": "not an image",
+    }
+    assert found["skipped_inputs"] == 2
+    assert found["skipped_examples"] == {
+        "00000/blue-box": "the sample has no picture, only .json, .txt",
+        "00000/red-bar": "the caption is not UTF-8",
+    }
+    page = (tmp_path / "out" / "overview.html").read_text()
+    assert "the caption is not UTF-8" in page
+    languages = found["languages"]
+    assert languages["captions_counted"] == languages["too_short"] == 10
+    assert languages["identified"] == {}
 
 
 def test_sample_and_verify(store: FeatureStore, photos: Path) -> None:

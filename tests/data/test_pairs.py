@@ -144,7 +144,7 @@ def test_few_bad_captions_are_skipped_by_name(folder: Path) -> None:
     pairs = read_pairs(folder)
     assert pairs.captions == 199
     assert [d.key for d in pairs.damaged] == ["row 8 of t.jsonl (a.png)"]
-    with pytest.raises(DataError, match=r"1 of 200 captions .* raise --max-damaged"):
+    with pytest.raises(DataError, match=r"1 of 200 inputs .* raise --max-damaged"):
         read_pairs(folder, max_damaged=0.001)
 
 

@@ -6,7 +6,18 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from litune.data.places import expand, files_under, is_file, is_pattern, is_url, local, open_file, read_part
+from litune.data.places import (
+    expand,
+    files_under,
+    folder_of,
+    folders_in,
+    is_file,
+    is_pattern,
+    is_url,
+    local,
+    open_file,
+    read_part,
+)
 from litune.errors import DataError, MissingExtraError
 
 
@@ -32,7 +43,14 @@ def test_stars(tmp_path: Path) -> None:
 def test_elsewhere() -> None:
     memory = fsspec.filesystem("memory")
     memory.pipe("/litune-places/a/1.tar", b"0123456789")
-    assert expand("memory://litune-places/*/*.tar") == files_under("memory://litune-places")
+    memory.pipe("/litune-places/b/.2.txt", b"")
+    assert expand("memory://litune-places/*/*.tar") == ["memory:///litune-places/a/1.tar"]
+    assert files_under("memory://litune-places/") == [
+        "memory://litune-places/a/1.tar",
+        "memory://litune-places/b/.2.txt",
+    ]
+    assert folders_in("memory://litune-places") == ["memory://litune-places/a", "memory://litune-places/b"]
+    assert folder_of("memory://litune-places/a/1.tar") == "memory://litune-places/a"
     assert is_file("memory://litune-places/a/1.tar")
     assert not is_file("memory://litune-places/a")
     assert read_part("memory://litune-places/a/1.tar", 3, 4) == b"3456"

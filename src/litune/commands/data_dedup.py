@@ -16,13 +16,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from litune.commands.data_source import Source, is_store, read_source, write_store
-from litune.commands.embed import embed
+from litune.commands.embed import embed_pairs
 from litune.config import DedupConfig, EmbedConfig, ReadingConfig, command, to_json
 from litune.data import page
 from litune.data.alignment import SIDE, thumbnail
 from litune.data.dedup import BLOCK, Found, Index, Space, candidates, groups, once, same_content, stays, verify
 from litune.data.facts import gather, read_facts
 from litune.data.kept import write_pairs
+from litune.data.pairs import Pairs
+from litune.data.references import name_of
 from litune.devices import processor_cores
 from litune.errors import ConfigError, DataError, LituneError, OutputExistsError, StoreError
 from litune.features import MANIFEST, FeatureStore
@@ -100,10 +102,8 @@ def dedup_data(config: DedupConfig) -> dict[str, Any]:
     work = config.out / "work"
     seconds: dict[str, float] = {}
     sets = []
-    path: Path | str
     for number, (name, source) in enumerate(sources):
-        path = config.pairs if number == 0 else config.against[number - 1]
-        sets.append(_open_set(config, name, path, source, prints[number], work / str(number), spec))
+        sets.append(_open_set(config, name, source, prints[number], work / str(number), spec))
     _check_same_tower(sets)
     seconds["features and thumbnails"] = time.monotonic() - began
     pairs = sets[0]
@@ -141,14 +141,12 @@ def _tower(config: DedupConfig) -> str:
     )
 
 
-def _open_set(
-    config: DedupConfig, name: str, path: Path | str, source: Source, fingerprint: str, work: Path, spec: str
-) -> ImageSet:
+def _open_set(config: DedupConfig, name: str, source: Source, fingerprint: str, work: Path, spec: str) -> ImageSet:
     facts, thumbnails = _look(config, name, source, fingerprint, work)
     if source.store is not None:
         store, place = source.store, source.rows
     else:
-        store = _embed(config, path, fingerprint, work / "features", spec, own=name == OWN)
+        store = _embed(config, source.pairs, fingerprint, work / "features", spec)
         known = pc.index_in(source.pairs.table["key"], store.metadata["key"].combine_chunks())
         place = pc.fill_null(known, -1).to_numpy()
     assert place is not None
@@ -185,13 +183,13 @@ def _look(config: DedupConfig, name: str, source: Source, fingerprint: str, work
         {"pairs": fingerprint},
         what=f"looking at {name}",
         workers=config.workers or processor_cores(),
-        keys=lambda row: str(keys[row]),
+        keys=lambda row: name_of(keys[row].as_py(), paths[row].as_py()),
         max_damaged=config.max_damaged,
     )
     return pa.concat_tables(parts), thumbnails
 
 
-def _embed(config: DedupConfig, path: Path | str, fingerprint: str, out: Path, spec: str, *, own: bool) -> FeatureStore:
+def _embed(config: DedupConfig, pairs: Pairs, fingerprint: str, out: Path, spec: str) -> FeatureStore:
     """The features of a set that is no store: those of an earlier run, or embedded now."""
     if (out / MANIFEST).exists():
         there = read_json(out / MANIFEST, StoreError)
@@ -200,9 +198,8 @@ def _embed(config: DedupConfig, path: Path | str, fingerprint: str, out: Path, s
             return FeatureStore(out)
         if not same:
             shutil.rmtree(out)
-    reading = {f.name: getattr(config, f.name) for f in dataclasses.fields(ReadingConfig)} if own else {"pairs": path}
-    reading |= {"max_damaged": config.max_damaged}
-    return embed.run(EmbedConfig(**reading, image_tower=spec, out=out, device=config.device))
+    limits = {name: getattr(config, name) for name in ("workers", "max_damaged", "device")}
+    return embed_pairs(EmbedConfig(config.pairs, image_tower=spec, out=out, **limits), pairs)
 
 
 def _check_same_tower(sets: list[ImageSet]) -> None:
@@ -251,19 +248,19 @@ def _compare(
     )
     pairs = dataclasses.replace(pairs, one=one.compared[pairs.one], other=other.compared[pairs.other])
     searched = time.monotonic()
-    with track(f"comparing with {other.name}", "candidates", len(pairs.one)) as task:
+    cuts = [range(start, min(start + PART, len(pairs.one))) for start in range(0, len(pairs.one), PART)]
+    files = [parts.next() for _ in cuts]
+    before = sum(len(cut) for cut, file in zip(cuts, files, strict=True) if file.exists())
+    with track(f"comparing with {other.name}", "candidates", len(pairs.one), before) as task:
         matches = [np.zeros(0, np.float32)]
-        for start in range(0, len(pairs.one), PART):
-            part, file = pairs.where(np.arange(start, min(start + PART, len(pairs.one)))), parts.next()
+        for cut, file in zip(cuts, files, strict=True):
             if not file.exists():
-                done = []
+                done, part = [], pairs.where(np.array(cut))
                 for agreed in verify(part, one.thumbnails, other.thumbnails, (one.areas, other.areas), workers=workers):
                     done.append(agreed)
                     task.advance(len(agreed))
                 with atomic(file) as temporary, open(temporary, "wb") as out:
                     np.save(out, np.concatenate(done))
-            else:
-                task.advance(len(part.one))
             matches.append(np.load(file))
     match = np.concatenate(matches)
     for name, value in (("candidates", searched - began), ("comparing", time.monotonic() - searched)):

@@ -20,6 +20,7 @@ from litune.data.facts import gather, read_facts
 from litune.data.images import open_rgb
 from litune.data.languages import identify
 from litune.data.overview import about_captions, about_files, about_tokens
+from litune.data.references import name_of
 from litune.devices import processor_cores
 from litune.errors import MissingExtraError, OutputExistsError
 from litune.files import write_json
@@ -46,7 +47,8 @@ def inspect_data(config: OverviewConfig) -> dict[str, Any]:
     found = {
         "source": pairs.source,
         "images": len(pairs),
-        "damaged_captions": len(pairs.damaged),
+        "skipped_inputs": len(pairs.damaged),
+        "skipped_examples": {one.key: one.reason for one in pairs.damaged[:20]},
         **{name: _counts(pairs.table, name) for name in ("split", "label") if name in pairs.table.column_names},
         "captions": about_captions(pairs.table),
         "languages": _languages(pairs.table, some),
@@ -73,9 +75,10 @@ def _counts(table: pa.Table, column: str) -> dict[str, int]:
 
 def _languages(table: pa.Table, captions: list[str]) -> dict[str, Any]:
     """The languages that the table declares, and those identified of some captions, of three words at least."""
-    found: dict[str, Any] = {"declared": _counts(table, "langs")}
+    found: dict[str, Any] = {"declared": _counts(table, "langs"), "captions_counted": len(captions)}
     long = words(pa.array(captions, pa.string())) >= 3
     captions = [caption for caption, enough in zip(captions, long, strict=True) if enough]
+    found["too_short"] = found["captions_counted"] - len(captions)
     try:
         identified = Counter(code for code, _ in identify(captions))
     except MissingExtraError as why:
@@ -84,6 +87,13 @@ def _languages(table: pa.Table, captions: list[str]) -> dict[str, Any]:
     named = {code: count for code, count in identified.most_common(12) if count > seldom}
     others = sum(identified.values()) - sum(named.values())
     return found | {"identified": named | ({"others": others} if others else {})}
+
+
+def _with_short(languages: dict[str, Any]) -> dict[str, int]:
+    """The captions of each identified language, and those that are too short to tell."""
+    identified: dict[str, int] = languages.get("identified", {})
+    short = languages["too_short"]
+    return identified | ({"too short to tell": short} if identified and short else {})
 
 
 def _tokens(config: OverviewConfig, captions: list[str]) -> dict[str, Any]:
@@ -114,11 +124,11 @@ def _facts(config: OverviewConfig, table: pa.Table, rows: np.ndarray, fingerprin
             about,
             what="verifying images" if config.verify else "reading images",
             workers=config.workers or processor_cores(),
-            keys=lambda row: str(keys[row]),
+            keys=lambda row: name_of(keys[row].as_py(), paths[row].as_py()),
             max_damaged=1.0,  # what is damaged is part of the answer
         )
         facts = pa.concat_tables(parts)
-    return facts.append_column("key", keys.take(pa.array(rows)))
+    return facts.append_column("key", keys.take(pa.array(rows))).append_column("path", paths.take(pa.array(rows)))
 
 
 def _write_page(config: OverviewConfig, found: dict[str, Any], table: pa.Table, random: np.random.Generator) -> None:
@@ -133,7 +143,8 @@ def _write_page(config: OverviewConfig, found: dict[str, Any], table: pa.Table, 
         (f"{captions['on_several_images']:,}", "captions on several images", captions["on_several_images"] > 0),
         (f"{captions['boilerplate']:,}", "captions that say nothing", captions["boilerplate"] > 0),
         (f"{files['equal_files']:,}", "files equal to another", files["equal_files"] > 0),
-        (f"{files['damaged']:,}", "damaged files", files["damaged"] > 0),
+        (f"{files['damaged']:,}", "damaged images", files["damaged"] > 0),
+        (f"{found['skipped_inputs']:,}", "inputs skipped", found["skipped_inputs"] > 0),
     ]
     if tokens.get("captions_cut") is not None:
         tiles.append((f"{tokens['captions_cut']:.1%}", f"captions cut at {tokens['max_tokens']} tokens", False))
@@ -142,7 +153,7 @@ def _write_page(config: OverviewConfig, found: dict[str, Any], table: pa.Table, 
         (f"Tokens of {tokens.get('tokenizer', '')}", tokens.get("tokens_histogram", {})),
         ("Short side, pixels", files["short_side_histogram"]),
         ("Languages as declared", languages["declared"]),
-        ("Languages as identified", languages.get("identified", {})),
+        ("Languages as identified", _with_short(languages)),
         ("Splits", found.get("split", {})),
         ("Text fields", found["fields"]),
         ("Classes", dict(list(found.get("label", {}).items())[:20])),
@@ -160,8 +171,9 @@ def _write_page(config: OverviewConfig, found: dict[str, Any], table: pa.Table, 
     if files["equal_examples"]:
         rows = [(", ".join(keys[:6]), f"{len(keys):,}") for keys in files["equal_examples"]]
         parts += [page.heading("Equal files"), page.table(["files", "how many"], rows)]
-    if files["damaged_examples"]:
-        parts += [page.heading("Damaged files"), page.table(["file", "why"], list(files["damaged_examples"].items()))]
+    for name, examples in (("Damaged images", files["damaged_examples"]), ("Skipped", found["skipped_examples"])):
+        if examples:
+            parts += [page.heading(name), page.table(["what", "why"], list(examples.items()))]
     chosen = np.sort(random.permutation(len(table))[: config.pictures]).tolist()
     if chosen:
         shown = table.take(pa.array(chosen)).to_pylist()

@@ -46,6 +46,15 @@ def embed(config: EmbedConfig) -> FeatureStore:
     distributed.start(config.device)
     pairs = read_files(config, config.keep)
     say_pairs(pairs)
+    store = embed_pairs(config, pairs)
+    if store.manifest["damaged"]:
+        say(f"skipped {store.manifest['damaged']:,} inputs that can't be used: {config.out}/damaged.jsonl")
+    say(f"wrote {config.out}: {len(store):,} images, D={store.width}, {store.manifest['dtype']}")
+    return store
+
+
+def embed_pairs(config: EmbedConfig, pairs: Pairs) -> FeatureStore:
+    """`embed` of pairs that are read already."""
     tower = find_image_tower(config.image_tower).to(pick_device(config.device))
     runtime = _pick_runtime(config, tower, pairs)
     manifest = {
@@ -64,9 +73,6 @@ def embed(config: EmbedConfig) -> FeatureStore:
             say(f"going on with {config.out}: {writer.seen:,} of {len(pairs):,} images are done")
         _encode(config, pairs, range(len(pairs)), tower, runtime, writer)
         store = writer.finish()
-    if store.manifest["damaged"]:
-        say(f"skipped {store.manifest['damaged']:,} inputs that can't be used: {config.out}/damaged.jsonl")
-    say(f"wrote {config.out}: {len(store):,} images, D={store.width}, {store.manifest['dtype']}")
     return store
 
 

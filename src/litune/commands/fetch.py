@@ -203,7 +203,9 @@ def _download(config: FetchConfig, python: str, columns: list[str], about: Path)
     }
     write_json(about / "img2dataset.json", settings)
     limits = {"most_bytes": config.most_bytes, "seconds": config.seconds}
-    environment = os.environ | {fetch_worker.LIMITS: json.dumps(limits), "WANDB_MODE": "disabled"}
+    # Nothing but the list's own addresses is to be asked for.
+    quiet = {"WANDB_MODE": "disabled", "NO_ALBUMENTATIONS_UPDATE": "1"}
+    environment = os.environ | quiet | {fetch_worker.LIMITS: json.dumps(limits)}
     rows = pa.parquet.read_metadata(about / "urls.parquet").num_rows
     done = sum(facts["count"] for facts in _counts(config.out))
     if done:

@@ -93,12 +93,31 @@ def choose_mixture(stores: Sequence[FeatureStore], config: TuneConfig) -> tuple[
         captions = texts_of(stores, config)
     chosen = [choose_pairs(store, config, texts) for store, texts in zip(stores, captions, strict=True)]
     if len(stores) == 1:
-        return chosen[0]
+        return keep_apart(*chosen[0], config)
     held_out = [val for _, val in chosen if val is not None]
     if held_out and len(held_out) < len(stores):
         names = ", ".join(str(store.path) for store, (_, val) in zip(stores, chosen, strict=True) if val is None)
         say(f"nothing is held out of {names}: the others alone are evaluated")
-    return Mixture([train for train, _ in chosen]), Mixture(held_out) if held_out else None
+    return keep_apart(Mixture([train for train, _ in chosen]), Mixture(held_out) if held_out else None, config)
+
+
+def keep_apart(train: Selection, val: Selection | None, config: TuneConfig) -> tuple[Selection, Selection | None]:
+    """The pairs to tune on without those whose file is held out too, by its hash; or with them, and a word on it."""
+    both = train.also_in(val) if val is not None else np.zeros(0, np.int64)
+    if not len(both):
+        return train, val
+    if config.exclude_held_out:
+        train = train.subset(np.setdiff1d(np.arange(len(train)), both))
+        for one in train.sources:
+            _enough(one)
+        say(f"{len(both):,} images are left out of tuning: their files are held out too")
+        return train, val
+    first = next(one for one in train.subset(both[:1]).sources if len(one))
+    say(
+        f"{len(both):,} of {len(train):,} images to tune on are held out too, as equal files (the first: "
+        f"{first.keys[0]} in {first.store.path}): recalls come out too high; leave them out with --exclude-held-out"
+    )
+    return train, val
 
 
 def texts_of(stores: Sequence[FeatureStore], config: TuneConfig) -> list[Captions]:
@@ -157,7 +176,8 @@ def held_out_split(store: FeatureStore, config: TuneConfig, captions: Captions |
 
 def _enough(pairs: Selection) -> Selection:
     if len(pairs) < 2:
-        raise ConfigError(f"{pairs.store.path} has {len(pairs)} image to tune on: contrastive tuning needs two or more")
+        images = "1 image" if len(pairs) == 1 else f"{len(pairs)} images"
+        raise ConfigError(f"{pairs.store.path} has {images} to tune on: contrastive tuning needs two or more")
     return pairs
 
 

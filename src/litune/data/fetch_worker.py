@@ -76,6 +76,7 @@ def end_with(parent: int) -> None:
 
 
 if __name__ in ("__main__", "__mp_main__"):  # img2dataset's processes run this file anew
+    sys.modules["torch"] = None  # type: ignore[assignment]  # webdataset would load it: half a gigabyte in each process
     limit_reads()
 
 if __name__ == "__main__":

@@ -108,17 +108,22 @@ def _examples(pool: Pool, rule: Rule, fell: np.ndarray) -> list[dict[str, str]]:
 
 
 def dropped(pool: Pool, rules: list[Rule]) -> pa.Table:
-    """What the rules dropped, a row per caption (or image without captions): key, caption, rule."""
+    """What the rules dropped, a row per caption (or image without captions).
+
+    Columns: key, caption, rule; lang and field where the pairs have them; and times: how often the row stands in the
+    pairs, where an image has a caption more than once.
+    """
     names = np.array(["", *(rule.name for rule in rules)], dtype=object)
     gone = np.flatnonzero(pool.by_caption)
     bare = np.flatnonzero((pool.by_image > 0) & (np.bincount(pool.owner, minlength=len(pool.table)) == 0))
     rows = np.concatenate([pool.owner[gone], bare])
     captions = pa.concat_arrays([pool.captions.take(pa.array(gone)), pa.nulls(len(bare), pa.string())])
     reasons = np.concatenate([names[pool.by_caption[gone]], names[pool.by_image[bare]]])
-    return pa.table(
-        {
-            "key": pool.table["key"].take(pa.array(rows)),
-            "caption": captions,
-            "rule": pa.array(reasons.tolist(), pa.string()),
-        }
-    )
+    table = pa.table({"row": rows, "caption": captions, "rule": pa.array(reasons.tolist(), pa.string())})
+    for name, column in (("lang", "langs"), ("field", "fields")):
+        if (values := pool.flat(column)) is not None:
+            values = pa.concat_arrays([values.take(pa.array(gone)), pa.nulls(len(bare), pa.string())])
+            table = table.append_column(name, values)
+    each = table.group_by(table.column_names, use_threads=False).aggregate([([], "count_all")])
+    each = each.rename_columns([*table.column_names, "times"])
+    return each.set_column(0, "key", pool.table["key"].take(each["row"]))

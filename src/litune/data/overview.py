@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from litune.data import captions as text
+from litune.data.references import name_of
 
 QUANTILES = {"least": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "most": 1.0}
 
@@ -68,7 +69,7 @@ def about_captions(table: pa.Table) -> dict[str, Any]:
 
 
 def about_files(facts: pa.Table) -> dict[str, Any]:
-    """Figures about the image files that were opened, of `facts` (see `read_facts`) with their `key`."""
+    """Figures about the image files that were opened, of `facts` (see `read_facts`) with their `key` and `path`."""
     good = facts.filter(pc.equal(facts["damage"], ""))
     width, height = (good[name].to_numpy().astype(np.int64) for name in ("width", "height"))
     short, long = np.minimum(width, height), np.maximum(width, height)
@@ -78,7 +79,7 @@ def about_files(facts: pa.Table) -> dict[str, Any]:
     for key, value in zip(facts["key"].to_pylist(), facts["sha256"].to_pylist(), strict=True):
         if value in again:
             groups.setdefault(value, []).append(key)
-    damaged = facts.filter(pc.not_equal(facts["damage"], "")).select(["key", "damage"]).to_pylist()
+    damaged = facts.filter(pc.not_equal(facts["damage"], "")).select(["key", "path", "damage"]).to_pylist()
     return {
         "opened": len(facts),
         "formats": dict(Counter(good["format"].to_pylist()).most_common()),
@@ -89,7 +90,7 @@ def about_files(facts: pa.Table) -> dict[str, Any]:
         "equal_files": sum(count - 1 for count in hashes.values()),
         "equal_examples": list(groups.values())[:10],
         "damaged": len(damaged),
-        "damaged_examples": {one["key"]: one["damage"] for one in damaged[:20]},
+        "damaged_examples": {name_of(one["key"], one["path"]): one["damage"] for one in damaged[:20]},
     }
 
 

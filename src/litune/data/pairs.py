@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from litune.data.sources import find_source
 from litune.data.sources.folders import class_folders, image_files
-from litune.data.sources.sample import Damage, Options, Sample, Source
+from litune.data.sources.sample import CAPTION_COLUMNS, Damage, Options, Sample, Source
 from litune.data.sources.tables import join
 from litune.errors import DataError, nearest
 
@@ -71,7 +71,7 @@ class Pairs:
 def read_pairs(
     source: Path | str,
     *,
-    images: Path | None = None,
+    images: Path | str | None = None,
     image_column: str | None = None,
     caption_columns: Sequence[str] = (),
     split_column: str = "split",
@@ -129,7 +129,7 @@ def _check_damage(name: str, damaged: Sequence[Damage], good: int, files: int, m
         )
     if len(damaged) > max_damaged * (good + len(damaged)):
         raise DataError(
-            f"{len(damaged):,} of {good + len(damaged):,} captions in {name} can't be used "
+            f"{len(damaged):,} of {good + len(damaged):,} inputs in {name} can't be used "
             f"(at most {max_damaged:.1%} may): {damaged[0].key}: {damaged[0].reason}; {remedy}"
         )
 
@@ -185,7 +185,8 @@ class _Columns:
     def _check(
         self, sample: Sample, field: str, cell: Any, found: list[tuple[str, str, str]], damaged: list[Damage]
     ) -> None:
-        captions = cell if isinstance(cell, list) else [cell]
+        cell = _text_of(cell)
+        captions = [_text_of(one) for one in cell] if isinstance(cell, list) else [cell]
         lang = sample.lang.get(field, "") if isinstance(sample.lang, dict) else sample.lang
         if isinstance(lang, list) and len(lang) != len(captions):
             reason = f"{len(captions)} captions but {len(lang)} languages"
@@ -240,6 +241,13 @@ def _cells(sample: Sample, damaged: list[Damage]) -> dict[str, Any]:
     if not cells:
         damaged.append(Damage(sample.where, f"{', '.join(sample.texts)} are all empty"))
     return cells
+
+
+def _text_of(cell: Any) -> Any:
+    """What a struct around a caption, or around a list of captions, holds: {"raw": "a dog", "tokens": …}."""
+    if not isinstance(cell, dict):
+        return cell
+    return next((cell[name] for name in ("raw", *CAPTION_COLUMNS) if name in cell), cell)
 
 
 def _reason(text: str) -> str:

@@ -5,6 +5,7 @@ An address is a path, or a URL that fsspec knows (s3://, gs://, hf://, memory://
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import re
@@ -19,6 +20,8 @@ from litune.errors import DataError, MissingExtraError
 
 MOST_FILES = 1_000_000
 """A pattern that stands for more files than this is a slip of the pen."""
+
+BUFFER = 1 << 16
 
 _URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -77,16 +80,41 @@ def _braces(address: str) -> list[str]:
     return [address[: match.start()] + one + after for one, after in itertools.product(choices, rest)]
 
 
+def folder_of(address: str) -> str:
+    """The folder that a file is in, with the slashes of its address as they are."""
+    return address.rpartition("/")[0] if is_url(address) else str(Path(address).parent)
+
+
 def files_under(folder: str) -> list[str]:
     """All files under a folder elsewhere, as addresses, sorted."""
     system, path = _system(folder)
-    return sorted(system.unstrip_protocol(p) for p in _asking(folder, system.find, path))
+    return sorted(_address(folder, system, path, one) for one in _asking(folder, system.find, path))
+
+
+def folders_in(folder: str) -> list[str]:
+    """The folders in a folder, as addresses, sorted, without the hidden ones."""
+    if not is_url(folder):
+        return sorted(str(p) for p in Path(folder).iterdir() if p.is_dir() and not p.name.startswith("."))
+    system, path = _system(folder)
+    entries = _asking(folder, system.ls, path, detail=True)
+    found = (one["name"].rstrip("/") for one in entries if one["type"] == "directory")
+    return sorted(_address(folder, system, path, one) for one in found if not one.rpartition("/")[2].startswith("."))
+
+
+def _address(folder: str, system: Any, path: str, found: str) -> str:
+    """The address of what a file system found in a folder, written as the folder's is."""
+    inside = f"{path.rstrip('/')}/"
+    if not found.startswith(inside):
+        return str(system.unstrip_protocol(found))
+    return f"{folder.rstrip('/')}/{found.removeprefix(inside)}"
 
 
 def is_file(address: str) -> bool:
     """Whether there is a file at an address."""
     if not is_url(address):
         return os.path.isfile(address)  # noqa: PTH113 (a Path would cost more than the question)
+    if address.endswith("/"):  # of a web server's folder, fsspec says that it is a file
+        return False
     system, path = _system(address)
     return bool(_asking(address, system.isfile, path))
 
@@ -95,10 +123,35 @@ def open_file(address: str) -> BinaryIO:
     """A file, open for reading. Raises `OSError`, or `DataError` where it is none."""
     if is_url(address):
         system, path = _system(address)
-        return cast(BinaryIO, _asking(address, system.open, path, "rb"))
+        return io.BufferedReader(_Elsewhere(address, _asking(address, system.open, path, "rb")), BUFFER)
     if not stat.S_ISREG(os.stat(address).st_mode):  # noqa: PTH116
         raise DataError(f"{address} is not a regular file")
     return open(address, "rb")
+
+
+class _Elsewhere(io.RawIOBase):
+    """A file that fsspec has opened; its failures, of whatever kind, are `OSError`."""
+
+    def __init__(self, address: str, file: Any) -> None:
+        self._address, self._file = address, file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = _asking(self._address, self._file.read, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return int(self._file.seek(offset, whence))
+
+    def close(self) -> None:
+        super().close()
+        self._file.close()
 
 
 def size_of(file: BinaryIO) -> int:
@@ -113,7 +166,10 @@ def read_part(address: str, start: int, length: int) -> bytes:
     """`length` bytes from `start` on, fewer where the file ends before. Raises as `open_file`."""
     if is_url(address):
         system, path = _system(address)
-        return cast(bytes, _asking(address, system.cat_file, path, start=start, end=start + length))
+        data = cast(bytes, _asking(address, system.cat_file, path, start=start, end=start + length))
+        if len(data) > length:
+            raise OSError(f"{address}: the server gives whole files, no parts of them: copy the file to this machine")
+        return data
     with open_file(address) as file:
         return os.pread(file.fileno(), length, start)
 
@@ -132,8 +188,9 @@ def _system(address: str) -> tuple[Any, str]:
     try:
         system, path = url_to_fs(address)
     except ImportError as why:
-        if address.startswith("s3"):
-            raise MissingExtraError(address, "s3fs", "s3") from None
+        for protocol, package, extra in (("s3", "s3fs", "s3"), ("http", "aiohttp", "http")):
+            if address.startswith(protocol):
+                raise MissingExtraError(address, package, extra) from None
         raise DataError(f"{address} can't be read: {why}") from None
     except ValueError as why:
         raise DataError(f"{address} can't be read ({why}): give a path, or a URL that fsspec knows") from None

@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
-from litune.data.places import is_url, local, open_file, read_all, read_part
+from litune.data.places import folder_of, is_url, local, open_file, read_all, read_part
 from litune.errors import DataError
 
 MOST_BYTES = 1 << 29
@@ -73,6 +73,18 @@ def parse(reference: str) -> Member | Row | str:
         if found := _ROW.fullmatch(reference):
             return Row(found[1], int(found[2]), int(found[3]), found[4])
     return reference
+
+
+def name_of(key: str, reference: str) -> str:
+    """An image's name for messages, with the file that it lies in where that holds many images.
+
+    >>> name_of("00000/12", "/data/00000.tar::1536+20480::12.jpg")
+    '00000/12 in /data/00000.tar'
+    """
+    place = parse(reference)
+    if isinstance(place, Member):
+        return f"{key} in {place.shard}"
+    return f"{key} in {place.file}" if isinstance(place, Row) else key
 
 
 def absolute(reference: str) -> str:
@@ -185,7 +197,11 @@ class _Rows:
             data: bytes | None = pictures[place.row].as_py()
             path = paths[place.row].as_py() if paths is not None and data is None else None
         if data is None and path:
-            return read_all(local(path), MOST_BYTES)
+            path = local(path) if is_url(path) or path.startswith("/") else f"{folder_of(place.file)}/{path}"
+            try:
+                return read_all(path, MOST_BYTES)
+            except FileNotFoundError:
+                raise DataError(f"{path}, which it names, does not exist") from None
         if data is None:
             raise DataError("the cell has no picture")
         return data

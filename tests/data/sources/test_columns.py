@@ -61,6 +61,44 @@ def test_saved_to_disk(tmp_path: Path, form: str) -> None:
     assert len(set(pairs.table["key"].to_pylist())) == 12
 
 
+def write_arrow(file: Path, table: pa.Table) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+def test_files_that_the_state_names(tmp_path: Path) -> None:
+    """What save_to_disk has listed is read, in its order, and nothing else; what is missing of it is named."""
+    whole = tmp_path / "whole"
+    names = ["data-00001-of-00002.arrow", "data-00000-of-00002.arrow"]
+    for name, part in zip(names, (NAMES[:6], NAMES[6:]), strict=True):
+        write_arrow(whole / name, hub_table(part))
+    write_arrow(whole / "cache-12ab_indices.arrow", pa.table({"indices": [1, 2]}))
+    state = json.dumps({"_data_files": [{"filename": name} for name in (*names, "../data.arrow", 3)]})
+    (whole / "state.json").write_text(state)
+    assert pictures(read_pairs(whole)) == [picture(name) for name in NAMES]
+
+    (whole / names[1]).unlink()
+    with pytest.raises(DataError, match=rf"1 of 2 files in .*{names[1]}: the file does not exist"):
+        read_pairs(whole)
+    (whole / names[1]).write_bytes(b"no Arrow")
+    pairs = read_pairs(whole, max_damaged=0.5)
+    assert pictures(pairs) == [picture(name) for name in NAMES[:6]]
+    assert [(d.key, d.whole_file) for d in pairs.damaged] == [(str(whole / names[1]), True)]
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["whole", "test"]}')
+    absent = read_pairs(tmp_path, max_damaged=0.7).damaged
+    assert [d.key for d in absent] == [str(whole / names[1]), str(tmp_path / "test" / "state.json")]
+
+
+def test_arrow_files_alone(tmp_path: Path) -> None:
+    """As datasets keeps what it has downloaded: named for the set and the split, without a state."""
+    write_arrow(tmp_path / "beans-train.arrow", hub_table(NAMES[:8]))
+    write_arrow(tmp_path / "beans-validation.arrow", hub_table(NAMES[8:]))
+    (tmp_path / "dataset_info.json").write_text("{}")
+    assert read_pairs(tmp_path).table["split"].to_pylist() == ["train"] * 8 + ["val"] * 4
+    assert len(read_pairs(tmp_path / "beans-train.arrow")) == 8
+
+
 def test_classes(tmp_path: Path) -> None:
     """Labels as numbers, their names in Hugging Face's metadata; the names are the captions where there are none."""
     features = {"label": {"names": ["polar_bear", "wombat"], "_type": "ClassLabel"}}
@@ -94,12 +132,26 @@ def test_img2datasets_parquet(tmp_path: Path) -> None:
 def test_paths_in_place_of_bytes(tmp_path: Path) -> None:
     """A struct may have a path and no bytes, as datasets writes what was not embedded; or neither."""
     (tmp_path / "x.png").write_bytes(picture(NAMES[2]))
-    cells = [{"bytes": None, "path": str(tmp_path / "x.png")}, {"bytes": None, "path": None}, None]
+    cells = [{"bytes": None, "path": path} for path in (str(tmp_path / "x.png"), "x.png", "gone.png", None)]
+    cells += [None]
     struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     pa.parquet.write_table(pa.table({"image": pa.array(cells, struct)}), tmp_path / "a.parquet")
     pairs = read_pairs(tmp_path / "a.parquet")
-    assert pictures(pairs) == [picture(NAMES[2])]
+    found = read_each(pairs.table["path"].to_pylist())
+    assert [next(found), next(found)] == [picture(NAMES[2])] * 2  # beside the table, in whatever folder one is
+    assert str(next(found)) == f"{tmp_path}/gone.png, which it names, does not exist"
     assert "2 rows without a picture left out" in pairs.source
+
+
+def test_names_and_structs_of_captions(tmp_path: Path) -> None:
+    """Columns in any case; captions in structs, as COCO's on the hub."""
+    struct = [[{"raw": f"a {name}", "sentid": 1}] for name in NAMES]
+    table = hub_table(NAMES).drop_columns(["caption"]).append_column("Sentences", pa.array(struct))
+    table = table.append_column("Split", pa.array(["val"] * 12)).rename_columns({"image": "Image"})
+    pa.parquet.write_table(table, tmp_path / "a.parquet")
+    pairs = read_pairs(tmp_path)
+    assert pairs.table["captions"].to_pylist() == [[f"a {name}"] for name in NAMES]
+    assert set(pairs.table["split"].to_pylist()) == {"val"}
 
 
 def test_columns(tmp_path: Path) -> None:

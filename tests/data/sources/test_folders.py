@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet
-from tests.data.packed import NAMES, picture
+import pytest
+from tests.data.packed import NAMES, hub_table, picture, write_shards
 
 from litune.data.pairs import read_pairs
+from litune.errors import DataError
 
 
 def test_img2datasets_files(tmp_path: Path) -> None:
@@ -50,3 +52,34 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     assert pairs.table["key"].to_pylist() == ["a.png"]
     assert [d.reason for d in pairs.damaged] == ["the image's name is not UTF-8"]
     json.dumps(pairs.damaged[0].key).encode()
+
+
+def test_capital_suffixes(tmp_path: Path) -> None:
+    for name in NAMES:
+        (tmp_path / f"{name}.JPG").write_bytes(picture(name, "JPEG"))
+        (tmp_path / f"{name}.TXT").write_text(f"a {name}")
+    pairs = read_pairs(tmp_path)
+    assert pairs.table["captions"].to_pylist() == [[f"a {name}"] for name in sorted(NAMES)]
+    assert pairs.source == "a folder of 12 images with captions beside them"
+
+
+def test_where_it_may_be(tmp_path: Path) -> None:
+    """A folder that has nothing itself says where in it something is."""
+    (tmp_path / "a" / "b" / "red").mkdir(parents=True)
+    with pytest.raises(DataError, match="no class folders with images$"):
+        read_pairs(tmp_path)
+    (tmp_path / "a" / "b" / "red" / "x.png").write_bytes(picture("red-bar"))
+    with pytest.raises(DataError, match=f"perhaps you meant {tmp_path}/a/b$"):
+        read_pairs(tmp_path)
+    (tmp_path / "x.tar.gz").touch()
+    with pytest.raises(DataError, match=f"{tmp_path}/x.tar.gz is compressed, unpack it first$"):
+        read_pairs(tmp_path)
+
+
+def test_two_kinds(tmp_path: Path) -> None:
+    """Shards and their own tables are one set; shards and pictures in Parquet are two."""
+    write_shards(tmp_path)
+    assert len(read_pairs(tmp_path)) == 12
+    pa.parquet.write_table(hub_table(NAMES), tmp_path / "more.parquet")
+    with pytest.raises(DataError, match=r"00000.tar and .*more.parquet are files of different kinds"):
+        read_pairs(tmp_path)

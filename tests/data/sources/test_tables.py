@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -33,6 +34,12 @@ def folder(tmp_path: Path) -> Path:
         ("bare.tsv", "1_a.jpg\ta red bar .\n1_a.jpg\tone, two\n2_b.jpg\tblue\n"),
         ("bars.csv", "1_a.jpg| 0| a red bar .\n1_a.jpg| 1| one, two\n2_b.jpg| 0| blue\n"),
         ("semicolons.csv", "filename;caption\n1_a.jpg;a red bar .\n1_a.jpg;one, two\n2_b.jpg;blue\n"),
+        ("captions.txt", 'image,caption\n1_a.jpg,a red bar .\n1_a.jpg,"one, two"\n2_b.jpg,blue\n'),
+        ("capitals.csv", 'Image,Caption\n1_a.jpg,a red bar .\n1_a.jpg,"one, two"\n2_b.jpg,blue\n'),
+        ("quoted.tsv", '"image"\t"caption"\n1_a.jpg\t"a red bar ."\n1_a.jpg\tone, two\n"2_b.jpg"\tblue\n'),
+        ("cells.csv", 'image,captions\n1_a.jpg,"[""a red bar ."", ""one, two""]"\n2_b.jpg,blue\n'),
+        ("rows.json", '[{"image": "1_a.jpg", "caption": ["a red bar .", "one, two"]},'
+         '{"image": "2_b.jpg", "caption": {"raw": "blue", "tokens": []}}]'),
         ("windows.csv", '\ufeffimage,caption\r\n1_a.jpg,a red bar .\r\n1_a.jpg,"one, two"\r\n2_b.jpg,blue\r\n'),
     ],
 )  # fmt: skip
@@ -43,6 +50,41 @@ def test_lists_of_captions(folder: Path, name: str, text: str) -> None:
         assert pairs.table["key"].to_pylist() == ["1_a.jpg", "2_b.jpg"]
         assert pairs.table["captions"].to_pylist() == CAPTIONS
         assert not pairs.damaged
+
+
+def test_quotes_between_tabs(folder: Path) -> None:
+    """Quotes go where they are a spreadsheet's, and stay where a caption has them."""
+    captions = ['"a ""red"" bar"', '"a "red" bar"', '5" tall', '"[1]"', '"']
+    (folder / "t.tsv").write_text("image\tcaption\n" + "".join(f"1_a.jpg\t{caption}\n" for caption in captions))
+    found = read_pairs(folder / "t.tsv").table["captions"][0].as_py()
+    assert found == ['a "red" bar', '"a "red" bar"', '5" tall', "[1]", '"']
+
+
+def test_what_is_no_list_of_captions(folder: Path) -> None:
+    """Brackets in a caption are brackets."""
+    captions = ['["a", 3]', '["torn"', "[red] bar", '["a" and "b"]']
+    rows = [{"image": "1_a.jpg", "caption": caption} for caption in captions]
+    (folder / "t.json").write_text(json.dumps(rows))
+    assert read_pairs(folder / "t.json").table["captions"][0].as_py() == captions
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("t.csv", "image,caption\n1_a.jpg,a".encode("utf-16"), "t.csv is UTF-16, expected UTF-8"),
+        ("t.json", b'[{"image": "1_a.jpg", "caption": "a"}', "t.json can't be read as JSON"),
+        ("t.json", b"[]", "t.json has no list of images"),
+        (
+            "t.json",
+            b'[{"image": "1_a.jpg", "caption": "a"}, 3]',
+            "row 2 of t.json: it is a int, expected a JSON object",
+        ),
+    ],
+)
+def test_lists_that_are_none(folder: Path, name: str, data: bytes, message: str) -> None:
+    (folder / name).write_bytes(data)
+    with pytest.raises(DataError, match=message):
+        read_pairs(folder / name)
 
 
 def test_a_bar_that_is_missing(folder: Path) -> None:

@@ -263,3 +263,18 @@ def test_columns_grow_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert parts.table.equals(whole.table)
     assert parts.fingerprint() == whole.fingerprint()
     assert whole.table["score"].to_pylist()[4:7] == ["4", "5", "6 points"]
+
+
+def test_two_pictures_of_a_sample(tmp_path: Path) -> None:
+    """The first is taken, the others are counted; what is named more closely (.seg.png) is no picture of its own."""
+    members = []
+    for name in NAMES:
+        members += [(f"{name}.jpg", picture(name, "JPEG")), (f"{name}.png", picture("red-bar")), (f"{name}.txt", b"x")]
+        members += [(f"{name}.seg.png", picture("red-bar"))]
+    shard = write_tar(tmp_path / "0.tar", members)
+    first = read_pairs(shard)
+    assert first.source == f"1 webdataset shard in {tmp_path}, 12 second pictures (.png) left out"
+    assert [read_bytes(path) for path in first.table["path"].to_pylist()] == [picture(n, "JPEG") for n in NAMES]
+    other = read_pairs(shard, image_column="png")
+    assert other.source == f"1 webdataset shard in {tmp_path}"
+    assert {read_bytes(path) for path in other.table["path"].to_pylist()} == {picture("red-bar")}

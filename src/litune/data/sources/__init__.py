@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import re
+from codecs import BOM_UTF8
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 from litune.data.places import expand, files_under, is_file, is_pattern, is_url, local, open_file
 from litune.data.references import first_line
-from litune.data.sources.annotations import annotation_files, annotation_source
-from litune.data.sources.columns import arrow_source, holds_pictures, parquet_source
-from litune.data.sources.folders import class_source, files_source, parts_of, pictures_in
+from litune.data.sources.annotations import annotation_files, annotation_source, is_annotation
+from litune.data.sources.columns import arrow_files, arrow_source, holds_pictures, parquet_source
+from litune.data.sources.folders import (
+    beside_part,
+    class_folders,
+    class_source,
+    files_source,
+    is_part,
+    is_picture,
+    local_files,
+    parts_of,
+    pictures_in,
+)
 from litune.data.sources.sample import Options, Source
 from litune.data.sources.stores import is_store, store_source
 from litune.data.sources.tables import TABLE_SUFFIXES, table_source
 from litune.data.sources.tars import tar_source
 from litune.errors import DataError
 
+NOT_HERE = "has Arrow data, which is read on this machine alone: copy it, or write it as Parquet"
+_ROWS = re.compile(rb"\s*\[\s*\{")
+MOST_LISTS = 10
+"""More .json files than this in a folder belong to its images, one each."""
 MISSING = "give a folder of images, a table of captions, webdataset shards or Parquet files"
 
 
@@ -39,13 +56,41 @@ def find_source(address: str, options: Options) -> Source:
 
 
 def _from_elsewhere(folder: str, options: Options) -> Source:
-    """A folder that is not on this machine: its shards, else its Parquet files, else its one table."""
-    files = [file for file in files_under(folder) if not PurePosixPath(file).name.startswith(".")]
-    for suffixes in ({".tar"}, {".parquet"}, TABLE_SUFFIXES):
-        found = [file for file in files if PurePosixPath(file).suffix.lower() in suffixes]
-        if found:
+    """What a folder that is not on this machine holds, of all files in it and below it."""
+    folder = folder.rstrip("/")
+    paths = [file for file in files_under(folder) if not PurePosixPath(file).name.startswith(".")]
+    if not paths:
+        raise DataError(f"nothing was found at {folder}: check the address (a web server must list a folder's files)")
+    names: dict[str, list[str]] = {}  # by folder, from here
+    for path in paths:
+        inside, _, name = path.removeprefix(f"{folder}/").rpartition("/")
+        names.setdefault(inside, []).append(name)
+    if {"dataset_dict.json", "state.json"} & set(names.get("", [])):
+        raise DataError(f"{folder} {NOT_HERE}")
+    parts = [part for part in sorted(names) if is_part(part) and set(beside_part(part)) & set(names.get("", []))]
+    if parts:
+        return files_source(folder, {part: names[part].copy for part in parts}, options)
+    for of_kind in (
+        _ends(".tar"),
+        _ends(".parquet"),
+        is_annotation,
+        _ends(*TABLE_SUFFIXES, ".token.txt", "/captions.txt"),
+    ):
+        if found := [path for path in paths if of_kind(path)]:
             return _from_files(found, options)
-    raise DataError(f"{folder} has no .tar, no .parquet and no table of captions in it: {MISSING}")
+    if any(map(is_picture, names.get("", []))):
+        return files_source(folder, {"": names[""].copy}, options)
+    classes = {
+        name: [f"{folder}/{name}/{file}" for file in sorted(files) if is_picture(file)]
+        for name, files in sorted(names.items())
+    }
+    if any(classes.values()) and not any("/" in name for name in classes):
+        return class_source(folder, {name: files for name, files in classes.items() if files})
+    raise DataError(f"{folder} has no shards, no table of captions and no images in it: {MISSING}")
+
+
+def _ends(*suffixes: str) -> Callable[[str], bool]:
+    return lambda path: path.lower().endswith(suffixes)
 
 
 def _from_files(files: Sequence[str], options: Options) -> Source:
@@ -59,8 +104,10 @@ def _from_files(files: Sequence[str], options: Options) -> Source:
         return tar_source(files, options)
     if kind == "parquet" and any(holds_pictures(file) for file in files):
         return parquet_source(files, options)
+    if kind == "arrow":
+        return arrow_files(files, options)
     if kind == "json":
-        return annotation_source([Path(file) for file in files], options)
+        return annotation_source(files, options)
     if len(files) > 1 and kind != "parquet":
         raise DataError(f"{files[0]} and {files[1]} are two tables: give the one to read")
     return table_source(files, options)
@@ -69,7 +116,9 @@ def _from_files(files: Sequence[str], options: Options) -> Source:
 def _kind(file: str) -> str:
     """What a file is, by its first bytes, else by its name; a damaged one still has its name."""
     suffix = PurePosixPath(file).suffix.lower()
-    if suffix in (".tar", ".parquet"):
+    if suffix == ".arrow" and is_url(file):
+        raise DataError(f"{file} {NOT_HERE}")
+    if suffix in (".tar", ".parquet", ".arrow"):
         return suffix[1:]
     try:
         with open_file(file) as opened:
@@ -83,7 +132,7 @@ def _kind(file: str) -> str:
     if head.startswith(b"PAR1"):
         return "parquet"
     if suffix == ".json":
-        return "json"
+        return "table" if _ROWS.match(head.removeprefix(BOM_UTF8)) else "json"
     for magic, kind in ((b"\x1f\x8b", "gzip"), (b"PK\x03\x04", "zip"), (b"\x28\xb5\x2f\xfd", "zstd")):
         if head.startswith(magic):
             raise DataError(f"{file} is compressed with {kind}: unpack it first")
@@ -93,29 +142,37 @@ def _kind(file: str) -> str:
 def _from_folder(folder: Path, options: Options) -> Source:
     """What a folder on this machine holds, the plainest sign first."""
     if tars := sorted(folder.glob("*.tar")) or sorted(folder.glob("*/*.tar")):
+        beside = [file for file in sorted(folder.glob("*.parquet")) if not file.with_suffix(".tar").is_file()]
+        if beside and holds_pictures(str(beside[0])):
+            raise DataError(f"{tars[0]} and {beside[0]} are files of different kinds: give one kind at a time")
         return tar_source([str(file) for file in tars], options)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return arrow_source(folder, options)
     if is_store(folder):
         return store_source(folder, options)
+    if arrows := sorted(folder.glob("*.arrow")):
+        return arrow_files([str(file) for file in arrows], options)
     parquets = [str(file) for file in sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet"))]
     if any(holds_pictures(file) for file in parquets[:2]):
         return parquet_source(parquets, options)
     if parts_of(folder):
-        return files_source(folder, options)
+        return local_files(folder, options)
     if annotations := annotation_files(folder):
         return annotation_source(annotations, options)
     table = _find_table(folder)
     if table is not None:
         return table_source([str(table)], options)
     if any(pictures_in(folder)):
-        return files_source(folder, options)
-    return class_source(folder)
+        return local_files(folder, options)
+    return class_source(str(folder), {name: list(map(str, files)) for name, files in class_folders(folder).items()})
 
 
 def _find_table(folder: Path) -> Path | None:
     """The one table of captions in `folder`, or beside it under the folder's name."""
     tables = sorted(p for p in folder.iterdir() if (p.suffix.lower() in TABLE_SUFFIXES or _is_list(p)) and p.is_file())
+    if not tables:
+        lists = list(itertools.islice(folder.glob("*.json"), MOST_LISTS + 1))
+        tables = sorted(p for p in lists if len(lists) <= MOST_LISTS and p.is_file() and _kind(str(p)) == "table")
     if len(tables) > 1:
         names = ", ".join(t.name for t in tables)
         raise DataError(f"{folder} has several tables ({names}): give the one to read, and --images {folder}")
@@ -127,5 +184,5 @@ def _find_table(folder: Path) -> Path | None:
 
 
 def _is_list(file: Path) -> bool:
-    """Whether a file is named as Flickr's lists of captions are: Flickr8k.token.txt."""
-    return file.name.endswith(".token.txt")
+    """Whether a file is named as Flickr's lists of captions are: Flickr8k.token.txt, captions.txt."""
+    return file.name.endswith(".token.txt") or file.name == "captions.txt"

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 
 from litune.data.names import canonicalize
-from litune.data.places import open_file
+from litune.data.places import folder_of, is_file, open_file
 from litune.data.references import BROKEN, Row, absolute, first_line, open_arrow
 from litune.data.sources.sample import (
     CAPTION_COLUMNS,
@@ -33,6 +33,7 @@ from litune.data.sources.sample import (
 from litune.data.sources.tables import IMAGE_COLUMNS
 from litune.data.sources.tars import short_names
 from litune.errors import DataError
+from litune.files import read_json
 
 ROWS = 10_000
 PICTURES = [*IMAGE_COLUMNS, "image_bytes", "bytes", *(suffix[1:] for suffix in sorted(IMAGE_SUFFIXES))]
@@ -52,7 +53,7 @@ def picture_column(schema: pa.Schema, wanted: str | None) -> str | None:
     found = [field.name for field in schema if _binary(field.type) or _is_struct(field.type)]
     if wanted is not None:
         return wanted if wanted in found else None
-    usual = [name for name in PICTURES if name in found]
+    usual = [name for usual in PICTURES for name in found if name.lower() == usual]
     structs = [name for name in found if _is_struct(schema.field(name).type)]
     return next(iter([*usual, *structs, *(found if len(found) == 1 else [])]), None)
 
@@ -75,11 +76,32 @@ def arrow_source(folder: Path, options: Options) -> Source:
     """The rows of a folder that Hugging Face's `save_to_disk` wrote, or of one with such a folder per split."""
     parts = {"": folder}
     if (folder / "dataset_dict.json").is_file():
-        parts = {part.name: part for part in sorted(folder.iterdir()) if (part / "state.json").is_file()}
-    files = [(str(file), split) for split, part in parts.items() for file in sorted(part.glob("*.arrow"))]
+        names = read_json(folder / "dataset_dict.json", DataError).get("splits")
+        there = [part.name for part in sorted(folder.iterdir()) if (part / "state.json").is_file()]
+        parts = {name: folder / name for name in (names if isinstance(names, list) else there) if _plain(name)}
+    files = [(str(file), split) for split, part in parts.items() for file in _arrow_files(part)]
     if not files:
         raise DataError(f"{folder} has no .arrow files: save the dataset to disk again")
-    return _source([file for file, _ in files], options, "Arrow file", [split for _, split in files])
+    return arrow_files([file for file, _ in files], options, [split for _, split in files])
+
+
+def arrow_files(files: Sequence[str], options: Options, splits: Sequence[str] = ()) -> Source:
+    """The rows of Arrow files on this machine."""
+    return _source(files, options, "Arrow file", splits or [split_of(PurePosixPath(file).stem) for file in files])
+
+
+def _arrow_files(folder: Path) -> list[Path]:
+    """The files that a dataset's state names, be they there or not."""
+    if not (folder / "state.json").is_file():
+        return [folder / "state.json"]  # which is then named as missing
+    listed = read_json(folder / "state.json", DataError).get("_data_files")
+    names = [one.get("filename") for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+    return [folder / str(name) for name in names if _plain(name)] or sorted(folder.glob("*.arrow"))
+
+
+def _plain(name: Any) -> bool:
+    """Whether this is the name of something in a folder, and of nothing elsewhere."""
+    return isinstance(name, str) and PurePosixPath(name).name == name
 
 
 def _hub_split(file: str) -> str:
@@ -89,7 +111,7 @@ def _hub_split(file: str) -> str:
 
 
 def _source(files: Sequence[str], options: Options, kind: str, splits: Sequence[str]) -> Source:
-    folder = str(PurePosixPath(files[0]).parent)
+    folder = folder_of(files[0])
     splits = splits if all(splits) else [""] * len(files)
     absent: list[int] = []
 
@@ -107,7 +129,13 @@ def _source(files: Sequence[str], options: Options, kind: str, splits: Sequence[
 def _read_file(file: str, name: str, split: str, options: Options, absent: list[int]) -> Iterator[Sample | Damage]:
     try:
         if file.endswith(".arrow"):
-            table = open_arrow(file)
+            if not is_file(file):
+                raise FileNotFoundError
+            try:
+                table = open_arrow(file)
+            except DataError as why:
+                yield Damage(file, str(why).removeprefix(f"{file} "), whole_file=True)
+                return
             found = _Columns(file, table.schema, options)
             rest = table.select(found.read)
             for start in range(0, len(table), ROWS):
@@ -169,7 +197,7 @@ class _Columns:
         self.captions = [
             pick_column(file, names, name, [], "--caption-column captions")
             for name in dict.fromkeys(options.caption_columns)
-        ] or [name for name in CAPTION_COLUMNS if name in names][:1]
+        ] or [name for usual in CAPTION_COLUMNS for name in names if name.lower() == usual][:1]
         self.split = optional_column(file, names, options.split_column, "split")
         self.lang = optional_column(file, names, options.lang_column, "lang")
         self.kept = [name for name in options.kept if name in names]

@@ -64,7 +64,7 @@ class Damage:
 class Options:
     """What a user says about a source; see `EmbedConfig`."""
 
-    images: Path | None = None
+    images: Path | str | None = None
     image_column: str | None = None
     caption_columns: Sequence[str] = ()
     split_column: str = "split"
@@ -123,9 +123,10 @@ def pick_column(where: str, names: Sequence[str], wanted: str | None, usual: Seq
         if wanted not in names:
             raise DataError(f"{where} has no column {wanted!r} ({nearest(wanted, names)})")
         return wanted
+    lower = {name.lower(): name for name in reversed(names)}
     for name in usual:
-        if name in names:
-            return name
+        if name in lower:
+            return lower[name]
     raise DataError(f"{where} has no column of {held} that litune knows: name one of {', '.join(names)} with {option}")
 
 
@@ -135,7 +136,7 @@ def optional_column(where: str, names: Sequence[str], wanted: str, usual: str) -
         return wanted
     if wanted != usual:
         raise DataError(f"{where} has no column {wanted!r} for --{usual}-column ({nearest(wanted, names)})")
-    return None
+    return next((name for name in names if name.lower() == usual), None)
 
 
 def split_of(name: str) -> str:

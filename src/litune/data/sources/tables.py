@@ -7,13 +7,14 @@ import csv
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet
 
-from litune.data.places import is_file, is_url, open_file
+from litune.data.places import folder_of, folders_in, is_file, is_url, open_file
 from litune.data.references import BROKEN, Member, Row, first_line, parse
 from litune.data.sources.sample import (
     CAPTION_COLUMNS,
@@ -49,6 +50,8 @@ DELIMITERS: dict[str, Literal[0, 3]] = {
 }
 """How each kind is quoted: captions between tabs or bars are written as they are and may hold a lone quote."""
 ROWS = 10_000
+ASKED_ELSEWHERE = 5
+"""Images that are looked for to find their folder, where each takes a request."""
 
 Line = tuple[str, dict[str, Any]] | Damage
 """Where a row stands and its cells by column; or why it can't be read."""
@@ -60,10 +63,10 @@ def table_source(files: Sequence[str], options: Options) -> Source:
     """The pairs in a table, or in several of one kind."""
     first = PurePosixPath(files[0])
     lines = (line for file in files for line in read_lines(file))
-    name = files[0] if len(files) == 1 else f"{first.parent} ({len(files)} tables)"
+    name = files[0] if len(files) == 1 else f"{folder_of(files[0])} ({len(files)} tables)"
 
     def about(_: int) -> str:
-        return f"the table {first.name}" if len(files) == 1 else f"{len(files):,} tables in {first.parent}"
+        return f"the table {first.name}" if len(files) == 1 else f"{len(files):,} tables in {folder_of(files[0])}"
 
     return Source(
         about,
@@ -95,7 +98,7 @@ def _samples(file: str, lines: Iterator[Line], options: Options) -> Iterator[Sam
             f"{where} ({path})",
             key if isinstance(key, str) and key else path,
             path,
-            {name: cells.get(name) for name in captions},
+            {name: _listed(cells.get(name)) for name in captions},
             cells.get(lang) or "" if lang else "",
             cells.get(split) or "" if split else "",
             extra={name: cells[name] for name in options.kept if name in cells and name not in captions},
@@ -104,9 +107,18 @@ def _samples(file: str, lines: Iterator[Line], options: Options) -> Iterator[Sam
         raise DataError(f"{file} has no rows: expected one per caption, with columns such as image and caption")
 
 
+def _listed(cell: Any) -> Any:
+    """A cell as it is; or, where it is a list of texts written as JSON, the list."""
+    if isinstance(cell, str) and cell.startswith('["') and cell.endswith('"]'):
+        with suppress(ValueError, RecursionError):
+            found = json.loads(cell)
+            return found if all(isinstance(one, str) for one in found) else cell
+    return cell
+
+
 def _columns(file: str, names: list[str], options: Options) -> tuple[str, list[str], str | None, str | None]:
     """The columns of image paths, captions, splits and languages."""
-    if options.image_column is None and "url" in names and not set(names) & set(IMAGE_COLUMNS):
+    if options.image_column is None and "url" in names and not {name.lower() for name in names} & set(IMAGE_COLUMNS):
         raise DataError(f"{file} is a list of URLs: fetch the images with litune data fetch, then embed what it wrote")
     return (
         pick_column(file, names, options.image_column, IMAGE_COLUMNS, "--image-column image paths"),
@@ -132,6 +144,8 @@ def read_lines(file: str) -> Iterator[Line]:
             opened.seek(0)
             if suffix in (".jsonl", ".ndjson"):
                 yield from _read_jsonl(file, opened)
+            elif suffix == ".json":
+                yield from _read_json(file, opened)
             else:
                 yield from _read_csv(file, opened, suffix)
     except (*BROKEN, csv.Error) as why:
@@ -173,10 +187,27 @@ def _read_jsonl(file: str, opened: Any) -> Iterator[Line]:
                 yield Damage(where, f"the line holds a {type(row).__name__}, expected a JSON object")
 
 
+def _read_json(file: str, opened: Any) -> Iterator[Line]:
+    """A list of objects, whole in memory."""
+    try:
+        rows = json.loads(opened.read().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as why:
+        raise DataError(f"{file} can't be read as JSON: {first_line(why)}") from None
+    for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
+        where = f"row {number} of {PurePosixPath(file).name}"
+        if isinstance(row, dict):
+            yield where, row
+        else:
+            yield Damage(where, f"it is a {type(row).__name__}, expected a JSON object")
+
+
 def _read_csv(file: str, opened: Any, suffix: str) -> Iterator[Line]:
     """Every cell as text: a caption of digits stays a caption."""
     name = PurePosixPath(file).name
-    head = _decode(opened.readline(MOST_TEXT))
+    first = opened.readline(MOST_TEXT)
+    if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{file} is UTF-16, expected UTF-8: save it as UTF-8")
+    head = _decode(first)
     delimiter, names = _header(head, suffix)
     if not names:
         raise DataError(f"{file} is not a table litune reads: expected .csv, .tsv, .jsonl, .parquet or Flickr's lists")
@@ -208,12 +239,22 @@ def _read_csv(file: str, opened: Any, suffix: str) -> Iterator[Line]:
         if len(cells) != len(names):
             yield Damage(where, f"it has {len(cells)} cells, the table has {len(names)} columns")
             continue
+        if delimiter == "\t":
+            cells = [_unquoted(cell) for cell in cells]
         row = dict(zip(names, cells, strict=True))
         if "image#" in row:  # Flickr's lists: photo.jpg#0
             row["image"] = re.sub(r"#\d+$", "", row.pop("image#"))
         if delimiter == "|":
             row = {column: cell.strip() for column, cell in row.items()}
         yield where, row
+
+
+def _unquoted(cell: str) -> str:
+    """A cell between tabs, without the quotes that spreadsheets put around it where it has some inside."""
+    inside = cell[1:-1]
+    if len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inside.replace('""', ""):
+        return inside.replace('""', '"')
+    return cell
 
 
 def _decode(line: bytes) -> str:
@@ -233,7 +274,7 @@ def _header(line: str, suffix: str) -> tuple[str, list[str]]:
         cells = _split(line, delimiter)
         if len(cells) > 1 and _is_picture(cells[0]):
             return delimiter, ["image", "caption"] if len(cells) == 2 else ["image", "number", "caption"][: len(cells)]
-        if set(cells) & set(IMAGE_COLUMNS) and len(cells) > 1:
+        if {cell.lower() for cell in cells} & set(IMAGE_COLUMNS) and len(cells) > 1:
             return delimiter, cells
     cells = _split(line, usual)
     return usual, cells if suffix in (".csv", ".tsv") else []
@@ -241,42 +282,53 @@ def _header(line: str, suffix: str) -> tuple[str, list[str]]:
 
 def _split(line: str, delimiter: str) -> list[str]:
     cells = next(csv.reader([line], delimiter=delimiter, quoting=DELIMITERS[delimiter]), [""])
-    return [cell.strip() for cell in cells] or [""]
+    cells = [cell.strip() for cell in cells]
+    return [_unquoted(cell) for cell in cells] if delimiter == "\t" else cells
 
 
 def _is_picture(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
 
 
-def image_base(file: str, images: Path | None, keys: Sequence[str]) -> str:
+def image_base(file: str, images: Path | str | None, keys: Sequence[str]) -> str:
     """The folder that a table's image paths are relative to: the candidate where most of a sample exist."""
-    sample = [str(key) for key in keys[:: max(1, len(keys) // 200)]]
-    if is_url(file):
-        return str(images) if images is not None else file.rpartition("/")[0]
+    most = ASKED_ELSEWHERE if is_url(file) else 200
+    sample = [str(key) for key in keys[:: -(-len(keys) // most)]]
     if images is not None:
-        if not images.is_dir():
+        if not is_url(images) and not Path(images).is_dir():
             raise DataError(f"--images {images} is not a folder")
         return str(images)
-    here = Path(file).parent
-    folders = [here, *sorted(p for p in here.iterdir() if p.is_dir() and not p.name.startswith("."))]
-    if here.name == "annotations":
-        folders += sorted(p for p in here.parent.iterdir() if p.is_dir() and p != here)
-    candidates = [here, here / Path(file).stem, *folders, here.parent]
-    found = {base: sum(exists(str(base), key) for key in sample) for base in candidates}
+    here = folder_of(file)
+    above = folder_of(here)
+    try:
+        candidates = [here, join(here, PurePosixPath(file).stem), *_folders_in(here)]
+        if PurePosixPath(here).name == "annotations":
+            candidates += [folder for folder in _folders_in(above) if folder != here]
+        candidates.append(above)
+        found = {base: sum(exists(base, key) for key in sample) for base in candidates}
+    except OSError as why:
+        raise DataError(first_line(why)) from None
     best = max(candidates, key=lambda base: found[base])
     if found[best] == 0:
         raise DataError(
             f"none of the images that {file} names was found (the first: {sample[0]}) in {here} or the folders "
             "in it: name their folder with --images"
         )
-    return str(best)
+    return best
+
+
+def _folders_in(folder: str) -> list[str]:
+    try:
+        return folders_in(folder)
+    except OSError:  # not every web server lists a folder's files
+        return []
 
 
 def exists(base: str, key: str) -> bool:
     """Whether the file that an image lies in is there."""
     place = parse(join(base, key))
     file = place.shard if isinstance(place, Member) else place.file if isinstance(place, Row) else place
-    return is_url(file) or is_file(file)  # an image elsewhere is asked for when it is its turn
+    return is_url(key) or is_file(file)  # an address of its own is asked for when it is its turn
 
 
 def join(base: str, key: str) -> str:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 from litune.data.names import canonicalize
-from litune.data.places import open_file, size_of
+from litune.data.places import folder_of, open_file, size_of
 from litune.data.references import BLOCK, Member, absolute, first_line
 from litune.data.sources.sample import (
     CAPTION_COLUMNS,
@@ -45,16 +46,18 @@ _PASSED_OVER = (tarfile.DIRTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK)
 
 def tar_source(shards: Sequence[str], options: Options) -> Source:
     """The samples in tar shards, in the shards' order."""
-    folder = str(PurePosixPath(shards[0]).parent)
+    folder = folder_of(shards[0])
     split = all(split_of(PurePosixPath(shard).name) for shard in shards)
+    second = Counter[str]()
 
     def read() -> Iterator[Sample | Damage]:
         for shard, name in zip(each(shards, "shards"), short_names(shards), strict=True):
             own = split_of(PurePosixPath(shard).name) if split else ""
-            yield from _read_shard(absolute(shard), name, own, options)
+            yield from _read_shard(absolute(shard), name, own, options, second)
 
     def about(_: int) -> str:
-        return f"{len(shards):,} webdataset shard{'s' * (len(shards) > 1)} in {folder}"
+        left = "".join(f", {count:,} second pictures (.{suffix}) left out" for suffix, count in second.items())
+        return f"{len(shards):,} webdataset shard{'s' * (len(shards) > 1)} in {folder}{left}"
 
     return Source(about, read(), name=folder, files=len(shards))
 
@@ -69,8 +72,8 @@ def short_names(files: Sequence[str]) -> list[str]:
     return names
 
 
-def _read_shard(shard: str, name: str, split: str, options: Options) -> Iterator[Sample | Damage]:
-    """The samples of one shard; where it can't be read at all, that."""
+def _read_shard(shard: str, name: str, split: str, options: Options, second: Counter[str]) -> Iterator[Sample | Damage]:
+    """The samples of one shard; where it can't be read at all, that. Counts pictures that stand beside another one."""
     good = bad = 0
     try:
         with open_file(shard) as file:
@@ -81,6 +84,7 @@ def _read_shard(shard: str, name: str, split: str, options: Options) -> Iterator
                 else:
                     good += 1
                     key, files = found
+                    second.update(_second_pictures(files, options.image_column))
                     yield from _read_sample(file, f"{name}/{key}", files, split, options)
             empty = size_of(file) == 0
     except FileNotFoundError:
@@ -269,6 +273,14 @@ def find_picture(files: dict[str, Any], wanted: str | None) -> str | None:
         return wanted.lstrip(".").lower() if wanted.lstrip(".").lower() in files else None
     pictures = [suffix for suffix in files if "." + suffix.rpartition(".")[2] in IMAGE_SUFFIXES]
     return min(pictures, key=lambda suffix: suffix.count("."), default=None)
+
+
+def _second_pictures(files: dict[str, Any], wanted: str | None) -> list[str]:
+    """The suffixes of a sample's further pictures, as plain as the one that is taken."""
+    if wanted is not None:
+        return []
+    taken = find_picture(files, None)
+    return [suffix for suffix in files if suffix != taken and f".{suffix}" in IMAGE_SUFFIXES]
 
 
 def _read_text(file: BinaryIO, member: Member) -> bytes | None:
