@@ -36,10 +36,10 @@ class EmbedConfig:
     """
 
     pairs: Annotated[Positional[Address], arg(metavar="PAIRS")]
-    """Where the pairs are: a folder of images with a table of captions in it or beside it, the table itself
-    (.csv, .tsv, .jsonl, .parquet), a tree with one folder per class, a folder of images (with .txt files beside them,
-    or without captions), webdataset shards ('shards/{00000..00099}.tar'), Parquet or Arrow files with pictures in
-    them, COCO's, Karpathy's or Flickr's captions, a feature store, or a URL of one of these (s3://, hf://)."""
+    """What to embed: a folder of images with a table of captions in it or beside it; the table itself (.csv, .tsv,
+    .jsonl, .parquet); a tree with one folder per class; a folder of images, with .txt files beside them or without
+    captions; webdataset shards ('shards/{00000..00099}.tar'); Parquet or Arrow files with pictures in them; COCO's,
+    Karpathy's or Flickr's captions; a feature store; or a URL of one of these (s3://, hf://)."""
     image_tower: str
     """The image tower: efficientnet-lite0, timm:NAME, hf:NAME_OR_FOLDER, open_clip:NAME/TAG, onnx:FILE,
     python:MODULE:FUNCTION, or run:RUN (the image tower that a run has trained)."""
@@ -76,10 +76,10 @@ class EmbedConfig:
     store_dtype: Literal["float16", "float32"] = "float16"
     """How features are stored."""
     shard_size: int = 16384
-    """Images after which a file of the store is closed (at the end of a batch). Files are also closed every few
-    seconds, so that an interruption costs seconds of work."""
+    """Images in a file of the store, at most: it is closed at the end of a batch, also every few seconds, so that an
+    interruption costs seconds of work."""
     max_damaged: float = 0.01
-    """Stop when more than this share of the images or captions can't be used."""
+    """Stop when more than this share of the images or captions, from 0 to 1, can't be used."""
     overwrite: bool = False
     """Remove a store that is already at --out."""
     device: Device = "auto"
@@ -111,7 +111,7 @@ class FetchConfig:
     keep: tuple[str, ...] = ()
     """Further columns to keep beside each image."""
     image_size: int = 384
-    """Images whose short side is longer are made so long; 0 keeps every image as it came."""
+    """Pixels of the short side: larger images are made so small; 0 keeps every image as it came."""
     threads: int = 64
     """Downloads at the same time, in each process."""
     processes: int = 0
@@ -156,7 +156,7 @@ class TuneConfig:
     tokenizer and those of its heads that fit)."""
     out: Path
     """The run folder to write."""
-    more_stores: Annotated[Positional[tuple[Path, ...]], arg(metavar="STORE")] = ()
+    more_stores: Annotated[Positional[tuple[Path, ...]], arg(metavar="STORE...")] = ()
     """Further feature stores of the same image tower, to tune on all of them (see --mix)."""
 
     # Pairs
@@ -175,8 +175,8 @@ class TuneConfig:
     """Evaluate on the pairs of this split as tuning goes, where the store has splits; otherwise a held-out
     part of the pairs is used (see --holdout)."""
     holdout: float = 0.05
-    """The share of the images held out for evaluation where the store has no splits (at most 1,000 images);
-    0: none."""
+    """The share of the images, from 0 to 1, held out for evaluation where the store has no splits (at most 1,000
+    images); 0: none."""
     lang: tuple[str, ...] = ()
     """Use only captions in these languages."""
     fields: tuple[str, ...] = ()
@@ -232,10 +232,11 @@ class TuneConfig:
     negatives: Literal["global", "local"] = "global"
     """With several processes, contrast each pair with those of all processes, or of its own alone."""
     mask_duplicates: bool = True
-    """Equal captions, and several captions of one image, are not each other's negatives."""
+    """Leave equal captions, and several captions of one image, out of each other's negatives."""
     image_negatives: int = 0
-    """Further images, drawn anew for each step from outside the batch, among which every text must find its own:
-    stored features cost no encoding. More than there are: all. For a locked image tower without a head."""
+    """Further images from outside the batch, drawn anew for each step, among which every text must find its own:
+    their features are stored, so they cost no encoding. More than there are: all; 0: none. For a locked image tower
+    without a head."""
 
     # How long, and how
     duration: str | None = None
@@ -247,7 +248,7 @@ class TuneConfig:
     twice (gradient caching): the same gradient, in a micro-batch's memory."""
     shard: bool = False
     """Share the text tower's weights, gradients and optimizer states among the processes (FSDP2): for towers of which
-    one device can't hold all of these. The same result; every step lends weights to and fro."""
+    one device can't hold all of these. The result is the same, steps take longer."""
     optimizer: Literal["adamw", "adafactor", "lion"] = "adamw"
     """adamw; adafactor as in "Scaling Vision Transformers"; lion, with about a tenth of adamw's learning rate."""
     learning_rate: float = 1e-3
@@ -294,7 +295,8 @@ class TuneConfig:
     workers: int = 0
     """Threads that decode pictures; 0: one per processor core."""
     max_damaged: float = 0.01
-    """Stop when more than this share of the pictures can't be read, or of the --texts belongs to no image."""
+    """Stop when more than this share, from 0 to 1, of the pictures can't be read or of the --texts belongs to no
+    image."""
 
     # The run
     precision: Precision = "auto"
@@ -460,18 +462,18 @@ class EvalConfig:
     """The templates of --tasks: clip takes the set's own (80 for ImageNet), lit these and the bare name, as the LiT
     paper; short eight for all sets; bare the name alone."""
     canonical: bool = True
-    """Whether class names are written in lower case, without punctuation."""
+    """Write class names in lower case and without punctuation before they go into templates."""
     text_precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the text tower for --tasks. bfloat16 is faster where the processor has units for it, and moves a
     few images of a thousand."""
     kshot: int = 0
-    """Also learn a ridge regression on the image features from this many training images per class."""
+    """Also learn a ridge regression on the image features from this many training images per class; 0: none."""
     probes: bool = False
     """Also learn a linear probe and nearest neighbours on the image features from the set's training images."""
     calibration: bool = True
-    """Whether to measure how far the probabilities of --tasks can be believed."""
+    """Measure how far the probabilities of --tasks can be believed."""
     contamination: bool = True
-    """Whether to look for the images of --tasks in the stores that the run was tuned on, where they are still there."""
+    """Look for the images of --tasks in the stores that the run was tuned on, where they are still there."""
     out: Path | None = None
     """A folder for the reports on --tasks and --store: tables, intervals, what was confused with what."""
     overwrite: bool = False
@@ -480,9 +482,9 @@ class EvalConfig:
     image_tower: str | None = None
     """The image tower, where the run does not name one that can be loaded."""
     json: Path | None = None
-    """Write the results here."""
+    """Also write the results to this file, as JSON."""
     max_damaged: float = 0.01
-    """Stop when more than this share of the images can't be read."""
+    """Stop when more than this share of the images, from 0 to 1, can't be read."""
     device: Device = "auto"
     """Where the towers run."""
 
@@ -516,14 +518,14 @@ class ClassifyConfig:
     image_tower: str | None = None
     """The image tower, where the run does not name one that can be loaded."""
     json: Path | None = None
-    """Write the probabilities here."""
+    """Also write the probabilities to this file, as JSON."""
     device: Device = "auto"
     """Where the towers run."""
 
     def __post_init__(self) -> None:
         _choices(self)
         if not self.images:
-            raise ConfigError("no image was given")
+            raise ConfigError("no image was given: name one or more behind the run")
         if not self.labels:
             raise ConfigError("no label was given: give two or more after --labels")
 
@@ -556,9 +558,9 @@ class SearchConfig:
     store's folder where there is none (extra search); auto: approximate where one was built and there are more than
     200,000 images."""
     sheet: Path | None = None
-    """Draw the found images into this PNG."""
+    """Also draw the found images into this file, a PNG."""
     json: Path | None = None
-    """Write the found images here."""
+    """Also write what was found to this file, as JSON."""
     overwrite: bool = False
     """Replace a --sheet or --json file that is already there."""
     image_tower: str | None = None
@@ -605,7 +607,7 @@ class ServeConfig:
     batch: int = 64
     """Texts or pictures that are encoded at once, at most."""
     batch_ms: float = 2.0
-    """Milliseconds that a request waits for others to be encoded with."""
+    """Milliseconds that a request waits, at most, for others to be encoded with."""
     queue: int = 1024
     """Texts, pictures and searches that may wait; beyond it requests are answered with 429."""
     upload_mb: float = 32.0
@@ -715,7 +717,7 @@ class InspectConfig:
     max_tokens: int = 16
     """Tokens of a caption."""
     json: Path | None = None
-    """Also write it to this file."""
+    """Also write it to this file, as JSON."""
 
     def __post_init__(self) -> None:
         _at_least("batch-size", self.batch_size, 2)
@@ -754,14 +756,14 @@ class ProbeConfig:
     seed: int = 0
     """The seed of what is drawn."""
     json: Path | None = None
-    """Also write everything to this file."""
+    """Also write everything to this file, as JSON."""
     device: Device = "auto"
     """Where the text tower runs."""
 
     def __post_init__(self) -> None:
         _choices(self)
         if not self.stores:
-            raise ConfigError("no feature store was given")
+            raise ConfigError("no feature store was given: name one or more")
         if not 0 < self.holdout < 1:
             raise ConfigError(f"--holdout is {self.holdout}, it must be more than 0 and less than 1")
         _at_least("train-images", self.train_images, 50)
@@ -854,7 +856,7 @@ class ReadingConfig:
     workers: int = 0
     """Threads that read images; 0: one per processor core."""
     max_damaged: float = 0.01
-    """Stop when more than this share of the images or captions can't be used."""
+    """Stop when more than this share of the images or captions, from 0 to 1, can't be used."""
 
     def __post_init__(self) -> None:
         _choices(self)
@@ -1038,7 +1040,6 @@ def to_json(config: Any) -> dict[str, Any]:
     """A config as plain JSON values, paths as strings."""
 
     def plain(value: Any) -> Any:
-        return str(value) if isinstance(value, Path) else [*map(plain, value)] if isinstance(value, tuple) else value
         if isinstance(value, tuple):
             return [plain(one) for one in value]
         return str(value) if isinstance(value, Path) else value
