@@ -35,7 +35,7 @@ def page(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *a
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_example_is_of_the_command_and_can_be_read(name: str) -> None:
-    words = shlex.split(EXAMPLES[COMMANDS[name][0]])
+    words = shlex.split(EXAMPLES[name])
     assert words[: 1 + len(name.split())] == ["litune", *name.split()]
     assert type(parse(words[1:])) is COMMANDS[name][0]
 
@@ -47,7 +47,7 @@ def test_page_has_every_setting_with_its_docstring(
     config = COMMANDS[name][0]
     shown = page(capsys, monkeypatch, *name.split())
     assert f"usage: litune {name} " in shown
-    assert EXAMPLES[config] in shown
+    assert EXAMPLES[name] in shown
     for doc in docs_in_source(config):
         assert " ".join(doc.split()) in shown
     for empty in ("None", "(default: )", "True", "False"):
@@ -122,6 +122,12 @@ def test_every_form_of_a_value() -> None:
         (["embed", "a", "b", "--image-tower", "x", "--out", "o"], "litune embed takes PAIRS, 'b' is one too many"),
         (["search", "r", "s", "q", "more"], "litune search takes RUN, STORE and QUERY, 'more' is one too many"),
         (["classify", "r", "--labels", "a"], "litune classify needs IMAGE, as in"),
+        ([*TUNE, "--texts", ""], "--texts is '', it must be a path"),
+        ([*TUNE, "--split", "w\udcff"], "it is not UTF-8"),
+        ([*TUNE, "--seed", "-1"], "--seed is -1, it must be at least 0"),
+        ([*TUNE, "--logit-scale", "nan"], "--logit-scale is nan, it must be a number"),
+        (["inspect", "x", "--json", "."], "--json is '.', it is a folder, it must be a file"),
+        (["classify", "r", "i.png", "--labels", "a", " "], "a label of --labels is empty"),
         (["quickstart", "x"], "litune quickstart takes no arguments, 'x' is one too many"),
     ],
 )

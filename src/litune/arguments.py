@@ -16,46 +16,27 @@ from typing import Any
 
 import tyro
 
-from litune.config import (
-    ClassifyConfig,
-    CompareConfig,
-    DedupConfig,
-    EmbedConfig,
-    EvalConfig,
-    ExportConfig,
-    FetchConfig,
-    FilterConfig,
-    ImportConfig,
-    InspectConfig,
-    OverviewConfig,
-    ProbeConfig,
-    PushConfig,
-    QuickstartConfig,
-    SearchConfig,
-    ServeConfig,
-    TuneConfig,
-)
 from litune.errors import ConfigError, nearest
 from litune.options import Option, filled, form_of, options_of
 
-EXAMPLES: dict[type[Any], str] = {
-    QuickstartConfig: "litune quickstart",
-    EmbedConfig: "litune embed my-photos/ --image-tower efficientnet-lite0 --out my-features",
-    TuneConfig: "litune tune my-features --text-tower minilm --out my-run",
-    EvalConfig: "litune eval my-run --store my-features --split val",
-    CompareConfig: "litune compare table.toml --out my-table",
-    ClassifyConfig: "litune classify my-run photo.jpg --labels wombat jaguar",
-    SearchConfig: 'litune search my-run my-features "a red flask on a desk"',
-    ServeConfig: "litune serve my-run --images my-features",
-    InspectConfig: "litune inspect efficientnet-lite0 --text-tower minilm --images 10000",
-    ProbeConfig: "litune probe my-features other-features",
-    ImportConfig: "litune import LiT-B16B.npz --vocab LiT-B16B.txt --out lit-b16b",
-    ExportConfig: "litune export my-run --to onnx",
-    PushConfig: "litune push my-run me/my-run --private",
-    OverviewConfig: "litune data inspect my-photos/ --out my-overview",
-    FetchConfig: "litune data fetch urls.parquet --out my-shards",
-    FilterConfig: "litune data filter captions.csv --min-words 3 --out kept.csv",
-    DedupConfig: "litune data dedup my-features --against test-features --out my-dedup",
+EXAMPLES = {
+    "quickstart": "litune quickstart",
+    "embed": "litune embed my-photos/ --image-tower efficientnet-lite0 --out my-features",
+    "tune": "litune tune my-features --text-tower minilm --out my-run",
+    "eval": "litune eval my-run --store my-features --split val",
+    "compare": "litune compare table.toml --out my-table",
+    "classify": "litune classify my-run photo.jpg --labels wombat jaguar",
+    "search": 'litune search my-run my-features "a red flask on a desk"',
+    "serve": "litune serve my-run --images my-features",
+    "inspect": "litune inspect efficientnet-lite0 --text-tower minilm --images 10000",
+    "probe": "litune probe my-features other-features",
+    "import": "litune import LiT-B16B.npz --vocab LiT-B16B.txt --out lit-b16b",
+    "export": "litune export my-run --to onnx",
+    "push": "litune push my-run me/my-run --private",
+    "data inspect": "litune data inspect my-photos/ --out my-overview",
+    "data fetch": "litune data fetch urls.parquet --out my-shards",
+    "data filter": "litune data filter captions.csv --min-words 3 --out kept.csv",
+    "data dedup": "litune data dedup my-features --against test-features --out my-dedup",
 }
 """One command line of each, which its page of help begins with."""
 
@@ -69,7 +50,7 @@ def read(name: str, config: type[Any], arguments: Sequence[str]) -> Any:
     Raises `ConfigError` with what can't be read.
     """
     if {"-h", "--help"} & set(arguments):
-        print(describe(config), end="\n\n")
+        print(describe(name, config), end="\n\n")
     else:
         check(name, config, arguments)
     form = tyro.cli(
@@ -92,7 +73,7 @@ def check(name: str, config: type[Any], arguments: Sequence[str]) -> None:
                 raise ConfigError(f"{option.words} is {value!r}, {wrong}")
     missing = [option.words for option in options if option.required and option.name not in given]
     if missing:
-        raise ConfigError(f"litune {name} needs {listed(missing)}, as in: {EXAMPLES[config]}")
+        raise ConfigError(f"litune {name} needs {listed(missing)}, as in: {EXAMPLES[name]}")
 
 
 def assigned(name: str, options: Sequence[Option], arguments: Sequence[str]) -> Iterator[tuple[Option, Sequence[str]]]:
@@ -189,9 +170,9 @@ def listing(group: str, about: str, names: Mapping[str, str], examples: Sequence
     return "\n".join([*lines, "", f"{prog} COMMAND --help says what a command does, with all its options."])
 
 
-def describe(config: type[Any]) -> str:
+def describe(name: str, config: type[Any]) -> str:
     """What a command's page of help begins with: what it does, and an example."""
-    return f"{wrapped(inspect.getdoc(config) or '')}\n\nExample:\n  {EXAMPLES[config]}"
+    return f"{wrapped(inspect.getdoc(config) or '')}\n\nExample:\n  {EXAMPLES[name]}"
 
 
 def wrapped(text: str) -> str:

@@ -7,6 +7,7 @@ import errno
 import importlib
 import io
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -60,7 +61,7 @@ COMMANDS: dict[str, tuple[type[Any], str]] = {
     "data filter": (FilterConfig, "litune.commands.data_filter:filter_data"),
     "data dedup": (DedupConfig, "litune.commands.data_dedup:dedup_data"),
 }
-FIRST_STEPS = tuple(arguments.EXAMPLES[config] for config in (QuickstartConfig, EmbedConfig, TuneConfig, SearchConfig))
+FIRST_STEPS = tuple(arguments.EXAMPLES[name] for name in ("quickstart", "embed", "tune", "search"))
 GROUPS = {"data": "Look at pairs, fetch them, filter them, and remove near-duplicates."}
 
 # Those that several processes do together, under torchrun.
@@ -121,18 +122,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as why:
-        where = f" while writing {why.filename}" if why.filename else ""
-        if why.errno in FULL_DISK:
-            fail(
-                f"the disk is full{where} ({why.strerror}): what is finished is kept; free space, then the same command"
-            )
         if why.errno is None:
             raise
-        fail(f"{why.filename or 'a file'}: {why.strerror}: choose another path, or change what is there")
+        fail(explain(why))
     except Exception:
         if several_ranks():
             time.sleep(PATIENCE)  # a connection that broke because another process failed, which says why
         raise
+
+
+def explain(why: OSError) -> str:
+    """What the system refused, and what to do; a temporary file is named as the file that it was to become."""
+    name = re.sub(r"\.([^/]+)\.\d+\.tmp$", r"\1", os.fsdecode(why.filename)) if why.filename else ""
+    if why.errno in FULL_DISK:
+        where = f" while writing {name}" if name else ""
+        return f"the disk is full{where} ({why.strerror}): what is finished is kept; free space, then the same command"
+    return f"{name or 'a file'}: {why.strerror}: choose another path, or change what is there"
 
 
 def parse_on_ranks(argv: Sequence[str]) -> Any:

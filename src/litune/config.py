@@ -528,6 +528,8 @@ class ClassifyConfig:
             raise ConfigError("no image was given: name one or more behind the run")
         if not self.labels:
             raise ConfigError("no label was given: give two or more after --labels")
+        if not all(label.strip() for label in self.labels):
+            raise ConfigError("a label of --labels is empty: leave it out")
 
 
 @dataclass(frozen=True)
@@ -680,6 +682,9 @@ class QuickstartConfig:
     """The folder to write. A second run reuses the pictures and features that are there."""
     seed: int = 0
     """The seed of everything random."""
+
+    def __post_init__(self) -> None:
+        _choices(self)
 
 
 @dataclass(frozen=True)
@@ -1019,11 +1024,18 @@ class OverviewConfig(ReadingConfig):
 
 
 def _choices(config: Any) -> None:
-    """Check settings of few choices, as the command line does, for those who call from Python."""
+    """Check what holds for all settings of a kind: one of few choices, numbers that are some, seeds not negative.
+
+    The command line does so for choices; this is for those who call from Python.
+    """
     for name, hint in get_type_hints(type(config)).items():
-        if get_origin(hint) is Literal and getattr(config, name) not in get_args(hint):
-            choices = ", ".join(map(str, get_args(hint)))
-            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)!r}, it must be one of {choices}")
+        option, value = f"--{name.replace('_', '-')}", getattr(config, name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise ConfigError(f"{option} is {value!r}, it must be one of {', '.join(map(str, get_args(hint)))}")
+        if isinstance(value, float) and math.isnan(value):
+            raise ConfigError(f"{option} is {value}, it must be a number")
+        if name == "seed":
+            _at_least("seed", value, 0)
 
 
 def _at_least(name: str, value: int, least: int) -> None:

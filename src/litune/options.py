@@ -56,6 +56,10 @@ NAMED = {
 """What stands for a value in the help: by its type, and for those whose type says little by their name."""
 
 
+FILES = ("json", "sheet", "report", "dropped")
+"""Settings that name a file to write."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Option:
     """A setting as the command line has it."""
@@ -118,6 +122,12 @@ class Option:
 
     def problem(self, value: str) -> str | None:
         """What is wrong with this value; None where nothing is."""
+        if value != value.encode(errors="ignore").decode():
+            return "it is not UTF-8: rename what it names"
+        if self.kind is Path and not value:
+            return "it must be a path"
+        if self.name in FILES and Path(value).is_dir():
+            return "it is a folder, it must be a file"
         if get_origin(self.kind) is Literal:
             choices = get_args(self.kind)
             if value not in choices:
