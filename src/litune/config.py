@@ -939,10 +939,13 @@ class FilterConfig(ReadingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("min_side", "max_captions", "min_chars", "max_chars", "min_words", "max_words", "max_repeats"):
+        sizes = "min_side max_captions min_chars max_chars min_words max_words max_repeats vocabulary"
+        for name in sizes.split():
             value = getattr(self, name)
             if value is not None:
                 _at_least(name.replace("_", "-"), value, 1)
+        if self.max_aspect is not None and self.max_aspect < 1:
+            raise ConfigError(f"--max-aspect is {self.max_aspect}, it must be at least 1")
         for name in ("min_letters", "min_certainty"):
             if getattr(self, name) is not None:
                 _share(name.replace("_", "-"), getattr(self, name))
