@@ -344,6 +344,11 @@ class TuneConfig:
         ):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, it must not be negative")
+        finite = "learning_rate weight_decay shrinkage head_rate temperature_rate image_rate logit_scale logit_bias"
+        for name in finite.split():
+            value = getattr(self, name)
+            if value is not None and math.isinf(value):
+                raise ConfigError(f"--{name.replace('_', '-')} is {value}, it must be finite")
         for name, share in (("image-to-text", self.image_to_text), ("max-damaged", self.max_damaged)):
             _share(name, share)
         for name, number in (("holdout", self.holdout), ("beta1", self.beta1), ("beta2", self.beta2 or 0.0)):
@@ -951,6 +956,8 @@ class FilterConfig(ReadingConfig):
                 _share(name.replace("_", "-"), getattr(self, name))
         if (self.agree is None) != (self.min_agreement is None):
             raise ConfigError("--agree names the run and --min-agreement the least cosine: give both, or neither")
+        if self.min_agreement is not None:
+            _cosine("min-agreement", self.min_agreement)
         if self.min_certainty and not self.languages:
             raise ConfigError("--min-certainty is of the identified language: give --languages as well")
 
@@ -991,6 +998,7 @@ class DedupConfig(ReadingConfig):
         _at_least("neighbours", self.neighbours, 1)
         _at_least("examples", self.examples, 0)
         _share("min-match", self.min_match)
+        _cosine("min-cosine", self.min_cosine)
         if not self.against and not self.within:
             raise ConfigError("nothing to compare: give --against SET, or leave out --no-within")
 
@@ -1049,6 +1057,11 @@ def _at_least(name: str, value: int, least: int) -> None:
 def _share(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise ConfigError(f"--{name} is {value}, it must be between 0 and 1")
+
+
+def _cosine(name: str, value: float) -> None:
+    if not -1 <= value <= 1:
+        raise ConfigError(f"--{name} is {value}, it must be between -1 and 1")
 
 
 def to_json(config: Any) -> dict[str, Any]:
