@@ -6,7 +6,10 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +126,7 @@ def test_every_form_of_a_value() -> None:
         (["search", "r", "s", "q", "more"], "litune search takes RUN, STORE and QUERY, 'more' is one too many"),
         (["classify", "r", "--labels", "a"], "litune classify needs IMAGE, as in"),
         ([*TUNE, "--texts", ""], "--texts is '', it must be a path"),
+        (["classify", "r", "a.png", "", "--labels", "x"], "IMAGE is '', it must be a path"),
         ([*TUNE, "--split", "w\udcff"], "it is not UTF-8"),
         ([*TUNE, "--seed", "-1"], "--seed is -1, it must be at least 0"),
         ([*TUNE, "--logit-scale", "nan"], "--logit-scale is nan, it must be a number"),
@@ -145,6 +149,15 @@ def test_what_cannot_be_read_is_one_line(argv: list[str], message: str, capsys: 
     assert printed.err.count("\n") == 1
     assert message in printed.err
     assert "None" not in printed.err
+
+
+@pytest.mark.parametrize("argv", [[], ["tune", "--help"]])
+def test_terminals_without_all_letters(argv: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "litune", *argv], env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"usage: litune" in done.stdout
 
 
 def test_settings_are_those_of_python() -> None:

@@ -92,9 +92,10 @@ def assigned(name: str, options: Sequence[Option], arguments: Sequence[str]) -> 
                 taken = listed([option.words for option in places]) or "no arguments"
                 how = ": give them one after the other" if places and places[-1].several else ""
                 raise ConfigError(f"litune {name} takes {taken}, {word!r} is one too many{how}")
-            if places[place].several:
-                words = [] if only_places else list(itertools.dropwhile(lambda one: not is_option(one), words))
-            yield places[place], [word]
+            following = words if only_places else list(itertools.takewhile(lambda one: not is_option(one), words))
+            following = following if places[place].several else []
+            words = words[len(following) :]
+            yield places[place], [word, *following]
             place += 1
             continue
         written, equals, value = word.partition("=")
@@ -107,14 +108,11 @@ def assigned(name: str, options: Sequence[Option], arguments: Sequence[str]) -> 
                 raise ConfigError(f"{written} is a switch: write it without {equals}{value}")
             yield option, []
             continue
-        following = list(itertools.takewhile(lambda one: not is_option(one), words))
+        most = 0 if equals else 1
         if option.several and not option.repeated:  # the last words are left to what must be given
-            following = following[
-                : max(0, len(words) - sum(one.required and not one.several for one in places[place:]))
-            ]
-        else:
-            following = following[: 0 if equals else 1]
-        values = [value] * bool(equals) + following
+            most = max(0, len(words) - sum(one.required and not one.several for one in places[place:]))
+        following = list(itertools.takewhile(lambda one: not is_option(one), words))[:most]
+        values = [value, *following] if equals else following
         if not values:
             raise ConfigError(f"{written} needs a value: see litune {name} --help")
         words = words[len(following) :]

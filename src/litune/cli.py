@@ -98,6 +98,8 @@ def find_command(config: Any) -> Command[..., Any, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 2 and one line on bad input, 130 when interrupted."""
     argv = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a letter shows a question mark
     if list(argv) in (["--version"], ["-V"]):
         from litune import __version__
 
