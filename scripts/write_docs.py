@@ -53,8 +53,9 @@ def options() -> str:
     """Every command's options, one per line."""
     lines = []
     for name in COMMANDS:
-        found = re.findall(r"^  (--[a-z0-9-]+|[A-Z]+(?= |$))", help_text(*name.split()), re.MULTILINE)
-        lines += [f"{name} {option}" for option in found]
+        page = help_text(*name.split())
+        for found in re.findall(r"^  (--[a-z0-9-]+(?:, --[a-z0-9-]+)*|\[?[A-Z]+(?=[ .\]]|$))", page, re.MULTILINE):
+            lines += [f"{name} {option.strip('[')}" for option in found.split(", ")]
     return "\n".join(lines) + "\n"
 
 

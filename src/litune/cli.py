@@ -7,14 +7,13 @@ import errno
 import importlib
 import io
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import make_dataclass
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
-
+from litune import arguments
 from litune.config import (
     ClassifyConfig,
     Command,
@@ -40,7 +39,7 @@ from litune.errors import ConfigError, LituneError
 DESCRIPTION = """Give any image model a language.
 
 litune locks an image tower that already sees well, teaches a text tower to read it, and from then on classifies
-and searches images by free-form text (locked-image tuning, LiT)."""
+and searches images by free-form text (locked-image tuning, LiT). The whole way on real data, then on your own:"""
 
 # Each command's config and where its function is; a name of two words is a command of a group.
 COMMANDS: dict[str, tuple[type[Any], str]] = {
@@ -62,6 +61,7 @@ COMMANDS: dict[str, tuple[type[Any], str]] = {
     "data filter": (FilterConfig, "litune.commands.data_filter:filter_data"),
     "data dedup": (DedupConfig, "litune.commands.data_dedup:dedup_data"),
 }
+FIRST_STEPS = tuple(arguments.EXAMPLES[name] for name in ("quickstart", "embed", "tune", "search"))
 GROUPS = {"data": "Look at pairs, fetch them, filter them, and remove near-duplicates."}
 
 # Those that several processes do together, under torchrun.
@@ -73,26 +73,18 @@ FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def parse(argv: Sequence[str]) -> Any:
-    """The config that the command line asks for. Exits with 2 and a usage message where it can't be read."""
+    """The config that the command line asks for; prints help and exits where that is asked for.
+
+    Raises `ConfigError` with what can't be read.
+    """
+    commands = {name: config for name, (config, _) in COMMANDS.items()}
     group = argv[0] if argv and argv[0] in GROUPS else ""
-    start = f"{group} " if group else ""
-    known = {name.removeprefix(start): kind for name, (kind, _) in COMMANDS.items() if name.startswith(start)}
-    if not group:  # a group's commands are one entry, which `litune GROUP` opens
-        known = {name: kind for name, kind in known.items() if " " not in name}
-        known |= {name: make_dataclass(name, [], namespace={"__doc__": about}) for name, about in GROUPS.items()}
-    listing = bool(group) and list(argv[1:]) in ([], ["-h"], ["--help"])
-    choices: Any = None
-    for name, config in known.items():
-        about = (config.__doc__ or "").partition("\n")[0] if listing else None  # the rest is on the command's own page
-        choice = Annotated[config, tyro.conf.subcommand(name, description=about)]  # type: ignore[valid-type]
-        choices = choice if choices is None else choices | choice
-    return tyro.cli(
-        choices,
-        prog=f"litune {group}".strip(),
-        description=GROUPS.get(group, DESCRIPTION),
-        args=list(argv[1:] or ["--help"]) if group else list(argv),
-        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes),
-    )
+    if list(argv[bool(group) :]) in ([], ["-h"], ["--help"]):
+        names = arguments.names_under(group, commands, GROUPS)
+        print(arguments.listing(group, GROUPS.get(group, DESCRIPTION), names, () if group else FIRST_STEPS))
+        sys.exit(0)
+    name, rest = arguments.find(argv, commands, GROUPS)
+    return arguments.read(name, commands[name], rest)
 
 
 def find_command(config: Any) -> Command[..., Any, Any]:
@@ -106,13 +98,15 @@ def find_command(config: Any) -> Command[..., Any, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 2 and one line on bad input, 130 when interrupted."""
     argv = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a letter shows a question mark
     if list(argv) in (["--version"], ["-V"]):
         from litune import __version__
 
         print(f"litune {__version__}")
         return
     try:
-        config = parse_on_ranks(argv or ["--help"])
+        config = parse_on_ranks(argv)
         quiet_libraries()
         result = find_command(config).run(config)
         show = SHOW.get(type(config))
@@ -130,18 +124,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as why:
-        where = f" while writing {why.filename}" if why.filename else ""
-        if why.errno in FULL_DISK:
-            fail(
-                f"the disk is full{where} ({why.strerror}): what is finished is kept; free space, then the same command"
-            )
         if why.errno is None:
             raise
-        fail(f"{why.filename or 'a file'}: {why.strerror}: choose another path, or change what is there")
+        fail(explain(why))
     except Exception:
         if several_ranks():
             time.sleep(PATIENCE)  # a connection that broke because another process failed, which says why
         raise
+
+
+def explain(why: OSError) -> str:
+    """What the system refused, and what to do; a temporary file is named as the file that it was to become."""
+    name = re.sub(r"\.([^/]+)\.\d+\.tmp$", r"\1", os.fsdecode(why.filename)) if why.filename else ""
+    if why.errno in FULL_DISK:
+        where = f" while writing {name}" if name else ""
+        return f"the disk is full{where} ({why.strerror}): what is finished is kept; free space, then the same command"
+    return f"{name or 'a file'}: {why.strerror}: choose another path, or change what is there"
 
 
 def parse_on_ranks(argv: Sequence[str]) -> Any:

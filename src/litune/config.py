@@ -36,10 +36,10 @@ class EmbedConfig:
     """
 
     pairs: Annotated[Positional[Address], arg(metavar="PAIRS")]
-    """Where the pairs are: a folder of images with a table of captions in it or beside it, the table itself
-    (.csv, .tsv, .jsonl, .parquet), a tree with one folder per class, a folder of images (with .txt files beside them,
-    or without captions), webdataset shards ('shards/{00000..00099}.tar'), Parquet or Arrow files with pictures in
-    them, COCO's, Karpathy's or Flickr's captions, a feature store, or a URL of one of these (s3://, hf://)."""
+    """What to embed: a folder of images with a table of captions in it or beside it; the table itself (.csv, .tsv,
+    .jsonl, .parquet); a tree with one folder per class; a folder of images, with .txt files beside them or without
+    captions; webdataset shards ('shards/{00000..00099}.tar'); Parquet or Arrow files with pictures in them; COCO's,
+    Karpathy's or Flickr's captions; a feature store; or a URL of one of these (s3://, hf://)."""
     image_tower: str
     """The image tower: efficientnet-lite0, timm:NAME, hf:NAME_OR_FOLDER, open_clip:NAME/TAG, onnx:FILE,
     python:MODULE:FUNCTION, or run:RUN (the image tower that a run has trained)."""
@@ -76,10 +76,10 @@ class EmbedConfig:
     store_dtype: Literal["float16", "float32"] = "float16"
     """How features are stored."""
     shard_size: int = 16384
-    """Images after which a file of the store is closed (at the end of a batch). Files are also closed every few
-    seconds, so that an interruption costs seconds of work."""
+    """Images in a file of the store, at most: it is closed at the end of a batch, also every few seconds, so that an
+    interruption costs seconds of work."""
     max_damaged: float = 0.01
-    """Stop when more than this share of the images or captions can't be used."""
+    """Stop when more than this share of the images or captions, from 0 to 1, can't be used."""
     overwrite: bool = False
     """Remove a store that is already at --out."""
     device: Device = "auto"
@@ -111,7 +111,7 @@ class FetchConfig:
     keep: tuple[str, ...] = ()
     """Further columns to keep beside each image."""
     image_size: int = 384
-    """Images whose short side is longer are made so long; 0 keeps every image as it came."""
+    """Pixels of the short side: larger images are made so small; 0 keeps every image as it came."""
     threads: int = 64
     """Downloads at the same time, in each process."""
     processes: int = 0
@@ -156,7 +156,7 @@ class TuneConfig:
     tokenizer and those of its heads that fit)."""
     out: Path
     """The run folder to write."""
-    more_stores: Annotated[Positional[tuple[Path, ...]], arg(metavar="STORE")] = ()
+    more_stores: Annotated[Positional[tuple[Path, ...]], arg(metavar="STORE...")] = ()
     """Further feature stores of the same image tower, to tune on all of them (see --mix)."""
 
     # Pairs
@@ -175,8 +175,8 @@ class TuneConfig:
     """Evaluate on the pairs of this split as tuning goes, where the store has splits; otherwise a held-out
     part of the pairs is used (see --holdout)."""
     holdout: float = 0.05
-    """The share of the images held out for evaluation where the store has no splits (at most 1,000 images);
-    0: none."""
+    """The share of the images, from 0 to 1, held out for evaluation where the store has no splits (at most 1,000
+    images); 0: none."""
     exclude_held_out: bool = False
     """Don't tune on images whose files are held out too (equal bytes, in one store or in several)."""
     lang: tuple[str, ...] = ()
@@ -234,10 +234,11 @@ class TuneConfig:
     negatives: Literal["global", "local"] = "global"
     """With several processes, contrast each pair with those of all processes, or of its own alone."""
     mask_duplicates: bool = True
-    """Equal captions, and several captions of one image, are not each other's negatives."""
+    """Leave equal captions, and several captions of one image, out of each other's negatives."""
     image_negatives: int = 0
-    """Further images, drawn anew for each step from outside the batch, among which every text must find its own:
-    stored features cost no encoding. More than there are: all. For a locked image tower without a head."""
+    """Further images from outside the batch, drawn anew for each step, among which every text must find its own:
+    their features are stored, so they cost no encoding. More than there are: all; 0: none. For a locked image tower
+    without a head."""
 
     # How long, and how
     duration: str | None = None
@@ -249,7 +250,7 @@ class TuneConfig:
     twice (gradient caching): the same gradient, in a micro-batch's memory."""
     shard: bool = False
     """Share the text tower's weights, gradients and optimizer states among the processes (FSDP2): for towers of which
-    one device can't hold all of these. The same result; every step lends weights to and fro."""
+    one device can't hold all of these. The result is the same, steps take longer."""
     optimizer: Literal["adamw", "adafactor", "lion"] = "adamw"
     """adamw; adafactor as in "Scaling Vision Transformers"; lion, with about a tenth of adamw's learning rate."""
     learning_rate: float = 1e-3
@@ -296,7 +297,8 @@ class TuneConfig:
     workers: int = 0
     """Threads that decode pictures; 0: one per processor core."""
     max_damaged: float = 0.01
-    """Stop when more than this share of the pictures can't be read, or of the --texts belongs to no image."""
+    """Stop when more than this share, from 0 to 1, of the pictures can't be read or of the --texts belongs to no
+    image."""
 
     # The run
     precision: Precision = "auto"
@@ -344,6 +346,11 @@ class TuneConfig:
         ):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, it must not be negative")
+        finite = "learning_rate weight_decay shrinkage head_rate temperature_rate image_rate logit_scale logit_bias"
+        for name in finite.split():
+            value = getattr(self, name)
+            if value is not None and math.isinf(value):
+                raise ConfigError(f"--{name.replace('_', '-')} is {value}, it must be finite")
         for name, share in (("image-to-text", self.image_to_text), ("max-damaged", self.max_damaged)):
             _share(name, share)
         for name, number in (("holdout", self.holdout), ("beta1", self.beta1), ("beta2", self.beta2 or 0.0)):
@@ -462,18 +469,18 @@ class EvalConfig:
     """The templates of --tasks: clip takes the set's own (80 for ImageNet), lit these and the bare name, as the LiT
     paper; short eight for all sets; bare the name alone."""
     canonical: bool = True
-    """Whether class names are written in lower case, without punctuation."""
+    """Write class names in lower case and without punctuation before they go into templates."""
     text_precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the text tower for --tasks. bfloat16 is faster where the processor has units for it, and moves a
     few images of a thousand."""
     kshot: int = 0
-    """Also learn a ridge regression on the image features from this many training images per class."""
+    """Also learn a ridge regression on the image features from this many training images per class; 0: none."""
     probes: bool = False
     """Also learn a linear probe and nearest neighbours on the image features from the set's training images."""
     calibration: bool = True
-    """Whether to measure how far the probabilities of --tasks can be believed."""
+    """Measure how far the probabilities of --tasks can be believed."""
     contamination: bool = True
-    """Whether to look for the images of --tasks in the stores that the run was tuned on, where they are still there."""
+    """Look for the images of --tasks in the stores that the run was tuned on, where they are still there."""
     out: Path | None = None
     """A folder for the reports on --tasks and --store: tables, intervals, what was confused with what."""
     overwrite: bool = False
@@ -482,9 +489,9 @@ class EvalConfig:
     image_tower: str | None = None
     """The image tower, where the run does not name one that can be loaded."""
     json: Path | None = None
-    """Write the results here."""
+    """Also write the results to this file, as JSON."""
     max_damaged: float = 0.01
-    """Stop when more than this share of the images can't be read."""
+    """Stop when more than this share of the images, from 0 to 1, can't be read."""
     device: Device = "auto"
     """Where the towers run."""
 
@@ -518,16 +525,18 @@ class ClassifyConfig:
     image_tower: str | None = None
     """The image tower, where the run does not name one that can be loaded."""
     json: Path | None = None
-    """Write the probabilities here."""
+    """Also write the probabilities to this file, as JSON."""
     device: Device = "auto"
     """Where the towers run."""
 
     def __post_init__(self) -> None:
         _choices(self)
         if not self.images:
-            raise ConfigError("no image was given")
+            raise ConfigError("no image was given: name one or more behind the run")
         if not self.labels:
             raise ConfigError("no label was given: give two or more after --labels")
+        if not all(label.strip() for label in self.labels):
+            raise ConfigError("a label of --labels is empty: leave it out")
 
 
 @dataclass(frozen=True)
@@ -558,9 +567,9 @@ class SearchConfig:
     store's folder where there is none (extra search); auto: approximate where one was built and there are more than
     200,000 images."""
     sheet: Path | None = None
-    """Draw the found images into this PNG."""
+    """Also draw the found images into this file, a PNG."""
     json: Path | None = None
-    """Write the found images here."""
+    """Also write what was found to this file, as JSON."""
     overwrite: bool = False
     """Replace a --sheet or --json file that is already there."""
     image_tower: str | None = None
@@ -607,7 +616,7 @@ class ServeConfig:
     batch: int = 64
     """Texts or pictures that are encoded at once, at most."""
     batch_ms: float = 2.0
-    """Milliseconds that a request waits for others to be encoded with."""
+    """Milliseconds that a request waits, at most, for others to be encoded with."""
     queue: int = 1024
     """Texts, pictures and searches that may wait; beyond it requests are answered with 429."""
     upload_mb: float = 32.0
@@ -681,6 +690,9 @@ class QuickstartConfig:
     seed: int = 0
     """The seed of everything random."""
 
+    def __post_init__(self) -> None:
+        _choices(self)
+
 
 @dataclass(frozen=True)
 class CompareConfig:
@@ -717,7 +729,7 @@ class InspectConfig:
     max_tokens: int = 16
     """Tokens of a caption."""
     json: Path | None = None
-    """Also write it to this file."""
+    """Also write it to this file, as JSON."""
 
     def __post_init__(self) -> None:
         _at_least("batch-size", self.batch_size, 2)
@@ -756,14 +768,14 @@ class ProbeConfig:
     seed: int = 0
     """The seed of what is drawn."""
     json: Path | None = None
-    """Also write everything to this file."""
+    """Also write everything to this file, as JSON."""
     device: Device = "auto"
     """Where the text tower runs."""
 
     def __post_init__(self) -> None:
         _choices(self)
         if not self.stores:
-            raise ConfigError("no feature store was given")
+            raise ConfigError("no feature store was given: name one or more")
         if not 0 < self.holdout < 1:
             raise ConfigError(f"--holdout is {self.holdout}, it must be more than 0 and less than 1")
         _at_least("train-images", self.train_images, 50)
@@ -856,7 +868,7 @@ class ReadingConfig:
     workers: int = 0
     """Threads that read images; 0: one per processor core."""
     max_damaged: float = 0.01
-    """Stop when more than this share of the images or captions can't be used."""
+    """Stop when more than this share of the images or captions, from 0 to 1, can't be used."""
 
     def __post_init__(self) -> None:
         _choices(self)
@@ -934,15 +946,20 @@ class FilterConfig(ReadingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("min_side", "max_captions", "min_chars", "max_chars", "min_words", "max_words", "max_repeats"):
+        sizes = "min_side max_captions min_chars max_chars min_words max_words max_repeats vocabulary"
+        for name in sizes.split():
             value = getattr(self, name)
             if value is not None:
                 _at_least(name.replace("_", "-"), value, 1)
+        if self.max_aspect is not None and self.max_aspect < 1:
+            raise ConfigError(f"--max-aspect is {self.max_aspect}, it must be at least 1")
         for name in ("min_letters", "min_certainty"):
             if getattr(self, name) is not None:
                 _share(name.replace("_", "-"), getattr(self, name))
         if (self.agree is None) != (self.min_agreement is None):
             raise ConfigError("--agree names the run and --min-agreement the least cosine: give both, or neither")
+        if self.min_agreement is not None:
+            _cosine("min-agreement", self.min_agreement)
         if self.min_certainty and not self.languages:
             raise ConfigError("--min-certainty is of the identified language: give --languages as well")
 
@@ -983,6 +1000,7 @@ class DedupConfig(ReadingConfig):
         _at_least("neighbours", self.neighbours, 1)
         _at_least("examples", self.examples, 0)
         _share("min-match", self.min_match)
+        _cosine("min-cosine", self.min_cosine)
         if not self.against and not self.within:
             raise ConfigError("nothing to compare: give --against SET, or leave out --no-within")
 
@@ -1019,11 +1037,18 @@ class OverviewConfig(ReadingConfig):
 
 
 def _choices(config: Any) -> None:
-    """Check settings of few choices, as the command line does, for those who call from Python."""
+    """Check what holds for all settings of a kind: one of few choices, numbers that are some, seeds not negative.
+
+    The command line does so for choices; this is for those who call from Python.
+    """
     for name, hint in get_type_hints(type(config)).items():
-        if get_origin(hint) is Literal and getattr(config, name) not in get_args(hint):
-            choices = ", ".join(map(str, get_args(hint)))
-            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)!r}, it must be one of {choices}")
+        option, value = f"--{name.replace('_', '-')}", getattr(config, name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise ConfigError(f"{option} is {value!r}, it must be one of {', '.join(map(str, get_args(hint)))}")
+        if isinstance(value, float) and math.isnan(value):
+            raise ConfigError(f"{option} is {value}, it must be a number")
+        if name == "seed":
+            _at_least("seed", value, 0)
 
 
 def _at_least(name: str, value: int, least: int) -> None:
@@ -1036,11 +1061,15 @@ def _share(name: str, value: float) -> None:
         raise ConfigError(f"--{name} is {value}, it must be between 0 and 1")
 
 
+def _cosine(name: str, value: float) -> None:
+    if not -1 <= value <= 1:
+        raise ConfigError(f"--{name} is {value}, it must be between -1 and 1")
+
+
 def to_json(config: Any) -> dict[str, Any]:
     """A config as plain JSON values, paths as strings."""
 
     def plain(value: Any) -> Any:
-        return str(value) if isinstance(value, Path) else [*map(plain, value)] if isinstance(value, tuple) else value
         if isinstance(value, tuple):
             return [plain(one) for one in value]
         return str(value) if isinstance(value, Path) else value

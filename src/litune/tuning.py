@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from litune import distributed
-from litune.checkpoint import METRICS, STATE, load_tensors, model_state, save_model, save_tensors
+from litune.checkpoint import STATE, load_tensors, model_state, save_model, save_tensors
 from litune.config import TuneConfig, parse_mix, parse_rates
 from litune.data.batches import Batch, Batches, Field
 from litune.data.pixels import PixelLoader
@@ -27,10 +27,10 @@ from litune.data.text_shards import shards
 from litune.data.texts import TOKENIZED_MOST, LaterTokens, first_of_equal, hash_texts, tokenize
 from litune.data.tokenizers import Tokens
 from litune.devices import keep_freed_memory, pick_bfloat16, processor_cores
-from litune.errors import ConfigError, MissingExtraError, RunError, StoreError
+from litune.errors import ConfigError, RunError, StoreError
 from litune.evaluation.retrieval import retrieval
 from litune.features import FeatureStore, Selection, library_versions
-from litune.files import sweep_temporaries, write_text
+from litune.files import sweep_temporaries
 from litune.gradient_cache import Encoded, Part
 from litune.interop.card import write_card
 from litune.losses import Ids, MoreImages, sigmoid_loss, softmax_loss
@@ -39,6 +39,7 @@ from litune.model import LiT
 from litune.optim import make_optimizer, parameter_groups, rate_of, set_rate, stepping
 from litune.pair_losses import pair_losses
 from litune.progress import say, track
+from litune.run_log import OnLog, RunLog, board_writer, drop_lines_after
 from litune.schedules import parse_duration, parse_unlock, rate_share
 from litune.sharding import Shards, all_rows, own_rows
 from litune.towers.image import is_convolutional, weights_hash
@@ -57,7 +58,6 @@ SCORES = 2**26
 """The most scores that a loss holds at once: 256 MB of float32."""
 
 T = TypeVar("T")
-OnLog = Callable[[dict[str, Any]], None]
 
 
 @dataclass
@@ -213,7 +213,7 @@ class Tuning:
         saved = time.monotonic()
         done = self.progress.step
         with (
-            _Log(self.config, done, self.on_log) as log,
+            RunLog(self.config, done, self.on_log) as log,
             track("tuning", "pairs", self.steps * self.size, done * self.size) as task,
         ):
             for batch, pixels in self._coming(done):
@@ -666,10 +666,7 @@ class Tuning:
         self.progress = Progress(facts["step"], facts["seconds"], facts["best"])
         self.last_evaluation = facts["last_evaluation"]
         if distributed.is_main():
-            file = self.config.out / METRICS
-            lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-            kept = [line for line in lines if _logged_step(line) <= self.progress.step]
-            write_text(file, "".join(line + "\n" for line in kept))
+            drop_lines_after(self.config.out, self.progress.step)
         say(f"going on with {self.config.out} from step {self.progress.step:,} of {self.steps:,}")
         if facts["ranks"] != distributed.world_size():
             say(
@@ -744,57 +741,6 @@ class Tuning:
         }
 
 
-class _Log:
-    """metrics.jsonl, TensorBoard and the caller's function: each gets every line. Rank 0 writes alone."""
-
-    def __init__(self, config: TuneConfig, done: int, on_log: OnLog | None) -> None:
-        self.config, self.done, self.on_log = config, done, on_log
-        self.board: Any = None
-
-    def __enter__(self) -> _Log:
-        if distributed.is_main():
-            self.file = open(self.config.out / METRICS, "a" if self.done else "w", encoding="utf-8")
-            if self.config.tensorboard:
-                # What was written after step `done` no longer counts.
-                self.board = board_writer()(str(self.config.out / "tensorboard"), purge_step=self.done + 1)
-        return self
-
-    def write(self, facts: dict[str, Any]) -> None:
-        if not distributed.is_main():
-            return
-        self.file.write(json.dumps(facts) + "\n")
-        self.file.flush()
-        if self.board is not None:
-            for name, value in _numbers(facts):
-                self.board.add_scalar(name, value, facts["step"])
-        if self.on_log is not None:
-            self.on_log(facts)
-
-    def __exit__(self, *_: object) -> None:
-        if distributed.is_main():
-            self.file.close()
-            if self.board is not None:
-                self.board.close()
-
-
-def board_writer() -> Any:
-    """TensorBoard's SummaryWriter. Raises `MissingExtraError` where it is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise MissingExtraError("--tensorboard", "tensorboard", "tensorboard") from None
-    return SummaryWriter
-
-
-def _numbers(facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """All numbers in nested facts, named by their path."""
-    for name, value in facts.items():
-        if isinstance(value, dict):
-            yield from _numbers(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float):
-            yield prefix + name, value
-
-
 def make_batches(train: Selection, config: TuneConfig, size: int) -> Batches:
     """The batches of a run. Raises `ConfigError` where a store has fewer images than a batch takes of it."""
     sources = [len(one) for one in train.sources]
@@ -857,10 +803,3 @@ def _steps(text: str, name: str, total: int | None = None, *, size: int, images:
 def _example(named: dict[str, Any]) -> str:
     names = list(named)
     return ", ".join(names[:: max(1, len(names) // 3)][:3])
-
-
-def _logged_step(line: str) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError):
-        return 1 << 62  # a line that a kill cut short

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from litune.commands.embed import embed
+from litune.config import EmbedConfig
 from litune.errors import DataError, OutputExistsError, StoreError
 from litune.features import FeatureStore
 from litune.towers.image import load_image_tower
@@ -175,3 +176,30 @@ def test_file_size_limit_keeps_what_is_finished(photos: Path, tower_module: str,
     assert "Traceback" not in full.stderr
     assert not list(out.rglob("*.tmp"))
     assert len(embed(pairs=photos, image_tower=tower_module, out=out, batch_size=12)) == 24
+
+
+def test_each_of_several_processes_builds_one_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one chooses and keeps what it has built; the others build what it has chosen."""
+    import importlib
+
+    from litune import distributed
+    from litune.towers.runtimes import Runtime
+
+    module = importlib.import_module("litune.commands.embed")
+    built: list[tuple[str, str]] = []
+
+    def pick(*_: object, name: str, precision: str, batch_size: int) -> Runtime:
+        built.append((name, precision))
+        chosen = {"auto": "onnxruntime"}.get(name, name), {"auto": "float32"}.get(precision, precision)
+        return Runtime(*chosen, run=lambda pixels: pixels)
+
+    monkeypatch.setattr(module, "pick_runtime", pick)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    config = EmbedConfig(pairs=tmp_path, image_tower="x", out=tmp_path / "s")
+    monkeypatch.setattr(distributed, "from_main", lambda function: function())
+    first = module._pick_runtime(config, None, [])
+    assert built == [("auto", "auto")]
+    monkeypatch.setattr(distributed, "from_main", lambda function: (first.name, first.precision))
+    second = module._pick_runtime(config, None, [])
+    assert built == [("auto", "auto"), ("onnxruntime", "float32")]
+    assert (second.name, second.precision) == (first.name, first.precision)

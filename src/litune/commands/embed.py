@@ -175,12 +175,14 @@ def _pick_runtime(config: EmbedConfig, tower: ImageTower, pairs: Pairs) -> Runti
     pick = partial(pick_runtime, tower, range(len(pairs)), partial(_locate, pairs), batch_size=config.batch_size)
     if distributed.world_size() == 1:
         return pick(name=name, precision=precision)
-    chosen = distributed.from_main(lambda: _named(pick(name=name, precision=precision)))
-    return pick(name=chosen[0], precision=chosen[1])
+    own: list[Runtime] = []  # the first process has built it by the time that the others are told
 
+    def choose() -> tuple[str, str]:
+        own.append(pick(name=name, precision=precision))
+        return own[0].name, own[0].precision
 
-def _named(runtime: Runtime) -> tuple[str, str]:
-    return runtime.name, runtime.precision
+    chosen = distributed.from_main(choose)
+    return own[0] if own else pick(name=chosen[0], precision=chosen[1])
 
 
 def _begun_with(out: Path) -> tuple[str, str] | None:

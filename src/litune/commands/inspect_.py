@@ -153,12 +153,6 @@ def describe_run(run: Path) -> dict[str, Any]:
     }
 
 
-def _locked(model: LiT) -> list[str]:
-    """The towers that no tuning of the run has moved, as far as the run says."""
-    locked = {"image tower": not model.image_tuned, "text tower": not _parameters(model.text)}
-    return [name for name, is_locked in locked.items() if is_locked]
-
-
 def _model_parts(model: LiT) -> dict[str, int]:
     parts = {"text tower": model.text, "text head": model.text_head, "image head": model.image_head}
     if model.image_tuned and model.image is not None:

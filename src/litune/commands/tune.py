@@ -26,11 +26,12 @@ from litune.files import clear_output, read_json, write_json
 from litune.mixture import Mixture, check_one_tower, known_store, source_names
 from litune.model import LiT
 from litune.progress import say
+from litune.run_log import OnLog
 from litune.towers.heads import make_head
 from litune.towers.image import ImageTower, load_image_tower, with_random_weights
 from litune.towers.text import USE_M3, TextSpec, make_text_tower, parse_text_spec, text_layout
 from litune.towers.use_m3 import use_tokenizer
-from litune.tuning import OnLog, Tuning
+from litune.tuning import Tuning
 
 HOLDOUT_MOST = 1000
 LOG_10 = math.log(10)

@@ -25,13 +25,6 @@ TOKENIZED_MOST = 2**20
 """The most captions that are tokenised before the first step: beyond, each batch is, ahead of its step."""
 
 
-class TokenSource(Protocol):
-    """Texts by number, as tokens."""
-
-    def take(self, texts: np.ndarray) -> Tokens:
-        """The tokens of the texts with these numbers, in this order."""
-
-
 @dataclass(frozen=True)
 class Captions:
     """C captions of N images: those of image i are `texts[offsets[i] : offsets[i + 1]]`."""

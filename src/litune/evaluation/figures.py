@@ -41,11 +41,6 @@ class Entry:
     stem: str
     """The beginning of the names of its files."""
 
-    @property
-    def headline(self) -> Figure:
-        """The figure of the task's metric."""
-        return self.figures[self.result.metric]
-
 
 @dataclass(frozen=True)
 class Difference:

@@ -240,7 +240,9 @@ def parse_text_spec(spec: str) -> TextSpec:
     kind, found, name = head.partition(":")
     if not found or kind not in KINDS or not name:
         choices = [*PACKAGED, USE_M3, "hf:NAME_OR_FOLDER", *(f"vit:{s}" for s in VIT_SIZES), "run:RUN"]
-        raise TowerError(f"unknown text tower {spec!r}: {nearest(spec, choices, 2)}; known: {', '.join(choices)}")
+        close = nearest(spec, choices, 2)
+        also = f"{close}; " if close.startswith("perhaps") else ""
+        raise TowerError(f"unknown text tower {spec!r}: {also}known: {', '.join(choices)}")
     if kind == "vit":
         check_vit_size(spec, name)
     if kind == "run" and init == "random":
