@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from litune.errors import ConfigError, LituneError
+from litune.files import claim
 
 T = TypeVar("T")
 
@@ -183,6 +186,14 @@ def from_main(function: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return broadcast_object(found)  # type: ignore[return-value]
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Rank 0 claims `folder` for all ranks. Raises `OutputBusyError` where other processes are at work on it."""
+    with ExitStack() as stack:
+        from_main(lambda: stack.enter_context(claim(folder)))
+        yield
 
 
 def sum_counts(count: int) -> int:

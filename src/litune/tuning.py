@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -194,6 +197,8 @@ class Tuning:
         if self.model.image_tuned:
             assert self.model.image is not None
             say(f"training the image tower {self.model.image.spec} from pictures")
+        if self.size < self.config.batch_size:
+            say(f"batches are of {self.size:,} pairs, not {self.config.batch_size:,}: an image is in a batch once")
         if len(self.sources) > 1:
             for name, one in zip(self.sources, self.train.sources, strict=True):
                 say(f"  {name}: {len(one):,} images with {one.offsets[-1]:,} captions")
@@ -215,6 +220,7 @@ class Tuning:
         with (
             RunLog(self.config, done, self.on_log) as log,
             track("tuning", "pairs", self.steps * self.size, done * self.size) as task,
+            after_the_step() as interrupted,
         ):
             for batch, pixels in self._coming(done):
                 facts = self.step(batch, pixels)
@@ -234,6 +240,9 @@ class Tuning:
                 if distributed.broadcast_object(due) if self.shards else due:
                     self.save_state()
                     saved = time.monotonic()
+                if interrupted() and step < self.steps:
+                    self.save_state()
+                    raise KeyboardInterrupt
         self.finish()
 
     def log_due(self, step: int) -> bool:
@@ -739,6 +748,32 @@ class Tuning:
             }
             for name, one in zip(self.sources, self.train.sources, strict=True)
         }
+
+
+@contextmanager
+def after_the_step() -> Iterator[Callable[[], bool]]:
+    """Yield whether Ctrl-C was pressed, so that a step can be finished and kept; pressed twice, it stops at once.
+
+    Of several processes each is stopped on its own, and in threads there are no signals: there, as ever.
+    """
+    pressed = False
+
+    def press(*_: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+        os.write(2, b"\nfinishing this step; Ctrl-C again stops at once\n")  # print can be what was interrupted
+
+    ours = threading.current_thread() is threading.main_thread() and distributed.world_size() == 1
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield lambda: False
+        return
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def make_batches(train: Selection, config: TuneConfig, size: int) -> Batches:

@@ -86,6 +86,41 @@ def test_interrupted_anywhere_ends_with_the_same_bytes(
     ]
 
 
+def test_a_step_that_is_interrupted_is_finished_and_kept(
+    tune_config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tune.run(tune_config)
+    broken = dataclasses.replace(tune_config, out=tmp_path / "broken")
+    take = Tuning.step
+
+    def pressing(self: Tuning, *batch: Any) -> dict[str, Any]:
+        if self.progress.step == 6:
+            signal.raise_signal(signal.SIGINT)
+        return take(self, *batch)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Tuning, "step", pressing)
+        tune.run(broken)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert load_tensors(broken.out / "state.safetensors")[1]["step"] == 7
+    tune.run(broken)
+    assert bytes_of(broken.out) == bytes_of(tune_config.out)
+
+
+def test_ctrl_c_twice_stops_at_once() -> None:
+    with pytest.raises(KeyboardInterrupt), after_the_step() as interrupted:
+        assert not interrupted()
+        signal.raise_signal(signal.SIGINT)
+        assert interrupted()
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_run_that_is_being_tuned_is_left_alone(tune_config: TuneConfig) -> None:
+    with claim(tune_config.out), pytest.raises(OutputBusyError, match="is being written by process"):
+        tune.run(tune_config)
+    assert not tune_config.out.exists()
+
+
 def test_what_is_already_there(tune_config: TuneConfig) -> None:
     tune.run(tune_config)
     with pytest.raises(OutputExistsError, match="holds a finished run"):

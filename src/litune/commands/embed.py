@@ -41,7 +41,7 @@ def embed(config: EmbedConfig) -> FeatureStore:
     Goes on with an unfinished store of the same tower and pairs. Under torchrun every process calls it alike and
     encodes its part of the images; the store is that of one process. Raises `DataError` for unusable pairs,
     `TowerError` for the tower, `StoreError` where the store at `config.out` is of another tower or of other
-    pairs, `OutputExistsError` where it is finished already.
+    pairs, `OutputExistsError` where it is finished already, `OutputBusyError` where another process writes it.
     """
     distributed.start(config.device)
     pairs = read_files(config, config.keep)
@@ -64,16 +64,15 @@ def embed_pairs(config: EmbedConfig, pairs: Pairs) -> FeatureStore:
         "dtype": config.store_dtype,
         "libraries": library_versions(),
     }
-    if distributed.world_size() > 1:
-        store = _embed_on_ranks(config, pairs, tower, runtime, manifest)
-    else:
+    with distributed.claimed(config.out):
+        if distributed.world_size() > 1:
+            return _embed_on_ranks(config, pairs, tower, runtime, manifest)
         _check_output(config.out, manifest, config.overwrite)
         writer = StoreWriter(config.out, manifest)
         if writer.seen:
             say(f"going on with {config.out}: {writer.seen:,} of {len(pairs):,} images are done")
         _encode(config, pairs, range(len(pairs)), tower, runtime, writer)
-        store = writer.finish()
-    return store
+        return writer.finish()
 
 
 def _embed_on_ranks(

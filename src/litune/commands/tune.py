@@ -45,7 +45,8 @@ def tune(config: TuneConfig, on_log: OnLog | None = None) -> LiT:
     Goes on with an unfinished run of the same config. `on_log`, from Python, is called with every line of
     metrics.jsonl, as a dict. Under torchrun every process calls it alike. Raises `StoreError`,
     `TowerError` or `ConfigError` for what can't be used, `OutputExistsError` where the run at `config.out` is
-    finished, `RunError` where it has another config or the loss stops being finite.
+    finished, `OutputBusyError` where another process tunes it, `RunError` where it has another config or the loss stops
+    being finite.
     """
     distributed.start(config.device)
     stores = [FeatureStore(path) for path in config.stores]
@@ -53,19 +54,20 @@ def tune(config: TuneConfig, on_log: OnLog | None = None) -> LiT:
     store = known_store(stores)
     spec = text_spec(config)
     train, val = choose_mixture(stores, config)
-    goes_on = distributed.from_main(lambda: can_go_on(config))
-    device = pick_device(config.device)
-    torch.manual_seed(config.seed)
-    start = started_from(spec, config)
-    tokenizer = make_tokenizer(spec, config, train.iterate_captions(), start)
-    model = make_model(store, spec, tokenizer, train, config, start).to(device)
-    run = Tuning(config, store, train, val, model, device, on_log)
-    if not goes_on:
-        distributed.from_main(lambda: prepare_run(config))
-    run.announce()
-    if goes_on:
-        run.go_on()
-    run.fit()
+    with distributed.claimed(config.out):
+        goes_on = distributed.from_main(lambda: can_go_on(config))
+        device = pick_device(config.device)
+        torch.manual_seed(config.seed)
+        start = started_from(spec, config)
+        tokenizer = make_tokenizer(spec, config, train.iterate_captions(), start)
+        model = make_model(store, spec, tokenizer, train, config, start).to(device)
+        run = Tuning(config, store, train, val, model, device, on_log)
+        if not goes_on:
+            distributed.from_main(lambda: prepare_run(config))
+        run.announce()
+        if goes_on:
+            run.go_on()
+        run.fit()
     return load(config.out, device=config.device)
 
 
