@@ -83,7 +83,7 @@ def reference_adafactor(state: dict[str, Any], g: np.ndarray, t: int) -> np.ndar
         v = np.moveaxis(v, (-2, -1), axes)
     else:
         v = state["v"] = beta2 * state.get("v", 0) + (1 - beta2) * (g**2 + 1e-30)
-    m = 0.9 * state.get("m", np.zeros_like(g)) + 0.1 * g / np.sqrt(v)
+    m = 0.8984375 * state.get("m", np.zeros_like(g)) + 0.1 * g / np.sqrt(v)  # 0.9 as a bfloat16
     state["m"] = torch.as_tensor(m).bfloat16().double().numpy()  # stored in bfloat16; the update is not rounded
     return m
 
