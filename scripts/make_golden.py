@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,10 @@ from tests.golden.cases import (
     STEPS,
     TEXTS,
     WARMUP,
+    WIDTHS,
     gradient,
     picture,
+    shots_data,
     small_release,
     start,
     sums,
@@ -132,6 +135,30 @@ def optimizers() -> None:
             parameters = optax.apply_updates(parameters, updates)
         found[kind] = {name: sums(np.asarray(value) - start(name)) for name, value in parameters.items()}
     write("optimizers.json", f"optax {optax.__version__}, jax {jax.__version__}", moved=found)
+
+
+def few_shots() -> None:
+    """Accuracy of the few-shot regression of big_vision's fewshot_lsr, written out in jax, float32 as there."""
+
+    @partial(jax.jit, static_argnums=2)
+    def accuracy(train: tuple[Any, Any], test: tuple[Any, Any], classes: int) -> Any:
+        mean, deviation = train[0].mean(0), train[0].std(0) + 1e-5
+        x, z = (
+            jnp.pad((one - mean) / deviation, ((0, 0), (0, 1)), constant_values=100.0) for one in (train[0], test[0])
+        )
+        matrix = x.T @ x + 2.0**10 * jnp.eye(x.shape[1])
+        weights = jnp.linalg.solve(matrix, x.T @ (2.0 * jax.nn.one_hot(train[1], classes) - 1.0))
+        return ((z @ weights).argmax(1) == test[1]).mean()
+
+    found = {}
+    for width in WIDTHS:
+        x, y, test, own = shots_data(width)
+        found[str(width)] = []
+        for seed in range(3):
+            random = np.random.default_rng(seed)
+            rows = np.concatenate([random.permutation(np.where(y == c)[0])[:10] for c in range(int(y.max()) + 1)])
+            found[str(width)].append(float(accuracy((x[rows], y[rows]), (test, own), int(y.max()) + 1)))
+    write("few_shots.json", f"jax {jax.__version__}", accuracy=found)
 
 
 class MlpBlock(nn.Module):
@@ -275,7 +302,7 @@ def flax_version() -> str:
     return version("flax")
 
 
-MAKERS: tuple[Callable[[], None], ...] = (wordpiece, pieces, resize, optimizers, released)
+MAKERS: tuple[Callable[[], None], ...] = (wordpiece, pieces, resize, optimizers, few_shots, released)
 
 if __name__ == "__main__":
     jax.config.update("jax_default_matmul_precision", "highest")

@@ -77,6 +77,20 @@ def sums(value: np.ndarray) -> list[float]:
     return [float((flat * np.cos(np.arange(flat.size) * 0.9 * k)).mean()) for k in range(6)]
 
 
+WIDTHS = (6, 150)
+"""Of the features for the few-shot regression: fewer, and more, than the 50 images that it learns from."""
+
+
+def shots_data(width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Features and labels of 100 images to learn from and of 400 others, in five clouds."""
+    random = np.random.default_rng(width)
+    centers, labels = random.normal(size=(5, width)), np.arange(500) % 5
+    values = ((centers[labels] + 3 * random.normal(size=(500, width))) * np.linspace(0.1, 4, width) + 2).astype(
+        np.float32
+    )
+    return values[:100], labels[:100], values[100:], labels[100:]
+
+
 def small_release(kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The values of a small file of the released layout, and its sizes."""
     facts: dict[str, Any] = {"image": (32, 2, 64, 2), "patch": 8, "dim": 24 if kind == "bert" else 32}

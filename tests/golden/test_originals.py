@@ -24,8 +24,10 @@ from tests.golden.cases import (
     STEPS,
     TEXTS,
     WARMUP,
+    WIDTHS,
     gradient,
     picture,
+    shots_data,
     small_release,
     start,
     sums,
@@ -37,6 +39,7 @@ from torch import nn
 from litune.data.images import resize_tensorflow
 from litune.data.pieces import SentencePiece
 from litune.data.tokenizers import Tokenizer, Tokens, wordpiece
+from litune.evaluation import probes
 from litune.interop import web
 from litune.interop.official import Checkpoint, read_model
 from litune.interop.tokenizer import plain_tokenizer
@@ -120,6 +123,13 @@ def test_optimizers(kind: str) -> None:
         moved = parameters[name].detach().numpy() - start(name)
         # A sign (Lion) or a bfloat16 (Adafactor) may now and then round the other way.
         np.testing.assert_allclose(sums(moved), theirs, atol=2e-5 * np.abs(moved).mean() + 1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_few_shots(width: int) -> None:
+    """big_vision's few-shot evaluator: the same draws of three seeds, and the same accuracies."""
+    found = probes.ridge(*shots_data(width), shots=10)
+    assert found["by_seed"] == pytest.approx(golden("few_shots.json")["accuracy"][str(width)], abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["bert", "pieces"])

@@ -586,27 +586,20 @@ def _probe(
     test = test_rows.raw(), np.array([label_of[int(row)] for row in test_rows.rows])
     labels = np.array([int(one[0]) for one in own.accepted])
     train = train.subset(own.rows)
+    draws = probes.draw_shots(labels, protocol.shots)
     if not protocol.probes:  # few images are enough: only these are embedded
-        few = _draw(labels, protocol.shots)
-        train, labels = train.subset(few), labels[few]
+        few = np.unique(np.concatenate(draws))
+        train, labels, draws = train.subset(few), labels[few], [np.searchsorted(few, rows) for rows in draws]
     there = embed_set(train, f"{task.name}-train", subject, features, protocol.max_damaged)
     given = there.raw(), labels[there.rows]
     said = {}
     if protocol.shots:
-        said["ridge"] = probes.ridge(*given, *test, shots=protocol.shots, seed=0)
+        there_too = [np.flatnonzero(np.isin(there.rows, rows)) for rows in draws]
+        said["ridge"] = probes.ridge(*given, *test, shots=protocol.shots, draws=there_too)
     if protocol.probes:
         said["linear"] = probes.linear_probe(*given, *test, seed=0)
         said["knn"] = probes.knn(*given, *test)
     return said
-
-
-def _draw(labels: np.ndarray, shots: int) -> np.ndarray:
-    """Rows of at most `shots` images per class, drawn at random with a fixed seed."""
-    order = np.random.default_rng(0).permutation(len(labels))
-    first = order[np.argsort(labels[order], kind="stable")]
-    counts = np.bincount(labels)
-    within = np.arange(len(first)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.sort(first[within < shots])
 
 
 def _contamination(found: EvalSet, embedded: Embedded, subject: Subject, protocol: Protocol) -> dict[str, Any]:
