@@ -17,14 +17,16 @@ from litune.errors import ConfigError, nearest
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: to weight matrices only.
+    """Whether weight decay applies: to weight matrices and the kernels of patches only, big_vision's `.*/kernel`.
 
     Not to biases, norms, the temperature, or tables of tokens and positions (LiT's "embeddings-like vectors").
     """
-    return parameter.ndim >= 2 and not any(table in name for table in _TABLES)
+    return parameter.ndim >= 2 and ("patch_embed" in name or not any(table in name for table in _TABLES))
 
 
-_TABLES = ("embedding", "embed_tokens", "shared.weight", "pos_embed", "cls_token", "reg_token")
+_TABLES = (
+    "embedding", "embed_tokens", "shared.weight", "pos_embed", "cls_token", "reg_token", "relative_attention_bias",
+)  # fmt: skip
 
 
 def rate_of(name: str, rates: Sequence[tuple[str, float]]) -> float:
