@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from litune.errors import ConfigError
-from litune.optim import make_optimizer, parameter_groups, set_rate, stepping
+from litune.optim import decays, make_optimizer, parameter_groups, set_rate, stepping
 from litune.schedules import rate_share
 
 KINDS = ("adamw", "lion", "adafactor")
@@ -83,7 +83,7 @@ def reference_adafactor(state: dict[str, Any], g: np.ndarray, t: int) -> np.ndar
         v = np.moveaxis(v, (-2, -1), axes)
     else:
         v = state["v"] = beta2 * state.get("v", 0) + (1 - beta2) * (g**2 + 1e-30)
-    m = 0.9 * state.get("m", np.zeros_like(g)) + 0.1 * g / np.sqrt(v)
+    m = 0.8984375 * state.get("m", np.zeros_like(g)) + 0.1 * g / np.sqrt(v)  # 0.9 as a bfloat16
     state["m"] = torch.as_tensor(m).bfloat16().double().numpy()  # stored in bfloat16; the update is not rounded
     return m
 
@@ -233,6 +233,16 @@ def test_groups() -> None:
     assert by_name["body.bias"]["weight_decay"] == 0
     assert by_name["token_embedding.weight"]["weight_decay"] == 0
     assert {name for name, group in by_name.items() if group["unlock"]} == {"image.weight"}
+
+
+def test_what_decays() -> None:
+    """Patches' kernels do, called as in timm and in transformers; tables do not, T5's of relative positions neither."""
+    four, two = nn.Parameter(torch.zeros(2, 3, 4, 4)), nn.Parameter(torch.zeros(2, 3))
+    for name in ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight", "patch_embedding.weight"):
+        assert decays(f"image.network.model.{name}", four)
+    for name in ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "shared.weight"):
+        assert not decays(f"text.model.{name}", two)
+    assert decays("text.model.encoder.block.0.layer.0.SelfAttention.q.weight", two)
 
 
 def test_unknown_optimizer() -> None:

@@ -17,14 +17,16 @@ from litune.errors import ConfigError, nearest
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: to weight matrices only.
+    """Whether weight decay applies: to weight matrices and the kernels of patches only, big_vision's `.*/kernel`.
 
     Not to biases, norms, the temperature, or tables of tokens and positions (LiT's "embeddings-like vectors").
     """
-    return parameter.ndim >= 2 and not any(table in name for table in _TABLES)
+    return parameter.ndim >= 2 and ("patch_embed" in name or not any(table in name for table in _TABLES))
 
 
-_TABLES = ("embedding", "embed_tokens", "shared.weight", "pos_embed", "cls_token", "reg_token")
+_TABLES = (
+    "embedding", "embed_tokens", "shared.weight", "pos_embed", "cls_token", "reg_token", "relative_attention_bias",
+)  # fmt: skip
 
 
 def rate_of(name: str, rates: Sequence[tuple[str, float]]) -> float:
@@ -131,9 +133,10 @@ class Adafactor(torch.optim.Optimizer):
         V ← β2 V + (1 − β2) g²        m ← β1 m + (1 − β1) g / √V        p ← p − lr × (m + weight_decay × p)
 
     If at least two axes are 32 long or more, V is factored over the two longest: only its means over either, R and
-    C, are kept, and V = R C / mean(R). m is stored in bfloat16. Together the state takes half a parameter's memory,
-    where Adam's takes twice. Unlike in the original Adafactor (arXiv 1804.04235), the update is neither clipped nor
-    scaled by the parameter.
+    C, are kept, and V = R C / mean(R). m is stored in bfloat16, and the β1 beside it is rounded to bfloat16 too (0.9 to
+    0.8984), since that is what big_vision's optimizer computes: optax.ema multiplies the stored moment in its own
+    type. Together the state takes half a parameter's memory, where Adam's takes twice. Unlike in the original
+    Adafactor (arXiv 1804.04235), the update is neither clipped nor scaled by the parameter.
 
     timm's AdafactorBigVision also rounds g / √V and the update itself to bfloat16, not only the stored m, and its
     older versions scale matrices with more rows than columns wrongly.
@@ -173,7 +176,8 @@ class Adafactor(torch.optim.Optimizer):
             columns = state["columns"].lerp_(squared.mean(shorter, keepdim=True), fresh)
             rows = state["rows"].lerp_(squared.mean(longer, keepdim=True), fresh)
             scaled = grad * (rows / rows.mean(shorter, keepdim=True)).rsqrt() * columns.rsqrt()
-        momentum = torch.lerp(state["momentum"].to(grad.dtype), scaled, 1 - beta1)
+        kept = torch.tensor(beta1, dtype=torch.bfloat16).item()
+        momentum = (state["momentum"].to(grad.dtype) * kept).add_(scaled, alpha=1 - beta1)
         state["momentum"].copy_(momentum)
         return momentum
 

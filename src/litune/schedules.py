@@ -95,7 +95,8 @@ def rate_share(
 ) -> float:
     """The share of the peak learning rate at `step` of `steps`.
 
-    First a linear rise over `warmup` steps, (step + 1) / warmup. From then on, with s = step − warmup:
+    First a linear rise over `warmup` steps, (step + 1) / warmup (big_vision's is step / warmup, one step behind: its
+    first step moves nothing). From then on, with s = step − warmup:
 
         cosine      (1 + cos(π s / (steps − warmup))) / 2
         constant    1

@@ -277,13 +277,6 @@ def test_settings_that_contradict(run: Path, sets: Path, tmp_path: Path) -> None
     assert run_names([Path("a/x"), Path("b/x"), Path("c")]) == {"a/x": Path("a/x"), "b/x": Path("b/x"), "c": Path("c")}
 
 
-def test_few_shots_are_drawn_alike() -> None:
-    labels = np.array([0, 1, 1, 0, 1, 1, 2])
-    rows = suite._draw(labels, 2)
-    assert np.bincount(labels[rows]).tolist() == [2, 2, 1]
-    assert rows.tolist() == suite._draw(labels, 2).tolist()
-
-
 def test_probes_and_reports(run: Path, sets: Path, tmp_path: Path) -> None:
     """All that the reports need, together."""
     pytest.importorskip("litune.evaluation.report")
@@ -296,6 +289,7 @@ def test_probes_and_reports(run: Path, sets: Path, tmp_path: Path) -> None:
         run, tasks="cifar10", data=sets, features=tmp_path / "f", kshot=2, probes=True, out=tmp_path / "report"
     )["tasks"][0]
     assert found["extras"]["ridge"]["train_images"] == 8
+    assert len(found["extras"]["ridge"]["by_seed"]) == 3
     assert found["extras"]["knn"]["train_images"] == 12
     assert found["extras"]["calibration"]["images"] == 24
     assert found["extras"]["contamination"]["images"] == 24

@@ -11,7 +11,7 @@ from tokenizers import models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from litune.data.tokenizers import Layout, Tokenizer, find_tokenizer, train_tokenizer
+from litune.data.tokenizers import Layout, Tokenizer, find_tokenizer, train_tokenizer, wordpiece
 from litune.errors import ExportError
 from litune.interop.samples import TEXTS
 from litune.interop.tokenizer import save_tokenizer
@@ -45,6 +45,19 @@ def test_the_same_ids(layout: Layout, tiny_bert: Path, tmp_path: Path) -> None:
             np.testing.assert_array_equal(ids, mine)
         else:
             np.testing.assert_array_equal(ids[mask == 1], mine)
+
+
+def test_special_tokens_that_are_spelled_out(tmp_path: Path) -> None:
+    """In the tokenizer of the released models they are punctuation and letters; so they are when transformers reads."""
+    letters = "abcdefghijklmnopqrstuvwxyz[]"
+    pieces = ["[PAD]", "[UNK]", "[CLS]", *letters, *(f"##{c}" for c in letters)]
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
+    ours = Tokenizer(wordpiece(tmp_path / "vocab.txt"), "bert", 16)
+    save_tokenizer(tmp_path, ours)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("a [CLS] b", "[PAD]", "x[cls]"):
+        assert theirs(text, truncation=True)["input_ids"] == ours([text]).ids.tolist()
+        assert ours([text]).ids.tolist().count(2) == 1
 
 
 def test_a_frame_that_rules_cannot_say(tmp_path: Path) -> None:

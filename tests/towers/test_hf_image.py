@@ -234,6 +234,9 @@ def test_folders_that_are_no_tower(tmp_path: Path) -> None:
     fails(tmp_path / "vit", "shape|size|mismatch")
     transformers.CLIPSegConfig().save_pretrained(tmp_path / "seg")
     fails(tmp_path / "seg", "does not read the vision half of clipseg models")
+    transformers.PoolFormerModel(transformers.PoolFormerConfig(**STAGES)).save_pretrained(tmp_path / "unpooled")
+    save_processor(tmp_path / "unpooled")
+    fails(tmp_path / "unpooled", "does not know how poolformer pools")  # its parts are called so, but none pools
     transformers.BertConfig().save_pretrained(tmp_path / "text")
     fails(tmp_path / "text", "can't be loaded")
     (tmp_path / "vit" / "config.json").write_text("{}")

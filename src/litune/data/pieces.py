@@ -3,6 +3,9 @@
 The library's own segmentation is kept because no other is equal to it for every text: it sums scores in 32 bits and
 normalises by longest match. The tokenizer.json that is written from a model is for other tools; it gives the same
 ids but for rare texts (ties between segmentations, marks on full-width letters, "</s>" spelled out).
+
+From 0.2.2 on the library decides ties otherwise ("..." as ". .." where it was ".. ."): the extra asks for older ones,
+which cut texts as TensorFlow's tokenizer did when LiT's models were trained.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from litune.data.pieces import SentencePiece, read_sentencepiece
 from litune.errors import ConfigError, DataError, RunError, TowerError
@@ -124,10 +124,13 @@ def find_tokenizer(where: str) -> Backend:
 
 
 def wordpiece(file: Path) -> tokenizers.Tokenizer:
-    """BERT's uncased tokenizer of a vocabulary with one piece per line: lower case, accents stripped.
+    """The uncased tokenizer of the released LiT models, of a vocabulary with one piece per line.
 
-    Special tokens are known by name only: one that is spelled out in a text is punctuation and letters.
-    Raises `DataError` where the file is no such vocabulary.
+    Its ids are those of tensorflow_text's BertTokenizer(lower_case=True), which transformers' BERT tokenizers differ
+    from: Unicode's NFKC case folding (ß is ss, ﬁ is fi, ² is 2, Ａ is a; soft hyphens and joiners go), accents off,
+    control characters are spaces, and a word of more than 100 bytes, not characters, is [UNK]. Pieces stand in the
+    tokenizer.json in byte-level spelling, so that the limit counts bytes. Special tokens are known by name only: one
+    that is spelled out in a text is punctuation and letters. Raises `DataError` where the file is no such vocabulary.
     """
     try:
         pieces = [line.rstrip("\r\n") for line in file.read_text(encoding="utf-8").split("\n")]
@@ -137,18 +140,47 @@ def wordpiece(file: Path) -> tokenizers.Tokenizer:
         raise DataError(f"{file} is no text: a WordPiece vocabulary has one piece per line") from None
     if pieces[-1] == "":
         pieces.pop()
-    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    vocabulary = {"".join(part for part, _ in as_bytes.pre_tokenize_str(piece)): i for i, piece in enumerate(pieces)}
     if missing := [name for name in ("[UNK]", "[CLS]") if name not in vocabulary]:
         raise DataError(f"{file} has no {missing[0]}: a WordPiece vocabulary has one piece per line, that among them")
     if len(vocabulary) < len(pieces):
         raise DataError(f"{file} has {len(pieces) - len(vocabulary)} of its pieces twice: each line is a piece")
     tokenizer = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
-    tokenizer.normalizer = normalizers.BertNormalizer(
-        clean_text=True, handle_chinese_chars=True, strip_accents=True, lowercase=True
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFKD(),
+            normalizers.Lowercase(),
+            *(normalizers.Replace(letter, folded) for letter, folded in FOLDED.items()),
+            normalizers.Replace(Regex(f"[{IGNORED}]"), ""),
+            normalizers.NFKD(),
+            normalizers.Replace(Regex(r"\p{Mn}"), ""),
+            normalizers.Replace(Regex(r"[\p{Cc}\p{Cf}]"), " "),
+        ]
     )
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"[\t\n\f\r ]+"), "removed"),
+            pre_tokenizers.Split(Regex(rf"[!-/:-@\[-`{{-~\p{{P}}{CHINESE}]"), "isolated"),
+            as_bytes,
+        ]
+    )
     tokenizer.decoder = decoders.WordPiece()
     return tokenizer
+
+
+FOLDED = {"ß": "ss", "ς": "σ", "\u0345": "ι", "㋿": "令和", **dict(zip("ᲀᲁᲂᲃᲄᲅᲆᲇᲈ", "вдосттъѣꙋ", strict=True))}
+"""What case folding changes and lower-casing does not, or `tokenizers` is too old to know."""
+IGNORED = (
+    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
+    "\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
+)
+"""Unicode's Default_Ignorable_Code_Point, which NFKC case folding removes."""
+CHINESE = (
+    "\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f\U0002b740-\U0002b81f"
+    "\U0002b820-\U0002ceaf\uf900-\ufaff\U0002f800-\U0002fa1f"
+)
+"""Characters that are words of their own in BERT's tokenizer."""
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:

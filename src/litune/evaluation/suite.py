@@ -34,6 +34,9 @@ CHUNK = 1024  # texts that one rank encodes at a time
 CALIBRATED = 10_000  # images whose whole rows of logits are kept for calibration
 KS = (1, 5, 10)
 
+Training = tuple[Embedded, np.ndarray, list[np.ndarray]]
+"""Training images, their classes, and the positions of those that each draw of few shots takes."""
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -417,10 +420,12 @@ def _training_images(
     subject: Subject,
     protocol: Protocol,
     features: Path,
-) -> tuple[Embedded, np.ndarray] | None:
-    """The set's training images that the probes need, embedded, and their classes; None where there are none."""
+) -> Training | None:
+    """The set's training images that the probes need, embedded; None where there are none."""
     if not (protocol.shots or protocol.probes):
         return None
+    from litune.evaluation import probes
+
     if not truth.single or (path / MANIFEST).is_file():
         say(f"{task.name}: no probes, which need training images with one class each")
         return None
@@ -435,38 +440,29 @@ def _training_images(
         return None
     labels = np.array([int(one[0]) for one in own.accepted])
     train = train.subset(own.rows)
+    draws = probes.draw_shots(labels, protocol.shots)
     if not protocol.probes:  # few images are enough: only these are embedded
-        few = _draw(labels, protocol.shots)
-        train, labels = train.subset(few), labels[few]
+        few = np.unique(np.concatenate(draws))
+        train, labels, draws = train.subset(few), labels[few], [np.searchsorted(few, rows) for rows in draws]
     there = embed_set(train, f"{task.name}-train", subject.model, features, protocol.max_damaged)
-    return there, labels[there.rows]
+    return there, labels[there.rows], [np.flatnonzero(np.isin(there.rows, rows)) for rows in draws]
 
 
-def _probe(
-    truth: tasks.Truth, embedded: Embedded, train: tuple[Embedded, np.ndarray], protocol: Protocol
-) -> dict[str, Any]:
+def _probe(truth: tasks.Truth, embedded: Embedded, train: Training, protocol: Protocol) -> dict[str, Any]:
     """What the image features alone tell of the classes, learned from the set's training images."""
     from litune.evaluation import probes
 
     label_of = {int(row): int(one[0]) for row, one in zip(truth.rows, truth.accepted, strict=True)}
     test = embedded.raw(), np.array([label_of[int(row)] for row in embedded.rows])
-    given = train[0].raw(), train[1]
+    there, labels, draws = train
+    given = there.raw(), labels
     said = {}
     if protocol.shots:
-        said["ridge"] = probes.ridge(*given, *test, shots=protocol.shots, seed=0)
+        said["ridge"] = probes.ridge(*given, *test, shots=protocol.shots, draws=draws)
     if protocol.probes:
         said["linear"] = probes.linear_probe(*given, *test, seed=0)
         said["knn"] = probes.knn(*given, *test)
     return said
-
-
-def _draw(labels: np.ndarray, shots: int) -> np.ndarray:
-    """Rows of at most `shots` images per class, drawn at random with a fixed seed."""
-    order = np.random.default_rng(0).permutation(len(labels))
-    first = order[np.argsort(labels[order], kind="stable")]
-    counts = np.bincount(labels)
-    within = np.arange(len(first)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.sort(first[within < shots])
 
 
 def _contamination(found: EvalSet, embedded: Embedded, subject: Subject, protocol: Protocol) -> dict[str, Any]:

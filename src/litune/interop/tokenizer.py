@@ -71,6 +71,10 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, **more: Any) -> tokenizer
         special["cls_token"] = tokenizer.first_token
     if tokenizer.layout == "sticky_eos":
         special["eos_token"] = tokenizer.end_token
+    # transformers looks for special tokens in texts; where the run's tokenizer does not, their names are plain text.
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    if known.isdisjoint(special.values()):
+        more = {"split_special_tokens": True} | more
     write_json(
         folder / "tokenizer_config.json",
         {

@@ -59,7 +59,8 @@ KINDS: dict[str, set[str | None]] = {
         "Replace", "Prepend", "Precompiled",
     },
     "pre_tokenizer": {
-        None, "Sequence", "BertPreTokenizer", "Whitespace", "WhitespaceSplit", "Metaspace", "ByteLevel",
+        None, "Sequence", "BertPreTokenizer", "Whitespace", "WhitespaceSplit", "Split", "Metaspace",
+        "ByteLevel",
     },
     "model": {"WordPiece", "BPE", "Unigram"},
     "post_processor": {None, "TemplateProcessing", "ByteLevel"},

@@ -154,7 +154,7 @@ def hf_pooling(model: Any, kind: str) -> str:
         return "projection"
     if kind in SIGLIP and not getattr(model.config, "vision_use_head", True):
         raise TowerError("this SigLIP model has no attention head to pool with (vision_use_head)")
-    pools = kind in POOLED or any("pool" in name for name, _ in model.named_modules())
+    pools = kind in POOLED or any(hasattr(model, part) for part in ("pooler", "pool"))
     if not pools:
         raise TowerError(f"litune does not know how {kind} pools its features yet: use its timm twin, or python:")
     return "pooler"

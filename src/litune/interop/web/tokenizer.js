@@ -120,6 +120,19 @@ const PRE_TOKENIZERS = {
   },
   Whitespace: () => (text) => text.match(WORDS) ?? [],
   WhitespaceSplit: () => (text) => text.split(/\p{White_Space}+/u).filter(Boolean),
+  Split: ({ pattern, behavior, invert }) => {
+    if (invert || !["Removed", "Isolated"].includes(behavior)) throw unknown("split", behavior, { Removed: 0, Isolated: 0 });
+    const what = new RegExp(pattern.Regex ?? escape(pattern.String), "gu");
+    return (text) => {
+      const words = [];
+      let done = 0;
+      for (const match of text.matchAll(what)) {
+        words.push(text.slice(done, match.index), behavior === "Isolated" ? match[0] : "");
+        done = match.index + match[0].length;
+      }
+      return [...words, text.slice(done)].filter(Boolean);
+    };
+  },
   Metaspace: (config) => (text, first) => {
     const mark = config.replacement;
     const scheme = config.prepend_scheme ?? "always";
