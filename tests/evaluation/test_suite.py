@@ -23,7 +23,7 @@ from litune.config import TuneConfig
 from litune.data.images import open_rgb
 from litune.data.sets import read_set
 from litune.errors import ConfigError, DataError, OutputExistsError, StoreError
-from litune.evaluation import prompts, set_features, suite
+from litune.evaluation import prompts, set_features
 from litune.evaluation.suite import Protocol, Subject, run_task
 from litune.evaluation.tasks import Task, find_tasks
 from litune.features import FeatureStore

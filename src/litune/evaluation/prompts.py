@@ -18,6 +18,7 @@ from torch import Tensor
 from litune.data.names import BARE_TEMPLATES, SHORT_TEMPLATES, canonicalize
 from litune.errors import ConfigError, MissingExtraError, nearest
 from litune.losses import normalize
+from litune.progress import track
 
 TemplateSet = Literal["lit", "clip", "short", "bare"]
 
@@ -112,11 +113,17 @@ class ClassVectors:
         templates = tuple(templates)
         written = [(canonicalize(name) or name) if canonical else name for name in names]
         new = [name for name in dict.fromkeys(written) if (name, templates) not in self._known]
+        if new:
+            with track("encoding", "class prompts", len(new) * len(templates)) as task:
+                self._embed(new, templates, task.advance)
+        return torch.stack([self._known[name, templates] for name in written])
+
+    def _embed(self, names: Sequence[str], templates: tuple[str, ...], advance: Callable[[int], None]) -> None:
         at_once = max(1, self.block // len(templates))
-        for start in range(0, len(new), at_once):
-            some = new[start : start + at_once]
+        for start in range(0, len(names), at_once):
+            some = names[start : start + at_once]
             features = self.encode([one.replace("{}", name) for name in some for one in templates])
             self.texts += len(features)
             vectors = normalize(features.view(len(some), len(templates), -1).mean(1))
             self._known |= {(name, templates): vector for name, vector in zip(some, vectors, strict=True)}
-        return torch.stack([self._known[name, templates] for name in written])
+            advance(len(features))
