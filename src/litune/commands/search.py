@@ -38,6 +38,8 @@ def search(config: SearchConfig) -> list[Found] | list[FoundCaption]:
     say_changes(index)
     if config.index == "approximate" and index.cells is None:
         build(index, model)
+    elif config.index == "approximate" and index.codes is None:
+        index.save()  # of an older litune, or its codes were removed
     text = config.query if config.query.strip() else None
     query = index.query(model, text, config.image, text_weight=config.text_weight, image_weight=config.image_weight)
     found: list[Found] | list[FoundCaption]
@@ -60,10 +62,14 @@ def search(config: SearchConfig) -> list[Found] | list[FoundCaption]:
 
 
 def say_changes(index: Index) -> None:
-    """Say where an index that was saved has more, or fewer, images than its store."""
+    """Say where an index that was saved has more, or fewer, images than its store, or is slower than it could be."""
     removed = index.rows - len(index)
     if removed or len(index.stores) > 1:
         say(f"{index.file}: {len(index):,} images of {len(index.stores):,} stores, {removed:,} removed ones left out")
+    if index.cells is not None and index.codes is None and len(index) > EXACT_ROWS:
+        say(
+            f"{index.file} has no codes, so that searches are slower: litune search with --index approximate writes them"
+        )
 
 
 def build(index: Index, model: LiT) -> None:
