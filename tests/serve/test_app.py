@@ -179,7 +179,7 @@ BAD: list[tuple[str, Any, int, str]] = [
     ("/v1/encode/text", b"\xff\xfe", 400, "not valid JSON"),
     ("/v1/encode/text", b'{"texts":["\\ud800"]}', 400, "not valid JSON"),
     ("/v1/encode/text", b"[" * 100_000, 400, "not valid JSON"),
-    ("/v1/match", {"images": [{"row": 12}], "texts": ["a"]}, 422, "row 12 is none: they go from 0 to 11"),
+    ("/v1/match", {"images": [{"row": 12}], "texts": ["a"]}, 422, "there is no row 12: they go from 0 to 11"),
     ("/v1/match", {"images": [{"row": -1}], "texts": ["a"]}, 422, "greater than or equal to 0"),
     ("/v1/match", {"images": [{"row": True}], "texts": ["a"]}, 422, "valid integer"),
     ("/v1/match", b'{"images":[{"row":1e999}],"texts":["a"]}', 422, "row"),

@@ -67,9 +67,7 @@ def say_changes(index: Index) -> None:
     if removed or len(index.stores) > 1:
         say(f"{index.file}: {len(index):,} images of {len(index.stores):,} stores, {removed:,} removed ones left out")
     if index.cells is not None and index.codes is None and len(index) > EXACT_ROWS:
-        say(
-            f"{index.file} has no codes, so that searches are slower: litune search with --index approximate writes them"
-        )
+        say(f"{index.file} has no codes, so searches are slower: litune search with --index approximate writes them")
 
 
 def build(index: Index, model: LiT) -> None:

@@ -49,7 +49,7 @@ FORMAT = 1
 FILE = "index.safetensors"
 EXACT_ROWS = 200_000
 """Up to so many images a search looks at all of them."""
-NEAR_BLOCK = 1024
+NEAR_BLOCK = 512
 """Rows that one query compares at once: few enough to stay in the processor's cache from step to step."""
 KEPT_BYTES = 1 << 30
 """The features that a run compares are kept in memory up to this size, from its second search on."""

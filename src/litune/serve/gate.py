@@ -31,7 +31,7 @@ SECURITY = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 _PATHS = re.compile(
-    r"/v1/(?:model|encode/text|encode/image|match|classify|search|images)|/health|/metrics|/openapi.json|/"
+    r"/v1/(?:model|encode/text|encode/image|match|classify|search|columns|images)|/health|/metrics|/openapi.json|/"
 )
 
 
