@@ -191,7 +191,14 @@ BAD: list[tuple[str, Any, int, str]] = [
     ("/v1/classify", {"images": "none", "classes": ["a"]}, 422, "images"),
     ("/v1/classify", {"images": "all", "classes": ["a"], "templates": ["a"]}, 422, "needs exactly one {}"),
     ("/v1/classify", {"images": "all", "classes": ["a"], "templates": ["/etc/passwd"]}, 422, "needs exactly one {}"),
-    ("/v1/classify", {"images": "all", "classes": ["a"] * 1000, "templates": ["{}"] * 9}, 422, "more than 8,192 texts"),
+    (
+        "/v1/classify",
+        {"images": "all", "classes": [f"{n}" for n in range(1000)], "templates": ["{}"] * 9},
+        422,
+        "more than 8,192 texts",
+    ),
+    ("/v1/classify", {"images": "all", "classes": ["a", "b", "a"]}, 422, "classes has 'a' twice"),
+    ("/v1/classify", {"images": "all", "classes": ["a_b", "A b!"]}, 422, "classes has 'A b!' beside 'a_b'"),
     ("/v1/search", {}, 422, "needs a text, an image or both"),
     ("/v1/search", {"text": "a", "text_weight": 0}, 422, "cancel each other out"),
     ("/v1/search", {"text": "a", "top": 1001}, 422, "less than or equal to 1000"),
@@ -216,6 +223,38 @@ def test_other_bad_requests(client: TestClient) -> None:
         error(client.get(path), 422)
     for row in ("12", "-1", "x", "1" * 400, "%00", "..%2f..%2fetc%2fpasswd"):
         error(client.get(f"/v1/images/{row}/picture"), 404)
+
+
+def test_unknown_parameters(client: TestClient) -> None:
+    """Each path names what its query takes, as the document does; the page's own address takes whatever stands in it."""
+    for path, known in (
+        ("/v1/images", "it takes offset, limit, where"),
+        ("/v1/images/1/picture", "it takes size"),
+        ("/v1/model", "it takes none"),
+    ):
+        assert f"no parameter 'limt' in this path's query: {known}" in error(client.get(path, params={"limt": 1}), 422)
+    assert "it takes none" in error(client.post("/v1/search", params={"top": 1}, json={"text": "a"}), 422)
+    assert client.get("/?utm=1").status_code == 200
+
+
+def test_columns_and_conditions(client: TestClient, made: Made) -> None:
+    table = FeatureStore(made.store).metadata
+    columns = {one["name"]: (one["kind"], one["values"]) for one in client.get("/v1/columns").json()["columns"]}
+    assert columns["label"] == ("text", sorted(set(table["label"].to_pylist())))
+    assert columns["width"] == ("number", None)
+    assert not {"image_path", "sha256", "caption"} & set(columns)
+    expected = [i for i, one in enumerate(table.to_pylist()) if one["label"] == "red" and "box" in one["key"]]
+    asked = {"where": ["label=red", "key~box"], "limit": 5}
+    found = client.get("/v1/images", params=asked).json()
+    assert ([one["row"] for one in found["images"]], found["total"]) == (expected, len(expected))
+    assert expected
+    rest = client.get("/v1/images", params={"where": "label!=red", "offset": 2}).json()
+    assert [one["row"] for one in rest["images"]] == [
+        i for i, v in enumerate(table["label"].to_pylist()) if v != "red"
+    ][2:]
+    assert "perhaps you meant 'label'" in error(client.get("/v1/images", params={"where": "labl=red"}), 422)
+    for wrong in ([""], ["a=b"] * 17, ["a=" + "b" * 299]):
+        assert "where takes 16 conditions" in error(client.get("/v1/images", params={"where": wrong}), 422)
 
 
 def bomb(width: int, height: int) -> bytes:

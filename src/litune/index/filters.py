@@ -27,6 +27,8 @@ _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
 FEW = 100
 """So many values of a column can be listed to choose from."""
 SAMPLED = 10_000
+UNASKED = ("sha256", "image_path", "caption")
+"""Columns that can be asked for, but not by hand: hashes, places on the disk, and the first of the captions."""
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -67,13 +69,13 @@ class Column:
 
 
 def list_columns(table: pa.Table) -> list[Column]:
-    """The columns that conditions can ask for, but for hashes and places on the disk, which nobody asks for by hand."""
+    """The columns that conditions can ask for, but for those in `UNASKED`."""
     found = []
     for name in table.column_names:
         kind = table.schema.field(name).type
         kind = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if name in ("sha256", "image_path"):
+        if name in UNASKED:
             continue
         if pa.types.is_boolean(kind):
             found.append(Column(name, "truth", None))

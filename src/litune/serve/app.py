@@ -89,7 +89,7 @@ async def _with_known_query(
 ) -> Response:
     """The answer of `work`; a misspelt parameter would otherwise be asked for in vain."""
     if unknown := [name for name in request.query_params if name not in known]:
-        takes = f"it takes {' and '.join(known)}" if known else "it takes none"
+        takes = f"it takes {', '.join(known)}" if known else "it takes none"
         raise Problem(
             422, f"there is no parameter {unknown[0][:40]!r} in this path's query: {takes}", unknown[0], "leave it out"
         )
@@ -202,8 +202,8 @@ class _Api:
         where = request.query_params.getlist("where")
         if len(where) > messages.MAX_WHERE or not all(0 < len(one) <= messages.MAX_CONDITION for one in where):
             raise Problem(
-                422, f"where takes {messages.MAX_WHERE} conditions of 1 to {messages.MAX_CONDITION} characters", "where",
-                "send fewer, or shorter ones",
+                422, f"where takes {messages.MAX_WHERE} conditions of 1 to {messages.MAX_CONDITION} characters",
+                "where", "send fewer, or shorter ones",
             )  # fmt: skip
         rows = await self.engine.rows_where(tuple(where))
         return answer({"images": self.engine.describe(rows[offset : offset + limit]), "total": len(rows)})

@@ -19,7 +19,7 @@ export function filters({ backend, change }) {
   const column = el("select", { id: "filter-column", onchange: offer });
   const way = el("select", { id: "filter-way", "aria-label": "How it compares", onchange: offerValues });
   const place = el("span", { class: "value" });
-  const form = el("form", { id: "filter-form", class: "filter", hidden: true, onsubmit: add },
+  const form = el("form", { id: "filter-form", class: "filter", hidden: true, onsubmit: add, onkeydown: escape },
     el("label", { for: "filter-column" }, "Only where"), column, way, place,
     el("button", { type: "submit", class: "button" }, "Add"));
   const button = el("button", {
@@ -31,6 +31,12 @@ export function filters({ backend, change }) {
     form.hidden = !wanted;
     button.setAttribute("aria-expanded", String(wanted));
     if (wanted) column.focus();
+  }
+
+  function escape(event) {
+    if (event.key !== "Escape") return;
+    open(false);
+    button.focus();
   }
 
   const chosen = () => known.find((one) => one.name === column.value);
@@ -74,6 +80,7 @@ export function filters({ backend, change }) {
 
   backend.columns().then(({ columns }) => {
     known = columns.filter((one) => !one.values || one.values.length > 1);
+    known.sort((a, b) => !a.values - !b.values); // those to choose from come first
     button.hidden = !known.length;
     if (!known.length) return;
     column.replaceChildren(...known.map((one) => el("option", { value: one.name }, one.name)));
