@@ -10,12 +10,12 @@ import torch
 from tests.conftest import random_store
 
 import litune
-from litune.commands.search import search
+from litune.commands.search import line, search
 from litune.commands.tune import tune
 from litune.config import TuneConfig
 from litune.errors import DataError, StoreError
 from litune.features import FeatureStore, StoreWriter
-from litune.index import EXACT_ROWS, Index, nearest_images, top_positions
+from litune.index import EXACT_ROWS, Found, FoundCaption, Index, nearest_images, top_positions
 from litune.index.cells import make_cells
 
 
@@ -323,6 +323,28 @@ def test_queries(run: TuneConfig, tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=message):
             index.query(model, **bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [
+        (None, "0.5000  /a/b.png  a dog, red 猫猫 in the snow"),
+        (60, "0.5000  /a/b.png  a dog, red 猫猫 in the snow"),
+        (45, "0.5000  /a/b.png  a dog, red 猫猫 in the snow"),
+        (44, "0.5000  /a/b.png  a dog, red 猫猫 in the sn…"),
+        (31, "0.5000  /a/b.png  a dog, red …"),
+        (19, "0.5000  /a/b.png"),
+        (5, "0.5000  /a/b.png"),
+    ],
+)
+def test_a_line_of_what_was_found(width: int | None, expected: str) -> None:
+    found = Found(3, "b", "/a/b.png", 0.5, ["a dog,\x1b red\n 猫猫 in the snow", "another"])
+    assert line(found, width) == expected
+    assert line(Found(3, "b", "/a/b.png", 0.5), width) == "0.5000  /a/b.png"
+    assert line(FoundCaption(3, "b", "a\ndog", 0.25), width) == "0.2500  a dog"
+    inside = str(Path.cwd() / "photos" / "b.png")
+    shown = inside if width is None else str(Path("photos") / "b.png")
+    assert line(Found(3, "b", inside, 0.5), width) == f"0.5000  {shown}"
 
 
 def test_the_command(run: TuneConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -226,7 +226,7 @@ def test_other_bad_requests(client: TestClient) -> None:
 
 
 def test_unknown_parameters(client: TestClient) -> None:
-    """Each path names what its query takes, as the document does; the page's own address takes whatever stands in it."""
+    """Each path names what its query takes, as the document does; the page's own takes whatever stands there."""
     for path, known in (
         ("/v1/images", "it takes offset, limit, where"),
         ("/v1/images/1/picture", "it takes size"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import unicodedata
 from dataclasses import asdict
 
 import numpy as np
@@ -59,6 +61,37 @@ def search(config: SearchConfig) -> list[Found] | list[FoundCaption]:
     if config.json:
         write_json(config.json, {"query": title, "found": [asdict(one) for one in found]})
     return found
+
+
+def line(one: Found | FoundCaption, width: int | None = None) -> str:
+    """What is printed of one found: its score, its path, its first caption.
+
+    In a terminal of `width` columns the path is the shorter one, seen from here or whole, and the caption ends in time.
+    """
+    if isinstance(one, FoundCaption):
+        return f"{one.score:.4f}  {plain(one.caption)}"
+    path = one.path
+    if width is not None and os.path.isabs(path):
+        path = min(path, os.path.relpath(path), key=len)
+    start = f"{one.score:.4f}  {path}"
+    if not one.captions:
+        return start
+    caption, left = plain(one.captions[0]), None if width is None else width - columns(start) - 2
+    if left is not None and columns(caption) > left:
+        while caption and columns(caption) >= left:
+            caption = caption[:-1]
+        caption += "…"
+    return f"{start}  {caption}" if left is None or left > 1 else start
+
+
+def plain(text: str) -> str:
+    """A text on one line, without what would move a terminal's cursor or change its colours."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def columns(text: str) -> int:
+    """How wide a terminal shows a text: Chinese, Japanese, Korean characters and emoji take two columns."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in text)
 
 
 def say_changes(index: Index) -> None:

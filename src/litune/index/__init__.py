@@ -23,7 +23,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -57,12 +57,13 @@ KEPT_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Found:
-    """One image found: its row in the store, its path, its cosine similarity with the query."""
+    """One image found: its row in the store, its path, its cosine similarity with the query, its captions."""
 
     row: int
     key: str
     path: str
     score: float
+    captions: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,12 @@ def top_positions(scores: Float[Tensor, " N"], top: int) -> Tensor:
 
 
 def _found(metadata: pa.Table, rows: Tensor, scores: Tensor) -> list[Found]:
-    table = metadata.select(["key", "image_path"]).take(pa.array(rows.numpy()))
-    columns = (rows.tolist(), table["key"].to_pylist(), table["image_path"].to_pylist(), scores.tolist())
-    return [Found(row, str(key), str(path), score) for row, key, path, score in zip(*columns, strict=True)]
+    table = metadata.select(["key", "image_path", "captions"]).take(pa.array(rows.numpy())).to_pydict()
+    columns = (rows.tolist(), table["key"], table["image_path"], scores.tolist(), table["captions"])
+    return [
+        Found(row, str(key), str(path), score, captions or [])
+        for row, key, path, score, captions in zip(*columns, strict=True)
+    ]
 
 
 class Index:

@@ -184,12 +184,10 @@ class _Api:
         body = await _json(request, messages.Search)
         if body.text is None and body.image is None:
             raise Problem(422, "a search needs a text, an image or both", "text", "send text, or image, or both")
-        found = await self.engine.search(body)
-        described = self.engine.describe(np.array([one.row for one in found], dtype=np.int64))
         return answer({
             "found": [
-                {"row": one.row, "key": one.key, "score": round(one.score, 6), "captions": facts["captions"]}
-                for one, facts in zip(found, described, strict=True)
+                {"row": one.row, "key": one.key, "score": round(one.score, 6), "captions": one.captions}
+                for one in await self.engine.search(body)
             ]
         })  # fmt: skip
 
