@@ -199,7 +199,9 @@ BAD: list[tuple[str, Any, int, str]] = [
     ),
     ("/v1/classify", {"images": "all", "classes": ["a", "b", "a"]}, 422, "classes has 'a' twice"),
     ("/v1/classify", {"images": "all", "classes": ["a_b", "A b!"]}, 422, "classes has 'A b!' beside 'a_b'"),
+    ("/v1/classify", {"images": "all", "classes": ["a", " "]}, 422, "classes has the blank name ' '"),
     ("/v1/search", {}, 422, "needs a text, an image or both"),
+    ("/v1/search", {"text": " \n"}, 422, "the text of the query is empty"),
     ("/v1/search", {"text": "a", "text_weight": 0}, 422, "cancel each other out"),
     ("/v1/search", {"text": "a", "top": 1001}, 422, "less than or equal to 1000"),
     ("/v1/search", {"text": "a", "where": ["width=x"]}, 422, "width holds numbers"),
@@ -279,6 +281,7 @@ def bomb(width: int, height: int) -> bytes:
         (bomb(9000, 9000), "9000×9000 pixels, more than 50,000,000"),
         (bomb(60000, 60000), "pixels"),
         (bomb(1 << 31 - 1, 1), "pixels"),
+        (bomb(1, 20000), "1×20000 pixels: one side is more than 100 times the other"),
         (png(draw("red", "box"))[:80], "can't be used"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n", "no picture that can be read"),
     ],
@@ -365,7 +368,8 @@ def test_page_and_headers(start: Start, tmp_path: Path) -> None:
     assert "hello" in answer.text
     assert answer.headers["content-security-policy"] == POLICY
     assert "http" not in POLICY
-    assert client.get("/page/page.js").headers["x-content-type-options"] == "nosniff"
+    for name, value in (("x-content-type-options", "nosniff"), ("cache-control", "no-cache")):
+        assert client.get("/page/page.js").headers[name] == value
     error(client.get("/page/../app.py"), 401)
     error(client.get("/page/%2e%2e/app.py"), 404)
     error(TestClient(make_app(engine, page=tmp_path / "none")).get("/"), 404)

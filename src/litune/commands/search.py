@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -71,7 +72,7 @@ def line(one: Found | FoundCaption, width: int | None = None) -> str:
     if isinstance(one, FoundCaption):
         return f"{one.score:.4f}  {plain(one.caption)}"
     path = one.path
-    if width is not None and os.path.isabs(path):
+    if width is not None and Path(path).is_absolute():
         path = min(path, os.path.relpath(path), key=len)
     start = f"{one.score:.4f}  {path}"
     if not one.captions:

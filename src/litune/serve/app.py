@@ -184,6 +184,8 @@ class _Api:
         body = await _json(request, messages.Search)
         if body.text is None and body.image is None:
             raise Problem(422, "a search needs a text, an image or both", "text", "send text, or image, or both")
+        if body.text is not None and not body.text.strip():
+            raise Problem(422, "the text of the query is empty", "text", "say what to look for, or leave it out")
         return answer({
             "found": [
                 {"row": one.row, "key": one.key, "score": round(one.score, 6), "captions": one.captions}

@@ -208,6 +208,8 @@ class Engine:
                 422, f"{len(images):,} images and {len(classes)} classes make more than {MAX_NUMBERS:,} probabilities",
                 "images", 'ask for some of them: "images": {"offset": 0, "limit": 1000}',
             )  # fmt: skip
+        if blank := [name for name in classes if not name.strip()]:
+            raise Problem(422, f"classes has the blank name {blank[0][:20]!r}", "classes", "leave it out")
         names = [canonicalize(name) or name for name in classes]
         seen: dict[str, str] = {}
         for name, given in zip(names, classes, strict=True):

@@ -71,6 +71,8 @@ class Gate:
                 headers = MutableHeaders(scope=message)
                 for name, value in SECURITY.items():
                     headers.setdefault(name, value)
+                if scope["path"].startswith("/page/"):  # parts of two versions do not fit each other
+                    headers.setdefault("Cache-Control", "no-cache")
             await send(message)
 
         self.running += 1
