@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from litune.config import ServeConfig
+from litune.data.alike import find_alike
 from litune.data.names import BARE_TEMPLATES, DEFAULT_TEMPLATES, SHORT_TEMPLATES, canonicalize
 from litune.errors import DataError, LituneError
 from litune.index import Found, Index, combine, fingerprint
@@ -211,15 +212,8 @@ class Engine:
         if blank := [name for name in classes if not name.strip()]:
             raise Problem(422, f"classes has the blank name {blank[0][:20]!r}", "classes", "leave it out")
         names = [canonicalize(name) or name for name in classes]
-        seen: dict[str, str] = {}
-        for name, given in zip(names, classes, strict=True):
-            if name in seen:
-                alike = "twice" if seen[name] == given else f"beside {seen[name]!r}, which is read alike"
-                raise Problem(
-                    422, f"classes has {given!r} {alike}: equal classes would share their probability", "classes",
-                    "leave one of them out",
-                )  # fmt: skip
-            seen[name] = given
+        if alike := find_alike(classes):
+            raise Problem(422, f"classes has {alike}", "classes", "leave one of them out")
         texts = await self.texts([template.replace("{}", name) for name in names for template in chosen])
         weights = normalize(texts.view(len(names), len(chosen), -1).mean(1))
         found = [torch.empty(0, len(classes))]
