@@ -28,7 +28,8 @@ class Classified:
 def classify(config: ClassifyConfig) -> list[Classified]:
     """Classify images with any labels; returns one result per image, in order.
 
-    Raises `ConfigError` for a label given twice, or two that are read alike, `RunError` for the run, `DataError` for an image that can't be read.
+    Raises `ConfigError` for a label given twice, or two that are read alike, `RunError` for the run, `DataError` for an
+    image that can't be read.
     """
     if alike := find_alike(config.labels):
         raise ConfigError(f"--labels has {alike}")
