@@ -49,8 +49,9 @@ FORMAT = 1
 FILE = "index.safetensors"
 EXACT_ROWS = 200_000
 """Up to so many images a search looks at all of them."""
-NEAR_BLOCK = 512
-"""Rows that one query compares at once: few enough to stay in the processor's cache from step to step."""
+NEAR_BYTES = 200_000
+"""The float32 features that one query compares at once: few enough that they stay in the processor's cache from step to
+step, and that their memory is not given back to the system and asked for anew in each."""
 KEPT_BYTES = 1 << 30
 """The features that a run compares are kept in memory up to this size, from its second search on."""
 
@@ -331,11 +332,12 @@ class Index:
         places = self.cells.places(order[: max(int(self.probes / share), int(enough))])
         rows = self.cells.order[places]
         places, rows = places[keep[rows]], rows[keep[rows]]
+        size = max(1, NEAR_BYTES // (4 * self.store.width))
         if self.codes is not None and len(rows) > (some := 4 * top + 100):
             codes = self.codes
-            guessed = [model.encode_features(codes.features(part)) @ query for part in blocks(places, NEAR_BLOCK)]
+            guessed = [model.encode_features(codes.features(part)) @ query for part in blocks(places, size)]
             rows = rows[top_positions(torch.cat(guessed), some).numpy()]
-        for block in blocks(np.sort(rows), NEAR_BLOCK):  # in order, as equal scores keep it
+        for block in blocks(np.sort(rows), size):  # in order, as equal scores keep it
             yield block, model.encode_features(self.features(block))
 
     def _kept_features(self, model: Encoder) -> Tensor | None:
