@@ -27,7 +27,7 @@ class Codes:
 
     def features(self, places: np.ndarray) -> np.ndarray:
         """Approximate raw float32 features [n, W] of the rows at these places of `Cells.order`."""
-        found = self.values[places].astype(np.float32)
+        found: np.ndarray = self.values[places].astype(np.float32)
         found *= self.step
         found += self.low
         return found
