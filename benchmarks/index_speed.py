@@ -88,23 +88,27 @@ def measure(rows: int, dim: int, groups: int, queries: int, exact_queries: int, 
     index = Index(store)
     before, began = resident_mb(), time.perf_counter()
     index.build()
-    seconds, kept = time.perf_counter() - began, resident_mb() - before
+    built = time.perf_counter()
+    size = index.save().stat().st_size
+    seconds, kept = (built - began, time.perf_counter() - built), resident_mb() - before
     assert index.cells is not None
+    assert index.codes is not None
     tuned = model.encode_features(features.draw(256, spread=0.7))
     asked = model.encode_features(features.draw(queries, spread=0.7))  # farther out than the images, as texts are
     calibrated = index.calibrate(model, tuned)
     through = latencies(index, model, asked, exact=False)
     scan = latencies(index, model, asked[:exact_queries], exact=True)
-    size = index.save().stat().st_size
     return {
         "rows": rows,
         "dim": dim,
         "cells": len(index.cells),
         "probes": index.probes,
-        "build_seconds": round(seconds, 1),
+        "build_seconds": round(seconds[0], 1),
+        "write_seconds": round(seconds[1], 1),
         "memory_of_building_mb": round(kept, 1),
         "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, 1),
         "index_mb": round(size / 1e6, 1),
+        "codes_mb": round(index.codes.values.nbytes / 1e6, 1),
         "store_mb": round(2 * rows * dim / 1e6, 1),
         "recall@10": round(index.recall(model, asked), 4),
         "recall@10_when_calibrated": round(calibrated, 4),

@@ -8,6 +8,7 @@ import importlib
 import io
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -299,9 +300,10 @@ def show_probe(config: ProbeConfig, results: dict[str, Any]) -> None:
 
 
 def show_found(config: SearchConfig, results: Sequence[Any]) -> None:
-    """Print scores and paths or captions, best first."""
+    """Print scores, paths and first captions, or captions alone, best first."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for one in results:
-        print(f"{one.score:.4f}  {one.caption if config.captions else one.path}")
+        print(importlib.import_module("litune.commands.search").line(one, width))
 
 
 def show_export(config: ExportConfig, about: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from litune.errors import DataError
-from litune.index.filters import Condition, select_rows
+from litune.index.filters import FEW, Column, Condition, list_columns, select_rows
 
 ROWS = [
     {"split": "val", "width": 640, "share": 0.5, "captions": ["a Red box"], "mine": True},
@@ -74,3 +74,24 @@ def test_bad_conditions(text: str, message: str) -> None:
 def test_parsing_is_undone_by_str() -> None:
     for text in ("split=val", "width>=640", "captions~a, b"):
         assert str(Condition.parse(text)) == text
+
+
+def test_columns_to_choose_from() -> None:
+    assert list_columns(TABLE) == [
+        Column("split", "text", ["train", "val", "val=2"]),
+        Column("width", "number", None),
+        Column("share", "number", None),
+        Column("captions", "text", ["a Red box", "a dog", "the box is red"]),
+        Column("mine", "truth", None),
+    ]
+    names = pa.array([f"{i:03}" for i in range(FEW + 1)])
+    table = pa.table({
+        "many": names,
+        "langs": pa.array([["en"]] * FEW + [None]),
+        "kind": names.take(pa.array([3] * (FEW + 1))).dictionary_encode(),
+        "when": pa.array([0] * (FEW + 1), pa.timestamp("s")),
+        "sha256": names,
+    })  # fmt: skip
+    assert list_columns(table) == [
+        Column("many", "text", None), Column("langs", "text", ["en"]), Column("kind", "text", ["003"])
+    ]  # fmt: skip

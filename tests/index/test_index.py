@@ -10,12 +10,12 @@ import torch
 from tests.conftest import random_store
 
 import litune
-from litune.commands.search import search
+from litune.commands.search import line, search
 from litune.commands.tune import tune
 from litune.config import TuneConfig
 from litune.errors import DataError, StoreError
 from litune.features import FeatureStore, StoreWriter
-from litune.index import EXACT_ROWS, Index, nearest_images, top_positions
+from litune.index import EXACT_ROWS, Found, FoundCaption, Index, nearest_images, top_positions
 from litune.index.cells import make_cells
 
 
@@ -111,9 +111,15 @@ def test_cells_serve_every_map(tmp_path: Path) -> None:
     for model in (Plain(), Shifted()):
         again = Index(store)
         queries = unit(30, 16)
+        assert again.codes is not None
         assert again.calibrate(model, queries, target=0.9) >= 0.9
+        probes = again.probes
+        assert again.recall(model, queries) >= 0.9
+        again.probes -= 1
+        assert again.recall(model, queries) < 0.9  # it is the least number
+        again.probes = probes
         assert again.probes < len(index.cells) / 2  # most cells were not looked into
-        assert again.recall(model, queries) == again.calibrate(model, queries, target=0.9)
+        assert again.recall(model, queries) == pytest.approx(again.calibrate(model, queries, target=0.9))
         scores, rows = again.nearest(model, queries, 10, exact=False)
         expected = full(model, again, queries, 10)
         hits = [len(set(a) & set(b)) / 10 for a, b in zip(rows_of(rows), expected, strict=True)]
@@ -123,6 +129,50 @@ def test_cells_serve_every_map(tmp_path: Path) -> None:
         assert torch.allclose(features @ queries[0], scores[0], atol=1e-6)
         again.probes = len(index.cells)
         assert rows_of(again.nearest(model, queries, 10, exact=False)[1]) == expected
+
+
+def test_codes_choose_what_is_compared(tmp_path: Path) -> None:
+    """The best by codes are compared with their own features; codes follow what is added, and can be done without."""
+    store = groups_store(tmp_path / "s", 3000)
+    index = Index(store)
+    index.build(cells=50)
+    assert index.codes is None
+    index.probes = 50
+    queries = unit(20, 16)
+    expected = full(Shifted(), index, queries, 10)
+    assert rows_of(index.nearest(Shifted(), queries, 10, exact=False)[1]) == expected
+    index.save()
+    codes = index.codes
+    assert codes is not None
+    assert index.cells is not None
+    raw = store.features(index.cells.order)
+    assert np.abs(codes.features(np.arange(3000)) - raw).max() <= 0.51 * (raw.max(0) - raw.min(0)).max() / 255
+    read = []
+    index.features = lambda rows: read.append(len(rows)) or store.features(rows)  # type: ignore[assignment]
+    scores, rows = index.nearest(Shifted(), queries, 10, exact=False)
+    assert rows_of(rows) == expected
+    assert read == [140] * 20  # of 3,000
+    exact = Shifted().encode_features(store.features(rows[3].numpy())) @ queries[3]
+    assert torch.allclose(scores[3], exact, atol=1e-6)
+
+    index = Index(store)
+    index.remove([f"s-{expected[0][0]}"])
+    index.save()
+    assert list(tmp_path.glob("s/index.codes-*")) == [codes.file]  # not written again
+    assert rows_of(index.nearest(Shifted(), queries[:1], 9, exact=False)[1])[0] == expected[0][1:]
+    index.add(groups_store(tmp_path / "more", 300, seed=1))
+    expected = full(Shifted(), index, queries, 10)
+    assert rows_of(index.nearest(Shifted(), queries, 10, exact=False)[1]) == expected
+    index.save()
+    index = Index(store)
+    assert index.codes is not None
+    assert index.codes.values.shape == (3300, 16)
+    assert list(tmp_path.glob("s/index.codes-*")) == [index.codes.file]
+    assert rows_of(index.nearest(Shifted(), queries, 10, exact=False)[1]) == expected
+    index.codes.file.unlink()
+    index = Index(store)
+    assert index.codes is None
+    assert rows_of(index.nearest(Shifted(), queries, 10, exact=False)[1]) == expected
 
 
 def test_small_stores_are_searched_exactly(tmp_path: Path) -> None:
@@ -161,7 +211,7 @@ def test_adding_and_removing(tmp_path: Path) -> None:
     assert (index.rows, len(index)) == (1800, 1798)
     assert index.cells is not None
     assert np.array_equal(index.cells.centroids, before)  # type: ignore[arg-type]
-    assert index.cells.count().sum() == 1798
+    assert index.cells.count().sum() == 1800
     for row, there in ((3, False), (4, True), (1507, False), (1510, True)):
         own = Plain().encode_features(index.features(np.array([row])))
         for exact in (True, False):
@@ -201,7 +251,9 @@ def test_cells_of_few_rows() -> None:
     cells = make_cells(lambda rows: raw[rows], there, 50, 0, lambda count: None)
     assert cells.cell[2] == -1
     assert len(cells) == 4
-    assert cells.rows(np.arange(4)).tolist() == [0, 1, 3, 4]
+    assert cells.order[cells.places(np.arange(4))].tolist() == cells.order.tolist()
+    assert sorted(cells.order.tolist()) == [0, 1, 3, 4]
+    assert all(cells.cell[cells.order[cells.places(np.array([c]))]] == c for c in range(4))
 
 
 def test_a_new_text_tower_searches_the_old_index(tune_config: TuneConfig, tmp_path: Path) -> None:
@@ -271,6 +323,28 @@ def test_queries(run: TuneConfig, tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=message):
             index.query(model, **bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [
+        (None, "0.5000  /a/b.png  a dog, red 猫猫 in the snow"),
+        (60, "0.5000  /a/b.png  a dog, red 猫猫 in the snow"),
+        (45, "0.5000  /a/b.png  a dog, red 猫猫 in the snow"),
+        (44, "0.5000  /a/b.png  a dog, red 猫猫 in the sn…"),
+        (31, "0.5000  /a/b.png  a dog, red …"),
+        (19, "0.5000  /a/b.png"),
+        (5, "0.5000  /a/b.png"),
+    ],
+)
+def test_a_line_of_what_was_found(width: int | None, expected: str) -> None:
+    found = Found(3, "b", "/a/b.png", 0.5, ["a dog,\x1b red\n 猫猫 in the snow", "another"])
+    assert line(found, width) == expected
+    assert line(Found(3, "b", "/a/b.png", 0.5), width) == "0.5000  /a/b.png"
+    assert line(FoundCaption(3, "b", "a\ndog", 0.25), width) == "0.2500  a dog"
+    inside = str(Path.cwd() / "photos" / "b.png")
+    shown = inside if width is None else str(Path("photos") / "b.png")
+    assert line(Found(3, "b", inside, 0.5), width) == f"0.5000  {shown}"
 
 
 def test_the_command(run: TuneConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

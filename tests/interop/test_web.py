@@ -34,6 +34,7 @@ from litune.data.images import ImageTransform
 from litune.data.tokenizers import train_tokenizer, wordpiece
 from litune.errors import ConfigError, DataError, ExportError, LituneError
 from litune.features import FeatureStore, StoreWriter
+from litune.index.filters import list_columns, select_rows
 from litune.interop import web
 from litune.model import LiT
 
@@ -350,7 +351,36 @@ def test_scores_are_those_of_python(site: Site, browser: Any) -> None:
     code = f"[new File([new Uint8Array({data})], 'own.png', {{ type: 'image/png' }})]"
     found = ask(browser, "encodeImages", code)["features"]
     np.testing.assert_allclose(found, site.model.encode_image(picture).numpy(), atol=1e-4)
-    assert "rows go from 0" in ask(browser, "match", '{ images: [{ row: 999 }], texts: ["a"] }')["error"]
+    assert (
+        "There is no row 999: they go from 0"
+        in ask(browser, "match", '{ images: [{ row: 999 }], texts: ["a"] }')["error"]
+    )
+
+
+WHERE: list[list[str]] = [
+    ["label=red"], ["label != red"], ["captions~A RED"], ["captions=a red ring", "key~-1"], ["captions!=a red ring"],
+    ["key>=red", "label<s"], ["label==RED"], ["key~[.]"],
+]  # fmt: skip
+
+
+def test_filters_are_those_of_python(site: Site, browser: Any) -> None:
+    browser.get(site.address)
+    wait(browser, "document.querySelector('.descriptions output')?.textContent")
+    for where in WHERE:
+        expected = np.flatnonzero(select_rows(site.store.metadata, where)).tolist()
+        found = ask(browser, "images", json.dumps({"offset": 1, "limit": 500, "where": where}))
+        assert [one["row"] for one in found["images"]] == expected[1:], where
+        assert found["total"] == len(expected)
+        found = ask(browser, "search", json.dumps({"text": "a red ring", "top": 500, "where": where}))["found"]
+        assert sorted(one["row"] for one in found) == expected
+        scores = [one["score"] for one in found]
+        assert scores == sorted(scores, reverse=True)
+    known = {one["name"]: one["values"] for one in ask(browser, "columns", "")["columns"]}
+    assert known == {one.name: one.values for one in list_columns(site.store.metadata)}
+    assert "names no column" in ask(browser, "images", '{ where: ["split=val"] }')["error"]
+    assert "can't be read" in ask(browser, "images", '{ where: ["red"] }')["error"]
+    twice = ask(browser, "classify", '{ images: "all", classes: ["red", "Red!"] }')["error"]
+    assert twice.startswith("Classes has “Red!” beside “red”")
 
 
 def test_the_three_panels(site: Site, browser: Any, tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ BAD: list[tuple[str, Any, int, str]] = [
     ("/v1/encode/text", b"\xff\xfe", 400, "not valid JSON"),
     ("/v1/encode/text", b'{"texts":["\\ud800"]}', 400, "not valid JSON"),
     ("/v1/encode/text", b"[" * 100_000, 400, "not valid JSON"),
-    ("/v1/match", {"images": [{"row": 12}], "texts": ["a"]}, 422, "row 12 is none: they go from 0 to 11"),
+    ("/v1/match", {"images": [{"row": 12}], "texts": ["a"]}, 422, "there is no row 12: they go from 0 to 11"),
     ("/v1/match", {"images": [{"row": -1}], "texts": ["a"]}, 422, "greater than or equal to 0"),
     ("/v1/match", {"images": [{"row": True}], "texts": ["a"]}, 422, "valid integer"),
     ("/v1/match", b'{"images":[{"row":1e999}],"texts":["a"]}', 422, "row"),
@@ -191,8 +191,17 @@ BAD: list[tuple[str, Any, int, str]] = [
     ("/v1/classify", {"images": "none", "classes": ["a"]}, 422, "images"),
     ("/v1/classify", {"images": "all", "classes": ["a"], "templates": ["a"]}, 422, "needs exactly one {}"),
     ("/v1/classify", {"images": "all", "classes": ["a"], "templates": ["/etc/passwd"]}, 422, "needs exactly one {}"),
-    ("/v1/classify", {"images": "all", "classes": ["a"] * 1000, "templates": ["{}"] * 9}, 422, "more than 8,192 texts"),
+    (
+        "/v1/classify",
+        {"images": "all", "classes": [f"{n}" for n in range(1000)], "templates": ["{}"] * 9},
+        422,
+        "more than 8,192 texts",
+    ),
+    ("/v1/classify", {"images": "all", "classes": ["a", "b", "a"]}, 422, "classes has 'a' twice"),
+    ("/v1/classify", {"images": "all", "classes": ["a_b", "A b!"]}, 422, "classes has 'A b!' beside 'a_b'"),
+    ("/v1/classify", {"images": "all", "classes": ["a", " "]}, 422, "classes has the blank name ' '"),
     ("/v1/search", {}, 422, "needs a text, an image or both"),
+    ("/v1/search", {"text": " \n"}, 422, "the text of the query is empty"),
     ("/v1/search", {"text": "a", "text_weight": 0}, 422, "cancel each other out"),
     ("/v1/search", {"text": "a", "top": 1001}, 422, "less than or equal to 1000"),
     ("/v1/search", {"text": "a", "where": ["width=x"]}, 422, "width holds numbers"),
@@ -218,6 +227,38 @@ def test_other_bad_requests(client: TestClient) -> None:
         error(client.get(f"/v1/images/{row}/picture"), 404)
 
 
+def test_unknown_parameters(client: TestClient) -> None:
+    """Each path names what its query takes, as the document does; the page's own takes whatever stands there."""
+    for path, known in (
+        ("/v1/images", "it takes offset, limit, where"),
+        ("/v1/images/1/picture", "it takes size"),
+        ("/v1/model", "it takes none"),
+    ):
+        assert f"no parameter 'limt' in this path's query: {known}" in error(client.get(path, params={"limt": 1}), 422)
+    assert "it takes none" in error(client.post("/v1/search", params={"top": 1}, json={"text": "a"}), 422)
+    assert client.get("/?utm=1").status_code == 200
+
+
+def test_columns_and_conditions(client: TestClient, made: Made) -> None:
+    table = FeatureStore(made.store).metadata
+    columns = {one["name"]: (one["kind"], one["values"]) for one in client.get("/v1/columns").json()["columns"]}
+    assert columns["label"] == ("text", sorted(set(table["label"].to_pylist())))
+    assert columns["width"] == ("number", None)
+    assert not {"image_path", "sha256", "caption"} & set(columns)
+    expected = [i for i, one in enumerate(table.to_pylist()) if one["label"] == "red" and "box" in one["key"]]
+    asked = {"where": ["label=red", "key~box"], "limit": 5}
+    found = client.get("/v1/images", params=asked).json()
+    assert ([one["row"] for one in found["images"]], found["total"]) == (expected, len(expected))
+    assert expected
+    rest = client.get("/v1/images", params={"where": "label!=red", "offset": 2}).json()
+    assert [one["row"] for one in rest["images"]] == [
+        i for i, v in enumerate(table["label"].to_pylist()) if v != "red"
+    ][2:]
+    assert "perhaps you meant 'label'" in error(client.get("/v1/images", params={"where": "labl=red"}), 422)
+    for wrong in ([""], ["a=b"] * 17, ["a=" + "b" * 299]):
+        assert "where takes 16 conditions" in error(client.get("/v1/images", params={"where": wrong}), 422)
+
+
 def bomb(width: int, height: int) -> bytes:
     """The head of a PNG that claims to be so large."""
     import struct
@@ -240,6 +281,7 @@ def bomb(width: int, height: int) -> bytes:
         (bomb(9000, 9000), "9000×9000 pixels, more than 50,000,000"),
         (bomb(60000, 60000), "pixels"),
         (bomb(1 << 31 - 1, 1), "pixels"),
+        (bomb(1, 20000), "1×20000 pixels: one side is more than 100 times the other"),
         (png(draw("red", "box"))[:80], "can't be used"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n", "no picture that can be read"),
     ],
@@ -326,7 +368,8 @@ def test_page_and_headers(start: Start, tmp_path: Path) -> None:
     assert "hello" in answer.text
     assert answer.headers["content-security-policy"] == POLICY
     assert "http" not in POLICY
-    assert client.get("/page/page.js").headers["x-content-type-options"] == "nosniff"
+    for name, value in (("x-content-type-options", "nosniff"), ("cache-control", "no-cache")):
+        assert client.get("/page/page.js").headers[name] == value
     error(client.get("/page/../app.py"), 401)
     error(client.get("/page/%2e%2e/app.py"), 404)
     error(TestClient(make_app(engine, page=tmp_path / "none")).get("/"), 404)

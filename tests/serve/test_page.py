@@ -14,6 +14,9 @@ from tests.conftest import draw
 
 pytest.importorskip("litune.serve.app", reason="the server is of the extra serve")
 
+from litune.serve import messages
+from litune.serve.app import PAGE
+
 TOKEN = "a-token-of-the-tests"
 SCORES = "[...document.querySelectorAll('.descriptions output')].map((one) => parseFloat(one.textContent) / 100)"
 
@@ -102,6 +105,88 @@ def test_classify_and_search(browser: Any, address: str, model: Any, made: Any) 
     wait(browser, "location.hash == '#search?q=a+green+bar'")
     browser.back()
     wait(browser, "document.title.startsWith('Classify') && document.querySelectorAll('.column').length == 2")
+
+
+TEXTS = "[...document.querySelectorAll('.descriptions input')].map((one) => one.value)"
+TILES = "[...document.querySelectorAll('.tile')].map((one) => Number(one.dataset.row))"
+
+
+def test_examples_make_way_and_typed_texts_stay(browser: Any, address: str, tmp_path: Path) -> None:
+    """Another picture takes along the descriptions that came with the one before, and none that were typed."""
+    from selenium.webdriver.common.by import By
+
+    open_page(browser, address + "#match")
+    wait(browser, f"{SCORES}.length == 4 && {SCORES}.every((one) => one >= 0)")
+    before = browser.execute_script(f"return {TEXTS}")
+    box = browser.find_elements(By.CSS_SELECTOR, ".descriptions input")[2]
+    box.send_keys(" of mine")
+    path = tmp_path / "own.png"
+    draw("red", "box", 64).save(path)
+    browser.find_element(By.CSS_SELECTOR, "#panel-match input[type=file]").send_keys(str(path))
+    wait(browser, "document.querySelector('.shown img').src.startsWith('blob:')")
+    texts = wait(browser, f"{SCORES}.every((one) => one >= 0) && {TEXTS}")
+    assert texts[0] == f"{before[2]} of mine"
+    assert not set(texts) & set(before)
+    assert len(texts) == 4
+    names = "[...document.querySelectorAll('.descriptions input')].map((one) => one.getAttribute('aria-label'))"
+    assert browser.execute_script(f"return {names}") == [f"Description {i}" for i in range(1, 5)]
+    browser.find_element(By.CSS_SELECTOR, ".film button").click()
+    wait(browser, "location.hash.includes('img=')")
+    assert wait(browser, f"{SCORES}.every((one) => one >= 0) && {TEXTS}")[0] == f"{before[2]} of mine"
+
+
+def test_a_row_that_is_not_there(browser: Any, address: str) -> None:
+    open_page(browser, address + "#match?img=99999&t=a")
+    line = wait(browser, "document.querySelector('.shown p')?.innerText")
+    assert line == "Picture 99999 can't be shown: it is not in this collection, or its file is gone."
+    message = wait(browser, "!document.getElementById('error').hidden && document.getElementById('error').innerText")
+    assert "There is no row 99999: they go from 0 to 11." in message
+
+
+def test_filters(browser: Any, address: str, made: Any) -> None:
+    """By keyboard: a value to choose, a text; in the address, taken away again, without and with words."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.select import Select
+
+    import litune
+
+    labels = litune.FeatureStore(made.store).metadata["label"].to_pylist()
+    red = [row for row, label in enumerate(labels) if label == "red"]
+    open_page(browser, address + "#search")
+    button = wait(browser, "document.querySelector('[aria-controls=filter-form]:not([hidden])')")
+    button.send_keys(Keys.ENTER)
+    assert button.get_attribute("aria-expanded") == "true"
+    column = browser.switch_to.active_element
+    Select(column).select_by_value("label")
+    value = browser.find_element(By.CSS_SELECTOR, "#filter-form .value select")
+    assert [one.text for one in Select(value).options] == sorted(set(labels))
+    Select(value).select_by_value("red")
+    browser.find_element(By.CSS_SELECTOR, "#filter-form [type=submit]").send_keys(Keys.ENTER)
+    wait(browser, f"location.hash == '#search?where=label%3Dred' && JSON.stringify({TILES}) == '{json.dumps(red)}'"
+         .replace(", ", ","))  # fmt: skip
+    browser.find_element(By.CSS_SELECTOR, "#panel-search input[type=search]").send_keys("a green bar")
+    wait(browser, f"document.querySelector('.tile .score') && {TILES}.length == {len(red)}")
+    assert sorted(browser.execute_script(f"return {TILES}")) == red
+    wait(browser, "location.hash == '#search?q=a+green+bar&where=label%3Dred'")
+    column.send_keys(Keys.ESCAPE)
+    assert not column.is_displayed()
+    browser.find_element(By.CSS_SELECTOR, ".chips button").send_keys(Keys.ENTER)
+    wait(browser, f"{TILES}.length == 12 && location.hash == '#search?q=a+green+bar'")
+    open_page(browser, address + "#search?where=width>100000")
+    assert "No picture meets the filters." in wait(
+        browser, "[...document.querySelectorAll('#panel-search .note')].find((one) => one.offsetParent)?.innerText"
+    )
+    open_page(browser, address + "#search?where=labl=red")
+    wait(browser, "document.getElementById('error').innerText.includes(\"perhaps you meant 'label'\")")
+
+
+def test_inputs_take_what_the_server_takes(browser: Any, address: str) -> None:
+    open_page(browser, address + "#match")
+    most = "[...document.querySelectorAll('.descriptions input, [type=search]')].map((one) => one.maxLength)"
+    assert set(browser.execute_script(f"return {most}")) == {messages.MAX_TEXT}
+    wait(browser, "document.querySelector('#filter-form')")
+    assert f"filter: {messages.MAX_CONDITION}" in (PAGE / "dom.js").read_text()
 
 
 def test_token_and_a_server_that_is_gone(browser: Any, live: Callable[..., Any]) -> None:

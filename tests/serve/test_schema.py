@@ -40,7 +40,7 @@ def test_generated_requests(start: Start) -> None:
 
             with suppress(Unsatisfiable):  # nothing about a plain GET can be wrong
                 ask()
-    assert len(seen) == 10
+    assert len(seen) == 11
     assert seen["GET /health"] == {200}
     for name in ("POST /v1/search", "POST /v1/match", "POST /v1/classify", "POST /v1/encode/text"):
         assert seen[name] & {400, 422}, seen

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from tests.serve.conftest import Live, Made
 
-from litune.commands.serve import known_hosts
+from litune.commands.serve import known_hosts, serve
 from litune.config import ServeConfig
 from litune.errors import ConfigError
 from litune.model import LiT
@@ -115,7 +115,7 @@ def test_slow_and_broken_clients(live: Serve) -> None:
     assert post(server, "/v1/encode/text", {"texts": ["a"]})[0] == 200
 
 
-def test_addresses(tmp_path: Path) -> None:
+def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = listen("127.0.0.1", 0)
     with pytest.raises(ConfigError, match=r"can't listen on 127.0.0.1, port \d+: Address already in use"):
         listen("127.0.0.1", taken.getsockname()[1])
@@ -128,6 +128,9 @@ def test_addresses(tmp_path: Path) -> None:
     for token in ("short", "with a blank in it", "umlaut-ü-umlaut"):
         with pytest.raises(ConfigError, match="--token must have"):
             ServeConfig(run=tmp_path, token=token)
+        monkeypatch.setenv("LITUNE_TOKEN", token)
+        with pytest.raises(ConfigError, match="^the environment variable LITUNE_TOKEN must have"):
+            serve(run=tmp_path)
 
 
 def test_the_command_ends_in_order(made: Made) -> None:

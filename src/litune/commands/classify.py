@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 from litune.checkpoint import load
 from litune.config import ClassifyConfig, command
+from litune.data.alike import find_alike
 from litune.errors import ConfigError
 from litune.files import write_json
 
@@ -27,10 +28,11 @@ class Classified:
 def classify(config: ClassifyConfig) -> list[Classified]:
     """Classify images with any labels; returns one result per image, in order.
 
-    Raises `ConfigError` for a label given twice, `RunError` for the run, `DataError` for an image that can't be read.
+    Raises `ConfigError` for a label given twice, or two that are read alike, `RunError` for the run, `DataError` for an
+    image that can't be read.
     """
-    if twice := [label for label in config.labels if config.labels.count(label) > 1]:
-        raise ConfigError(f"--labels has {twice[0]!r} twice: equal labels would share their probability")
+    if alike := find_alike(config.labels):
+        raise ConfigError(f"--labels has {alike}")
     model = load(config.run, image_tower=config.image_tower, device=config.device)
     classifier = model.zero_shot(config.labels, config.templates)
     found = []

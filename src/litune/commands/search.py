@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import unicodedata
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -38,6 +41,8 @@ def search(config: SearchConfig) -> list[Found] | list[FoundCaption]:
     say_changes(index)
     if config.index == "approximate" and index.cells is None:
         build(index, model)
+    elif config.index == "approximate" and index.codes is None:
+        index.save()  # of an older litune, or its codes were removed
     text = config.query if config.query.strip() else None
     query = index.query(model, text, config.image, text_weight=config.text_weight, image_weight=config.image_weight)
     found: list[Found] | list[FoundCaption]
@@ -59,11 +64,44 @@ def search(config: SearchConfig) -> list[Found] | list[FoundCaption]:
     return found
 
 
+def line(one: Found | FoundCaption, width: int | None = None) -> str:
+    """What is printed of one found: its score, its path, its first caption.
+
+    In a terminal of `width` columns the path is the shorter one, seen from here or whole, and the caption ends in time.
+    """
+    if isinstance(one, FoundCaption):
+        return f"{one.score:.4f}  {plain(one.caption)}"
+    path = one.path
+    if width is not None and Path(path).is_absolute():
+        path = min(path, os.path.relpath(path), key=len)
+    start = f"{one.score:.4f}  {path}"
+    if not one.captions:
+        return start
+    caption, left = plain(one.captions[0]), None if width is None else width - columns(start) - 2
+    if left is not None and columns(caption) > left:
+        while caption and columns(caption) >= left:
+            caption = caption[:-1]
+        caption += "…"
+    return f"{start}  {caption}" if left is None or left > 1 else start
+
+
+def plain(text: str) -> str:
+    """A text on one line, without what would move a terminal's cursor or change its colours."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def columns(text: str) -> int:
+    """How wide a terminal shows a text: Chinese, Japanese, Korean characters and emoji take two columns."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in text)
+
+
 def say_changes(index: Index) -> None:
-    """Say where an index that was saved has more, or fewer, images than its store."""
+    """Say where an index that was saved has more, or fewer, images than its store, or is slower than it could be."""
     removed = index.rows - len(index)
     if removed or len(index.stores) > 1:
         say(f"{index.file}: {len(index):,} images of {len(index.stores):,} stores, {removed:,} removed ones left out")
+    if index.cells is not None and index.codes is None and len(index) > EXACT_ROWS:
+        say(f"{index.file} has no codes, so searches are slower: litune search with --index approximate writes them")
 
 
 def build(index: Index, model: LiT) -> None:

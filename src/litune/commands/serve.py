@@ -14,7 +14,7 @@ import torch
 from litune.checkpoint import CONFIG, check_store, load
 from litune.commands.search import say_changes
 from litune.config import ServeConfig, command
-from litune.errors import LituneError, MissingExtraError, RunError, StoreError
+from litune.errors import ConfigError, LituneError, MissingExtraError, RunError, StoreError
 from litune.files import read_json
 from litune.index import Index
 from litune.model import LiT
@@ -37,7 +37,10 @@ def serve(config: ServeConfig) -> None:
     except ModuleNotFoundError as why:
         raise MissingExtraError("litune serve", str(why.name), "serve") from None
     if config.token is None and os.environ.get(TOKEN):
-        config = dataclasses.replace(config, token=os.environ[TOKEN])
+        try:
+            config = dataclasses.replace(config, token=os.environ[TOKEN])
+        except ConfigError as why:
+            raise ConfigError(str(why).replace("--token", f"the environment variable {TOKEN}")) from None
     with listen(config.host, config.port) as sock:
         if config.threads:
             torch.set_num_threads(config.threads)

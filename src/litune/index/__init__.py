@@ -5,19 +5,25 @@ tuned on them. What a run compares, though, is not raw: it subtracts its centre 
 head, and normalises: the score of image r is q · M(r − c) / |M(r − c)|. For one text tower the query could be mapped
 through the adjoint instead (Mᵀq against r − c), but the length below the line differs with every map, so that the
 order of raw inner products is not the order of scores; and an index of mapped features, kept per map, is void with
-the next run whose centre was estimated on other captions. So litune's index holds **no features at all**: it is a
-partition of the raw features into cells (k-means). A query is compared with the cells' centroids, then with the
-images in the nearest cells, and both go through the run's own `LiT.encode_features` first. Scores are therefore exact
-for every run, map and head, a new text tower searches at once, and what is approximate is only which images are
-looked at. On disk that is 4 bytes an image and the centroids.
+the next run whose centre was estimated on other captions. So litune's index knows of no map: it is a partition of the
+raw features into cells (k-means), and a copy of them in 8 bits a number, cell by cell. A query is compared with the
+cells' centroids, then with the copies of the images in the nearest cells, and the best of those with the features
+themselves; all of them go through the run's own `LiT.encode_features` first. Scores are therefore exact for every run,
+map and head, a new text tower searches at once, and what is approximate is only which images are looked at.
+
+The copy is there for speed alone. What a query has to look at lies scattered over the store; in the copy it is some
+hundred pieces, of half the bytes. Without it (an index that was not saved yet, or one of an older litune) searches
+read the store itself.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -33,6 +39,7 @@ from litune.errors import DataError, StoreError
 from litune.features import FeatureStore
 from litune.files import atomic
 from litune.index.cells import BLOCK, Cells, blocks, make_cells, usual_cells
+from litune.index.codes import Codes, open_codes, write_codes
 from litune.index.filters import select_rows
 from litune.losses import normalize
 from litune.model import LiT, Picture
@@ -42,18 +49,22 @@ FORMAT = 1
 FILE = "index.safetensors"
 EXACT_ROWS = 200_000
 """Up to so many images a search looks at all of them."""
+NEAR_BYTES = 200_000
+"""The float32 features that one query compares at once: few enough that they stay in the processor's cache from step to
+step, and that their memory is not given back to the system and asked for anew in each."""
 KEPT_BYTES = 1 << 30
 """The features that a run compares are kept in memory up to this size, from its second search on."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """One image found: its row in the store, its path, its cosine similarity with the query."""
+    """One image found: its row in the store, its path, its cosine similarity with the query, its captions."""
 
     row: int
     key: str
     path: str
     score: float
+    captions: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -111,9 +122,12 @@ def top_positions(scores: Float[Tensor, " N"], top: int) -> Tensor:
 
 
 def _found(metadata: pa.Table, rows: Tensor, scores: Tensor) -> list[Found]:
-    table = metadata.select(["key", "image_path"]).take(pa.array(rows.numpy()))
-    columns = (rows.tolist(), table["key"].to_pylist(), table["image_path"].to_pylist(), scores.tolist())
-    return [Found(row, str(key), str(path), score) for row, key, path, score in zip(*columns, strict=True)]
+    table = metadata.select(["key", "image_path", "captions"]).take(pa.array(rows.numpy())).to_pydict()
+    columns = (rows.tolist(), table["key"], table["image_path"], scores.tolist(), table["captions"])
+    return [
+        Found(row, str(key), str(path), score, captions or [])
+        for row, key, path, score, captions in zip(*columns, strict=True)
+    ]
 
 
 class Index:
@@ -132,6 +146,7 @@ class Index:
         self.stores = [first]
         self.file = Path(file) if file is not None else first.path / FILE
         self.cells: Cells | None = None
+        self.codes: Codes | None = None
         self.there = np.ones(len(first), dtype=bool)
         self.probes = 0
         """Cells that a search looks into."""
@@ -293,7 +308,7 @@ class Index:
         share = max(count, 1) / max(len(self), 1)
         scores = queries @ self._centroid_features(model).T
         found = [
-            best_of(self._near(model, cells, keep, top, share), query[None], top)
+            best_of(self._near(model, query, cells, keep, top, share), query[None], top)
             for cells, query in zip(scores, queries, strict=True)
         ]
         return [one[0][0] for one in found], [one[1][0] for one in found]
@@ -308,14 +323,21 @@ class Index:
                 yield rows, kept[rows[0] : rows[-1] + 1] if whole else kept[torch.from_numpy(rows)]
 
     def _near(
-        self, model: Encoder, scores: Tensor, keep: np.ndarray, top: int, share: float
+        self, model: Encoder, query: Tensor, scores: Tensor, keep: np.ndarray, top: int, share: float
     ) -> Iterator[tuple[np.ndarray, Tensor]]:
         """The images in the nearest cells: `probes` of them, more where a filter leaves only a share of the images."""
         assert self.cells is not None
         order = scores.argsort(descending=True).numpy()
         enough = np.searchsorted(np.cumsum(self.cells.count()[order]) * share, 4 * top) + 1
-        rows = self.cells.rows(order[: max(int(self.probes / share), int(enough))])
-        for block in blocks(rows[keep[rows]]):
+        places = self.cells.places(order[: max(int(self.probes / share), int(enough))])
+        rows = self.cells.order[places]
+        places, rows = places[keep[rows]], rows[keep[rows]]
+        size = max(1, NEAR_BYTES // (4 * self.store.width))
+        if self.codes is not None and len(rows) > (some := 4 * top + 100):
+            codes = self.codes
+            guessed = [model.encode_features(codes.features(part)) @ query for part in blocks(places, size)]
+            rows = rows[top_positions(torch.cat(guessed), some).numpy()]
+        for block in blocks(np.sort(rows), size):  # in order, as equal scores keep it
             yield block, model.encode_features(self.features(block))
 
     def _kept_features(self, model: Encoder) -> Tensor | None:
@@ -347,21 +369,26 @@ class Index:
         """
         count = usual_cells(len(self)) if cells is None else cells
         with track("building the index", "images", len(self)) as task:
-            self.cells = make_cells(self.features, self.there, count, seed, task.advance)
+            self.cells, self.codes = make_cells(self.features, self.there, count, seed, task.advance), None
         self.probes = max(1, len(self.cells) // 32)
 
-    def calibrate(self, model: Encoder, queries: Float[Tensor, "Q D"], *, top: int = 10, target: float = 0.95) -> float:
-        """Set `probes` to the least power of two with this recall@`top` on these queries; returns the recall."""
+    def calibrate(self, model: Encoder, queries: Float[Tensor, "Q D"], *, top: int = 10, target: float = 0.96) -> float:
+        """Set `probes` to the least with this recall@`top` on these queries; returns the recall.
+
+        Other queries find a little more or less, so the default is more than the 95% that are wanted of them.
+        """
         if self.cells is None:
             raise StoreError(f"{self.file} has no cells: build them first")
         _, expected = self.nearest(model, queries, top, exact=True)
-        self.probes, recall = 1, 0.0
-        while True:
-            _, found = self.nearest(model, queries, top, exact=False)
-            recall = shared(expected, found)
-            if recall >= target or self.probes >= len(self.cells):
-                return recall
-            self.probes = min(2 * self.probes, len(self.cells))
+        scores = queries @ self._centroid_features(model).T
+        turns = []  # of each true neighbour: how many cells come before its own
+        for rows, line in zip(expected, scores, strict=True):
+            turn = line.argsort(descending=True).argsort()
+            turns.append(turn[torch.from_numpy(self.cells.cell[rows.numpy()])])
+        sooner = torch.cat(turns).sort().values
+        least = max(math.ceil(target * len(sooner)), 1) - 1
+        self.probes = int(sooner[least]) + 1
+        return float((sooner < self.probes).double().mean())
 
     def recall(self, model: Encoder, queries: Float[Tensor, "Q D"], top: int = 10) -> float:
         """The share of each query's true `top` nearest images that a search through the cells finds, on average."""
@@ -390,7 +417,7 @@ class Index:
                 )
         if self.cells is not None:
             assigned = [self.cells.assign(more.features(rows)) for rows in blocks(np.arange(len(more)))]
-            self.cells = self.cells.with_rows(np.concatenate([self.cells.cell, *assigned]))
+            self.cells, self.codes = self.cells.with_rows(np.concatenate([self.cells.cell, *assigned])), None
         self.stores.append(more)
         self.there = np.concatenate([self.there, np.ones(len(more), dtype=bool)])
         self._changed()
@@ -409,25 +436,35 @@ class Index:
                 "`Found.key` has them"
             )
         self.there = self.there & ~found
-        if self.cells is not None:
-            self.cells = self.cells.with_rows(np.where(found, np.int32(-1), self.cells.cell))
         return int(found.sum())
 
     def _changed(self) -> None:
         self._metadata, self._kept, self._captions = None, {}, {}
 
     def save(self) -> Path:
-        """Write cells, added stores and removed images to `file`, atomically."""
+        """Write cells, codes, added stores and removed images, atomically: codes to a file of their own beside `file`.
+
+        Codes that lie there are written again only where images came or cells changed.
+        """
         tensors = {"there": self.there.astype(np.uint8)}
         if self.cells is not None:
+            if self.codes is None:
+                name = f"{self.file.stem}.codes-{hashlib.sha256(self.cells.cell.data).hexdigest()[:12]}.npy"
+                with track("writing the index", "images", len(self.cells.order)) as task:
+                    self.codes = write_codes(self.file.with_name(name), self.features, self.cells, task.advance)
             tensors |= {"centroids": self.cells.centroids, "mean": self.cells.mean, "cell": self.cells.cell}
+            tensors |= {"low": self.codes.low, "step": self.codes.step}
         facts = {
             "format": FORMAT,
             "probes": self.probes,
+            "codes": None if self.codes is None else self.codes.file.name,
             "stores": [_describe(store) for store in self.stores],
         }
         with atomic(self.file) as temporary:
             save_file(tensors, temporary, {"litune": json.dumps(facts)})
+        for old in self.file.parent.glob(f"{glob.escape(self.file.stem)}.codes-*.npy"):
+            if old.name != facts["codes"]:
+                old.unlink(missing_ok=True)
         return self.file
 
     def _read(self) -> None:
@@ -457,6 +494,9 @@ class Index:
         self.there, self.probes = tensors["there"].astype(bool), int(facts["probes"])
         if "cell" in tensors:
             self.cells = Cells(tensors["centroids"], tensors["mean"], tensors["cell"])
+        if self.cells is not None and facts.get("codes"):
+            file = self.file.with_name(facts["codes"])
+            self.codes = open_codes(file, tensors["low"], tensors["step"], len(self.cells.order))
 
 
 def _check_count(name: str, value: int, least: int) -> None:

@@ -26,7 +26,8 @@ Features = Callable[[np.ndarray], np.ndarray]
 class Cells:
     """Which of C cells each of N rows lies in.
 
-    `centroids` [C, W] are means of raw features and `mean` [W] that of all; `cell` [N] is −1 for a removed row.
+    `centroids` [C, W] are means of raw features and `mean` [W] that of all; `cell` [N] is −1 for a row that was removed
+    before the cells were made.
     """
 
     centroids: np.ndarray
@@ -37,25 +38,27 @@ class Cells:
         return len(self.centroids)
 
     @cached_property
-    def _order(self) -> tuple[np.ndarray, np.ndarray]:
-        """All rows that are there, cell by cell and in order within a cell; and where each cell begins [C + 1]."""
-        order = np.argsort(self.cell, kind="stable")
-        gone = int((self.cell < 0).sum())
-        counts = np.bincount(self.cell[self.cell >= 0], minlength=len(self))
-        return order[gone:], np.concatenate([[0], np.cumsum(counts)])
+    def order(self) -> np.ndarray:
+        """All rows that are in a cell, cell by cell, and in the store's order within one."""
+        return np.argsort(self.cell, kind="stable")[int((self.cell < 0).sum()) :]
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        """Where each cell begins in `order` [C + 1]."""
+        return np.concatenate([[0], np.cumsum(np.bincount(self.cell[self.cell >= 0], minlength=len(self)))])
 
     @cached_property
     def _directions(self) -> np.ndarray:
         return directions(self.centroids, self.mean)
 
-    def rows(self, cells: np.ndarray) -> np.ndarray:
-        """The rows in these cells, in the store's order."""
-        order, starts = self._order
-        return np.sort(np.concatenate([order[starts[c] : starts[c + 1]] for c in cells.tolist()]))
+    def places(self, cells: np.ndarray) -> np.ndarray:
+        """Where in `order` the rows of these cells are, ascending."""
+        starts = self._starts
+        return np.concatenate([np.arange(starts[c], starts[c + 1]) for c in np.sort(cells).tolist()])
 
     def count(self) -> np.ndarray:
-        """How many rows each cell has [C]."""
-        return np.diff(self._order[1])
+        """How many rows each cell has [C], removed ones included."""
+        return np.diff(self._starts)
 
     def assign(self, raw: np.ndarray) -> np.ndarray:
         """The nearest cell of each of n raw features [n, W]."""

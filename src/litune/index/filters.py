@@ -6,7 +6,7 @@ import operator
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,11 @@ _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     ">=": pc.greater_equal,
     "~": lambda values, part: pc.match_substring(values, part, ignore_case=True),
 }
+FEW = 100
+"""So many values of a column can be listed to choose from."""
+SAMPLED = 10_000
+UNASKED = ("sha256", "image_path", "caption")
+"""Columns that can be asked for, but not by hand: hashes, places on the disk, and the first of the captions."""
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -52,6 +57,43 @@ class Condition:
 
     def __str__(self) -> str:
         return f"{self.column}{self.op}{self.value}"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column that conditions can ask for: its kind, and all its values where they are few texts."""
+
+    name: str
+    kind: Literal["text", "number", "truth"]
+    values: list[str] | None
+
+
+def list_columns(table: pa.Table) -> list[Column]:
+    """The columns that conditions can ask for, but for those in `UNASKED`."""
+    found = []
+    for name in table.column_names:
+        kind = table.schema.field(name).type
+        kind = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if name in UNASKED:
+            continue
+        if pa.types.is_boolean(kind):
+            found.append(Column(name, "truth", None))
+        elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
+            found.append(Column(name, "number", None))
+        elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+            found.append(Column(name, "text", _few_values(table[name])))
+    return found
+
+
+def _few_values(column: pa.ChunkedArray) -> list[str] | None:
+    """All values of a column of texts, sorted; None where there are many, which the first rows mostly tell."""
+    for values in (column[:SAMPLED], column):
+        flat = pc.list_flatten(values) if pa.types.is_nested(values.type) else values
+        known = [one for one in flat.unique().to_pylist() if one is not None]
+        if len(known) > FEW:
+            return None
+    return sorted(known)
 
 
 def select_rows(table: pa.Table, where: Sequence[str]) -> np.ndarray:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from litune.serve import messages
 from litune.serve.engine import TEMPLATES, Engine
 from litune.serve.gate import Gate
 from litune.serve.messages import M, read
-from litune.serve.openapi import document
+from litune.serve.openapi import document, known_query
 from litune.serve.problems import Problem, answer, answer_problem
 
 PAGE = Path(__file__).parent / "page"
@@ -36,20 +38,26 @@ def make_app(engine: Engine, hosts: Collection[str] | None = None, page: Path = 
     `hosts` are the names that requests may address it by; None: any.
     """
     api = _Api(engine, page)
-    routes: list[Any] = [
-        Route("/health", api.health),
-        Route("/metrics", api.metrics),
-        Route("/openapi.json", api.openapi),
-        Route("/v1/model", api.model),
-        Route("/v1/encode/text", api.encode_text, methods=["POST"]),
-        Route("/v1/encode/image", api.encode_image, methods=["POST"]),
-        Route("/v1/match", api.match, methods=["POST"]),
-        Route("/v1/classify", api.classify, methods=["POST"]),
-        Route("/v1/search", api.search, methods=["POST"]),
-        Route("/v1/images", api.images),
-        Route("/v1/images/{row}/picture", api.picture),
-        Route("/", api.index),
-    ]
+    get = {
+        "/health": api.health,
+        "/metrics": api.metrics,
+        "/v1/model": api.model,
+        "/v1/columns": api.columns,
+        "/v1/images": api.images,
+        "/v1/images/{row}/picture": api.picture,
+    }
+    post = {
+        "/v1/encode/text": api.encode_text,
+        "/v1/encode/image": api.encode_image,
+        "/v1/match": api.match,
+        "/v1/classify": api.classify,
+        "/v1/search": api.search,
+    }
+    routes: list[Any] = [Route("/openapi.json", api.openapi), Route("/", api.index)]
+    for method, paths in (("GET", get), ("POST", post)):
+        for path, work in paths.items():
+            known = known_query(api.document, path, method)
+            routes.append(Route(path, partial(_with_known_query, work, known), methods=[method]))
     if page.is_dir():
         routes.append(Mount("/page", StaticFiles(directory=page)))
     gate = Middleware(
@@ -74,6 +82,18 @@ def make_app(engine: Engine, hosts: Collection[str] | None = None, page: Path = 
         engine.stop()
 
     return Starlette(routes=routes, middleware=[gate], exception_handlers=handlers, lifespan=lifespan)
+
+
+async def _with_known_query(
+    work: Callable[[Request], Awaitable[Response]], known: Sequence[str], request: Request
+) -> Response:
+    """The answer of `work`; a misspelt parameter would otherwise be asked for in vain."""
+    if unknown := [name for name in request.query_params if name not in known]:
+        takes = f"it takes {', '.join(known)}" if known else "it takes none"
+        raise Problem(
+            422, f"there is no parameter {unknown[0][:40]!r} in this path's query: {takes}", unknown[0], "leave it out"
+        )
+    return await work(request)
 
 
 class _Api:
@@ -164,20 +184,29 @@ class _Api:
         body = await _json(request, messages.Search)
         if body.text is None and body.image is None:
             raise Problem(422, "a search needs a text, an image or both", "text", "send text, or image, or both")
-        found = await self.engine.search(body)
-        described = self.engine.describe(np.array([one.row for one in found], dtype=np.int64))
+        if body.text is not None and not body.text.strip():
+            raise Problem(422, "the text of the query is empty", "text", "say what to look for, or leave it out")
         return answer({
             "found": [
-                {"row": one.row, "key": one.key, "score": round(one.score, 6), "captions": facts["captions"]}
-                for one, facts in zip(found, described, strict=True)
+                {"row": one.row, "key": one.key, "score": round(one.score, 6), "captions": one.captions}
+                for one in await self.engine.search(body)
             ]
         })  # fmt: skip
+
+    async def columns(self, _: Request) -> Response:
+        return answer({"columns": [asdict(one) for one in await self.engine.columns()]})
 
     async def images(self, request: Request) -> Response:
         offset = _number(request, "offset", 0, 0, messages.MAX_OFFSET)
         limit = _number(request, "limit", 50, 1, messages.MAX_PAGE)
-        rows = self.engine.page(offset, limit)
-        return answer({"images": self.engine.describe(rows), "total": len(self.engine.rows)})
+        where = request.query_params.getlist("where")
+        if len(where) > messages.MAX_WHERE or not all(0 < len(one) <= messages.MAX_CONDITION for one in where):
+            raise Problem(
+                422, f"where takes {messages.MAX_WHERE} conditions of 1 to {messages.MAX_CONDITION} characters",
+                "where", "send fewer, or shorter ones",
+            )  # fmt: skip
+        rows = await self.engine.rows_where(tuple(where))
+        return answer({"images": self.engine.describe(rows[offset : offset + limit]), "total": len(rows)})
 
     async def picture(self, request: Request) -> Response:
         size = _number(request, "size", 256, *SIZES)

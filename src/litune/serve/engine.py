@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from litune.config import ServeConfig
+from litune.data.alike import find_alike
 from litune.data.names import BARE_TEMPLATES, DEFAULT_TEMPLATES, SHORT_TEMPLATES, canonicalize
 from litune.errors import DataError, LituneError
 from litune.index import Found, Index, combine, fingerprint
-from litune.index.filters import select_rows
+from litune.index.filters import Column, list_columns, select_rows
 from litune.losses import normalize
 from litune.model import LiT
 from litune.serve import messages
@@ -51,6 +52,7 @@ class Engine:
         self.texts_kept = Cache[tuple[str, str], Tensor](size)
         self.pictures_kept = Cache[tuple[int, int], bytes](size)
         self.masks_kept = Cache[tuple[str, ...], np.ndarray](size)
+        self.columns_kept: list[Column] | None = None
         self.metrics = Metrics(lambda: self.worker.waiting())
         self.worker = Worker(
             {"texts": self._encode_texts, "pixels": self._encode_pixels, "search": self._search, "call": _call},
@@ -207,7 +209,11 @@ class Engine:
                 422, f"{len(images):,} images and {len(classes)} classes make more than {MAX_NUMBERS:,} probabilities",
                 "images", 'ask for some of them: "images": {"offset": 0, "limit": 1000}',
             )  # fmt: skip
+        if blank := [name for name in classes if not name.strip()]:
+            raise Problem(422, f"classes has the blank name {blank[0][:20]!r}", "classes", "leave it out")
         names = [canonicalize(name) or name for name in classes]
+        if alike := find_alike(classes):
+            raise Problem(422, f"classes has {alike}", "classes", "leave one of them out")
         texts = await self.texts([template.replace("{}", name) for name in names for template in chosen])
         weights = normalize(texts.view(len(names), len(chosen), -1).mean(1))
         found = [torch.empty(0, len(classes))]
@@ -227,9 +233,9 @@ class Engine:
             parts.append(request.image_weight * (await self.images([request.image]))[0])
         try:
             query = combine(parts)
-            mask = await self._mask(tuple(request.where)) if request.where else None
         except DataError as why:
-            raise Problem(422, str(why), "the query", "see /v1/model for the columns") from None
+            raise Problem(422, str(why), "the query", "send other weights, or one of both") from None
+        mask = await self._mask(tuple(request.where)) if request.where else None
         scores, rows = await self._do("search", (query, request.offset + request.top, mask))
         some = slice(request.offset, request.offset + request.top)
         return index.describe(rows[some], scores[some])
@@ -237,7 +243,10 @@ class Engine:
     async def _mask(self, where: tuple[str, ...]) -> np.ndarray:
         mask = self.masks_kept.get(where)
         if mask is None:
-            mask = await self._in_thread(partial(select_rows, self.metadata, where))
+            try:
+                mask = await self._in_thread(partial(select_rows, self.metadata, where))
+            except DataError as why:
+                raise Problem(422, str(why), "where", "see /v1/columns for the columns") from None
             self.masks_kept.put(where, mask, mask.nbytes)
         return mask
 
@@ -255,13 +264,22 @@ class Engine:
         """A row of the store. Raises `Problem` where it has none of that number."""
         index = self.need_images()
         if not (0 <= row < index.rows and index.there[row]):
-            gone = (
-                "was removed from the index"
-                if 0 <= row < index.rows
-                else f"is none: they go from 0 to {index.rows - 1}"
-            )
-            raise Problem(status, f"row {row} {gone}", "row", "see /v1/images")
+            known = f"there is no row {row}: they go from 0 to {index.rows - 1}"
+            gone = f"row {row} was removed from the index"
+            raise Problem(status, gone if 0 <= row < index.rows else known, "row", "see /v1/images")
         return row
+
+    async def rows_where(self, where: tuple[str, ...]) -> np.ndarray:
+        """The rows of the images that meet all conditions."""
+        index = self.need_images()
+        return np.flatnonzero(index.there & await self._mask(where)) if where else self.rows
+
+    async def columns(self) -> list[Column]:
+        """What conditions can ask for; nothing where the server has no images."""
+        if self.columns_kept is None:
+            found = [] if self.index is None else await self._in_thread(partial(list_columns, self.metadata))
+            self.columns_kept = found
+        return self.columns_kept
 
     def page(self, offset: int, limit: int) -> np.ndarray:
         """The rows of the images from number `offset` on."""

@@ -31,7 +31,7 @@ SECURITY = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 _PATHS = re.compile(
-    r"/v1/(?:model|encode/text|encode/image|match|classify|search|images)|/health|/metrics|/openapi.json|/"
+    r"/v1/(?:model|encode/text|encode/image|match|classify|search|columns|images)|/health|/metrics|/openapi.json|/"
 )
 
 
@@ -71,6 +71,8 @@ class Gate:
                 headers = MutableHeaders(scope=message)
                 for name, value in SECURITY.items():
                     headers.setdefault(name, value)
+                if scope["path"].startswith("/page/"):  # parts of two versions do not fit each other
+                    headers.setdefault("Cache-Control", "no-cache")
             await send(message)
 
         self.running += 1

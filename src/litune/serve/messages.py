@@ -10,11 +10,12 @@ from litune.serve.problems import Problem
 
 MAX_TEXTS, MAX_IMAGES, MAX_CLASSES, MAX_TEMPLATES = 512, 256, 1000, 100
 MAX_PAGE, MAX_OFFSET = 1000, 10_000_000
+MAX_TEXT, MAX_NAME, MAX_WHERE, MAX_CONDITION = 10_000, 300, 16, 300
 
-Text = Annotated[str, StringConstraints(min_length=1, max_length=10_000)]
-Name = Annotated[str, StringConstraints(min_length=1, max_length=300)]
+Text = Annotated[str, StringConstraints(min_length=1, max_length=MAX_TEXT)]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME)]
 Template = Annotated[str, StringConstraints(max_length=300, pattern=r"^[^{}]*\{\}[^{}]*$")]
-Where = Annotated[str, StringConstraints(min_length=1, max_length=300)]
+Where = Annotated[str, StringConstraints(min_length=1, max_length=MAX_CONDITION)]
 Limit = Annotated[int, Field(ge=1, le=MAX_PAGE)]
 Offset = Annotated[int, Field(ge=0, le=MAX_OFFSET)]
 Weight = Annotated[float, Field(ge=-100, le=100)]
@@ -66,7 +67,7 @@ class Classify(Message):
     """Images to be classified, by the names of classes alone."""
 
     images: Images | Literal["all"] | Part
-    classes: Annotated[list[Name], Field(min_length=1, max_length=MAX_CLASSES)]
+    classes: Annotated[list[Name], Field(min_length=1, max_length=MAX_CLASSES, json_schema_extra={"uniqueItems": True})]
     templates: (
         Literal["auto", "bare", "short"] | Annotated[list[Template], Field(min_length=1, max_length=MAX_TEMPLATES)]
     ) = "auto"
@@ -81,7 +82,7 @@ class Search(Message):
     image_weight: Weight = 1.0
     top: Limit = 20
     offset: Annotated[int, Field(ge=0, le=100_000)] = 0
-    where: Annotated[list[Where], Field(max_length=16)] = []
+    where: Annotated[list[Where], Field(max_length=MAX_WHERE)] = []
 
 
 class Encoded(BaseModel):
@@ -152,6 +153,20 @@ class StoredImages(BaseModel):
     total: int
 
 
+class Column(BaseModel):
+    """A column that `where` can ask for; `values` are all that it has, where those are few texts."""
+
+    name: str
+    kind: Literal["text", "number", "truth"]
+    values: list[str] | None
+
+
+class Columns(BaseModel):
+    """The columns of the store's metadata."""
+
+    columns: list[Column]
+
+
 class ModelFacts(BaseModel):
     """What is served."""
 
@@ -188,7 +203,7 @@ class Error(BaseModel):
 
 REQUESTS: list[type[BaseModel]] = [EncodeText, Match, Classify, Search]
 ANSWERS: list[type[BaseModel]] = [
-    Encoded, EncodedImages, Matched, Classified, FoundImages, StoredImages, ModelFacts, Health, Error,
+    Encoded, EncodedImages, Matched, Classified, FoundImages, StoredImages, Columns, ModelFacts, Health, Error,
 ]  # fmt: skip
 
 M = TypeVar("M", bound=Message)

@@ -18,7 +18,7 @@ REFUSALS = {
     "413": "The body is too large",
     "415": "The body is of another type",
     "421": "The server is not known by this name",
-    "422": "The request does not fit its schema, or this run and store",
+    "422": "The request does not fit its schema or this run and store, or its query has an unknown parameter",
     "429": "Too many requests are waiting; see Retry-After",
 }
 
@@ -38,9 +38,11 @@ def document() -> dict[str, Any]:
         "/v1/match": {"post": _post("Compare images and texts", messages.Match, messages.Matched)},
         "/v1/classify": {"post": _post("Classify images by names", messages.Classify, messages.Classified)},
         "/v1/search": {"post": _post("Find images", messages.Search, messages.FoundImages)},
+        "/v1/columns": {"get": _get("What `where` can ask for: columns, and their values where few", messages.Columns)},
         "/v1/images": {
             "get": _get("Some images of the store", messages.StoredImages, [
                 _query("offset", 0, 0, messages.MAX_OFFSET), _query("limit", 50, 1, messages.MAX_PAGE),
+                {"name": "where", "in": "query", "required": False, "schema": _where(), "explode": True},
             ])
         },
         "/v1/images/{row}/picture": {
@@ -59,6 +61,16 @@ def document() -> dict[str, Any]:
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
         },
     }
+
+
+def known_query(document: dict[str, Any], path: str, method: str) -> list[str]:
+    """The names of the parameters that an operation of the document takes in its query."""
+    return [one["name"] for one in document["paths"][path][method.lower()]["parameters"] if one["in"] == "query"]
+
+
+def _where() -> dict[str, Any]:
+    condition = {"type": "string", "minLength": 1, "maxLength": messages.MAX_CONDITION}
+    return {"type": "array", "items": condition, "maxItems": messages.MAX_WHERE}
 
 
 def _post(summary: str, request: type[BaseModel], reply: type[BaseModel]) -> dict[str, Any]:

@@ -17,12 +17,14 @@ from litune.errors import DataError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 MAX_FILE_BYTES = 512 << 20
 QUALITY = 85
+LONGEST = 100
+"""So many times the shorter side may the longer one be: towers enlarge a thin picture until its shorter side fits."""
 
 
 def open_upload(data: bytes, max_pixels: int) -> Image.Image:
     """An uploaded picture as upright RGB. Its size is read before anything is decoded.
 
-    Raises `DataError` for what is no picture of `FORMATS`, damaged, or larger than `max_pixels`.
+    Raises `DataError` for what is no picture of `FORMATS`, damaged, larger than `max_pixels`, or all too thin.
     """
     try:
         with warnings.catch_warnings():
@@ -35,6 +37,8 @@ def open_upload(data: bytes, max_pixels: int) -> Image.Image:
         raise DataError(f"it is no picture that can be read ({', '.join(FORMATS)})") from None
     if width * height > max_pixels:
         raise DataError(f"it has {width}×{height} pixels, more than {max_pixels:,}")
+    if max(width, height) > LONGEST * min(width, height):
+        raise DataError(f"it has {width}×{height} pixels: one side is more than {LONGEST} times the other")
     return open_rgb(data)
 
 

@@ -94,8 +94,10 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, OverflowError) as why:
-        reason = getattr(why, "strerror", None) or str(why)
-        raise ConfigError(f"can't listen on {host}, port {port}: {reason}; choose another --host or --port") from None
+        reason = (getattr(why, "strerror", None) or str(why)).partition(" (while ")[0]
+        raise ConfigError(
+            f"can't listen on {host}, port {port}: {reason}; choose another --host, or --port (0: any)"
+        ) from None
 
 
 def make_server(app: ASGIApp, seconds: float, on_start: Callable[[], None]) -> _Server:

@@ -34,6 +34,7 @@ function ask(call, body = {}) {
 
 export const where = "in this browser: nothing you type or choose leaves your machine";
 export const model = () => ask("model");
+export const columns = () => ask("columns");
 export const images = (range) => ask("images", range);
 export const encodeImages = (files) => ask("encodeImages", { files });
 export const match = (body) => ask("match", body);

@@ -34,7 +34,7 @@ async function largeFile(name) {
 }
 
 // Messages are answered in turn, so that two never run the model at once.
-const CALLS = { model: start, images: list, encodeImages, match, classify, search, textFeatures };
+const CALLS = { model: start, columns, images: list, encodeImages, match, classify, search, textFeatures };
 let turn = Promise.resolve();
 self.onmessage = ({ data: { id, call, body } }) => {
   turn = turn.then(async () => {
@@ -110,7 +110,7 @@ async function encodeImages({ files }) {
 
 function vector({ row, features: given }) {
   if (row === undefined) return given;
-  if (row >= about.page.images) throw new Error(`There is no picture ${row}: rows go from 0 to ${about.page.images - 1}.`);
+  if (row >= about.page.images) throw new Error(`There is no row ${row}: they go from 0 to ${about.page.images - 1}.`);
   return features.subarray(row * about.page.dim, (row + 1) * about.page.dim);
 }
 
@@ -143,6 +143,12 @@ const canonical = (name) => name.replaceAll("_", " ").replace(PUNCTUATION, "").t
 
 async function classify({ images: which, classes, templates = "auto" }) {
   const chosen = Array.isArray(templates) ? templates : about.page.templates[templates];
+  const read = new Map();
+  for (const name of classes) {
+    const alike = read.get(canonical(name) || name);
+    if (alike !== undefined) throw new Error(`Classes has “${name}” beside “${alike}”, which is read alike: leave one of them out.`);
+    read.set(canonical(name) || name, name);
+  }
   const texts = classes.flatMap((name) => chosen.map((one) => one.replace("{}", () => canonical(name) || name)));
   const encoded = await encode(texts);
   const weights = classes.map((_, c) => {
@@ -168,22 +174,57 @@ function rows(which) {
 
 const describe = ({ row, index }) => (row === undefined ? { index } : { row, key: images.keys[row] });
 
-async function search({ text, image, text_weight = 1, image_weight = 1, top = 24, offset = 0 }) {
+async function search({ text, image, text_weight = 1, image_weight = 1, top = 24, offset = 0, where = [] }) {
   const query = new Float64Array(about.page.dim);
   if (text) (await encode([text]))[0].forEach((v, d) => { query[d] += text_weight * v; });
   if (image) vector(image).forEach((v, d) => { query[d] += image_weight * v; });
   const towards = unit(query);
   const scores = Float64Array.from({ length: about.page.images }, (_, row) => dot(vector({ row }), towards));
-  const order = Uint32Array.from(scores, (_, row) => row).sort((a, b) => scores[b] - scores[a] || a - b);
+  const order = Uint32Array.from(rowsWhere(where)).sort((a, b) => scores[b] - scores[a] || a - b);
   const found = Array.from(order.subarray(offset, offset + top), (row) => ({
     row, key: images.keys[row], score: scores[row], captions: images.captions[row],
   }));
   return { found };
 }
 
-async function list({ offset = 0, limit = 50 }) {
-  const found = rows({ offset, limit }).map(({ row }) => ({
+async function list({ offset = 0, limit = 50, where = [] }) {
+  const all = rowsWhere(where);
+  const found = all.slice(offset, offset + limit).map((row) => ({
     row, key: images.keys[row], captions: images.captions[row], label: images.labels?.[row] ?? null,
   }));
-  return { images: found, total: about.page.images };
+  return { images: found, total: all.length };
+}
+
+// Conditions, as the server's: COLUMN OPERATOR VALUE. Every column here is of texts, or of lists of them.
+
+const FEW = 100; // so many values can be listed to choose from
+const table = () => ({ key: images.keys, captions: images.captions, ...(images.labels ? { label: images.labels } : {}) });
+const COMPARE = {
+  "=": (one, value) => one === value,
+  "<": (one, value) => one < value,
+  "<=": (one, value) => one <= value,
+  ">": (one, value) => one > value,
+  ">=": (one, value) => one >= value,
+  "~": (one, value) => one.toLowerCase().includes(value.toLowerCase()),
+};
+
+async function columns() {
+  const found = Object.entries(table()).map(([name, column]) => {
+    const values = [...new Set(column.flat())].filter((one) => one != null).sort();
+    return { name, kind: "text", values: values.length > FEW ? null : values };
+  });
+  return { columns: found };
+}
+
+function rowsWhere(where) {
+  const checks = where.map((text) => {
+    const [, name, op, value] = /^\s*([^=!<>~]*?)\s*(==|!=|<=|>=|=|<|>|~)\s*(.*?)\s*$/s.exec(text) ?? [];
+    if (!name) throw new Error(`The filter “${text}” can't be read: write COLUMN OPERATOR VALUE, as in label=cat.`);
+    const column = table()[name];
+    if (!column) throw new Error(`The filter “${text}” names no column: there are ${Object.keys(table()).join(", ")}.`);
+    const values = (row) => (Array.isArray(column[row]) ? column[row] : [column[row]].filter((one) => one != null));
+    if (op === "!=") return (row) => column[row] != null && !values(row).includes(value);
+    return (row) => values(row).some((one) => COMPARE[op === "==" ? "=" : op](one, value));
+  });
+  return Array.from({ length: about.page.images }, (_, row) => row).filter((row) => checks.every((check) => check(row)));
 }

@@ -43,7 +43,9 @@ const post = async (path, body) =>
   (await call(path, { method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" } })).json();
 
 export const model = () => get("model");
-export const images = ({ offset, limit }) => get(`images?offset=${offset}&limit=${limit}`);
+export const columns = () => get("columns");
+export const images = ({ offset, limit, where = [] }) =>
+  get(`images?${new URLSearchParams([["offset", offset], ["limit", limit], ...where.map((one) => ["where", one])])}`);
 export const match = (body) => post("match", body);
 export const classify = (body) => post("classify", body);
 export const search = (body) => post("search", body);

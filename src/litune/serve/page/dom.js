@@ -1,5 +1,8 @@
 // The few helpers that all panels share.
 
+/** How many characters the server takes of a text, and of a filter. */
+export const LONGEST = { text: 10000, filter: 300 };
+
 /** An element: properties, `on…` listeners, `class`, `data`, `aria-…` and other attributes; then children. */
 export function el(tag, properties = {}, ...children) {
   const node = document.createElement(tag);
@@ -46,7 +49,7 @@ export function picture(backend, { row, url, name }, properties = {}) {
   const image = el("img", { alt: name ?? "", loading: "lazy", decoding: "async", draggable: false, ...properties });
   image.addEventListener("error", () => image.classList.add("missing"));
   if (url) image.src = url;
-  else backend.picture(row).then((found) => { image.src = found; }, () => image.classList.add("missing"));
+  else backend.picture(row).then((found) => { image.src = found; }, () => image.dispatchEvent(new Event("error")));
   return image;
 }
 

@@ -1,6 +1,6 @@
 // Match: one picture, several descriptions, and how well each fits, as you type.
 
-import { debounce, dropZone, el, latest, percent, picture } from "./dom.js";
+import { LONGEST, debounce, dropZone, el, latest, percent, picture } from "./dom.js";
 
 const MOST = 12;
 
@@ -20,6 +20,7 @@ export function matchPanel(root, shared) {
     use: ([{ file }]) => ask(async () => ({ file, answer: await backend.encodeImages([file]) }), ({ file, answer }) => {
       shared.own = { url: URL.createObjectURL(file), name: file.name, features: answer.features[0] };
       choose(shared.own);
+      exchangeExamples();
       remember({ push: true });
     }),
   });
@@ -40,12 +41,11 @@ export function matchPanel(root, shared) {
   const texts = () => [...list.querySelectorAll("input")].map((input) => input.value);
   const reference = () => (chosen.features ? { features: chosen.features } : { row: chosen.row });
 
-  function addRow(value, focus = false) {
+  function addRow(value, focus = false, example = false) {
     if (list.children.length >= MOST) return;
-    const number = list.children.length + 1;
     const input = el("input", {
-      type: "text", value, placeholder: "a description", autocomplete: "off", spellcheck: false, "aria-label": `Description ${number}`,
-      oninput: typed,
+      type: "text", value, maxLength: LONGEST.text, data: example ? { example } : {}, placeholder: "a description", autocomplete: "off", spellcheck: false,
+      oninput: () => { delete input.dataset.example; typed(); },
       onkeydown: (event) => {
         const rows = [...list.querySelectorAll("input")];
         const here = rows.indexOf(input);
@@ -66,16 +66,20 @@ export function matchPanel(root, shared) {
         el("button", { type: "button", class: "quiet", "aria-label": "Remove this description", onclick: () => removeRow(item) }, "×")),
       el("div", { class: "bar", "aria-hidden": "true" }, el("i", {})));
     list.append(item);
-    add.hidden = list.children.length >= MOST;
+    number();
     if (focus) input.focus();
   }
 
   function removeRow(item) {
     item.remove();
-    [...list.querySelectorAll("input")].forEach((input, i) => input.setAttribute("aria-label", `Description ${i + 1}`));
-    add.hidden = false;
+    number();
     if (!list.children.length) addRow("", true);
     typed();
+  }
+
+  function number() {
+    [...list.querySelectorAll("input")].forEach((input, i) => input.setAttribute("aria-label", `Description ${i + 1}`));
+    add.hidden = list.children.length >= MOST;
   }
 
   const typed = debounce(() => { remember(); score(); }, 120);
@@ -90,7 +94,9 @@ export function matchPanel(root, shared) {
   function choose(one) {
     chosen = one;
     const name = one.name ?? one.key ?? `picture ${one.row}`;
-    shown.replaceChildren(picture(backend, { ...one, name }, { loading: "eager" }));
+    const absent = () => shown.replaceChildren(
+      el("p", { class: "note" }, `Picture ${one.row} can't be shown: it is not in this collection, or its file is gone.`));
+    shown.replaceChildren(picture(backend, { ...one, name }, { loading: "eager", onerror: () => one === chosen && absent() }));
     for (const button of film.children) button.setAttribute("aria-pressed", String(button.dataset.row === String(one.row)));
     note.textContent = one.features ? "Your own picture is not part of this page's address." : "";
   }
@@ -99,7 +105,7 @@ export function matchPanel(root, shared) {
     film.replaceChildren(...strip.map((one) => el(
       "button", {
         type: "button", data: { row: one.row }, title: one.captions?.[0] ?? one.key, "aria-pressed": String(one.row === chosen?.row),
-        onclick: () => { choose(one); remember({ push: true }); },
+        onclick: () => { choose(one); exchangeExamples(); remember({ push: true }); },
       }, picture(backend, { row: one.row, name: one.captions?.[0] ?? one.key }))));
   }
 
@@ -137,24 +143,32 @@ export function matchPanel(root, shared) {
   const middle = () => strip[strip.length >> 1];
 
   // What there is to see before anything was typed: a picture's own caption among those of others.
-  function example() {
-    const own = middle()?.captions?.[0];
+  function example(one) {
+    const own = one?.captions?.[0];
     const foreign = strip.flatMap((one) => one.captions?.slice(0, 1) ?? []).filter((one) => one !== own);
     return own ? [foreign[0], own, ...foreign.slice(1, 3)].filter(Boolean) : ["a photo of a person", "a photo of an animal", "a drawing"];
+  }
+
+  // Another picture gets other examples; what was typed, or came with the address, stays.
+  function exchangeExamples() {
+    const old = [...list.children].filter((row) => row.querySelector("input").dataset.example);
+    for (const row of old) row.remove();
+    if (old.length) for (const text of example(chosen)) if (!texts().includes(text)) addRow(text, false, true);
+    number();
   }
 
   return {
     async show(asked) {
       const row = asked.get("img");
       const wanted = asked.getAll("t");
-      if (!wanted.length && !texts().length) example().forEach((text) => addRow(text));
+      if (/^\d+$/.test(row ?? "")) choose(strip.find((one) => one.row === Number(row)) ?? { row: Number(row) });
+      else if (!chosen && strip.length) choose(middle());
+      else if (!chosen) shown.replaceChildren(el("p", { class: "note" }, "Drop or choose a picture."));
+      if (!wanted.length && !texts().length) example(chosen).forEach((text) => addRow(text, false, true));
       else if (wanted.length && wanted.join("\n") !== texts().filter((one) => one.trim()).join("\n")) {
         list.replaceChildren();
         wanted.slice(0, MOST).forEach((text) => addRow(text));
       }
-      if (/^\d+$/.test(row ?? "")) choose(strip.find((one) => one.row === Number(row)) ?? { row: Number(row) });
-      else if (!chosen && strip.length) choose(middle());
-      else if (!chosen) shown.replaceChildren(el("p", { class: "note" }, "Drop or choose a picture."));
       draw();
       score();
     },

@@ -1,6 +1,7 @@
 // Search: by words, by a picture, or by both.
 
-import { debounce, el, latest, picture } from "./dom.js";
+import { LONGEST, count, debounce, el, latest, picture } from "./dom.js";
+import { filters } from "./filters.js";
 
 const PAGE = 36;
 
@@ -11,22 +12,24 @@ export function searchPanel(root, shared) {
   let found = 0;
 
   const words = el("input", {
-    type: "search", placeholder: "what you look for", autocomplete: "off", spellcheck: false, "aria-label": "What you look for",
+    type: "search", maxLength: LONGEST.text, placeholder: "what you look for", autocomplete: "off", spellcheck: false, "aria-label": "What you look for",
     oninput: () => typed(),
   });
   const chip = el("div", { class: "chip", hidden: true });
   const weight = el("input", { type: "range", min: "0", max: "1", step: "0.05", value: "0.5", id: "weight", oninput: () => typed() });
   const balance = el("label", { class: "balance", hidden: true, for: "weight" }, "words", weight, "picture");
+  const filter = filters({ backend, change: () => remember({ push: true }) });
   const ideas = el("p", { class: "ideas" });
   const grid = el("div", { class: "grid", role: "group", "aria-label": "Pictures found" });
+  const empty = el("p", { class: "note", hidden: true }, "No picture meets the filters.");
   const more = el("button", { type: "button", class: "button", hidden: true, onclick: () => load(found) }, "More");
 
   root.append(
     el("div", { class: "intro" },
       el("h1", { id: "search-title" }, "Search by words"),
       el("p", {}, `Say what you look for among ${info.images.toLocaleString("en")} pictures. Click one for more like it; then add words to steer.`)),
-    el("form", { class: "searchbar", role: "search", onsubmit: (event) => { event.preventDefault(); remember({ push: true }); } }, words, chip, balance),
-    ideas, grid, el("div", { class: "buttons center" }, more),
+    el("form", { class: "searchbar", role: "search", onsubmit: (event) => { event.preventDefault(); remember({ push: true }); } }, words, chip, balance, filter.button),
+    filter.root, ideas, empty, grid, el("div", { class: "buttons center" }, more),
   );
   const captions = shared.some.flatMap((one) => one.captions?.slice(0, 1) ?? []).filter((text) => text.length < 60);
   if (captions.length) {
@@ -42,6 +45,7 @@ export function searchPanel(root, shared) {
     if (words.value.trim()) asked.set("q", words.value.trim());
     if (like) asked.set("like", like.features ? "own" : like.row);
     if (like && words.value.trim()) asked.set("w", weight.value);
+    for (const one of filter.where()) asked.append("where", one);
     go("search", asked, { replace: !push });
   }
 
@@ -61,7 +65,7 @@ export function searchPanel(root, shared) {
 
   function query() {
     const text = words.value.trim();
-    const body = {};
+    const body = filter.where().length ? { where: filter.where() } : {};
     if (text) body.text = text;
     if (like) body.image = like.features ? { features: like.features } : { row: like.row };
     if (text && like) {
@@ -74,16 +78,19 @@ export function searchPanel(root, shared) {
   function load(offset) {
     const body = query();
     balance.hidden = !(body.text && body.image);
-    if (!body.text && !body.image) {
+    const asks = Boolean(body.text || body.image);
+    ideas.hidden = asks || Boolean(body.where);
+    if (ideas.hidden) empty.hidden = true;
+    else {
       found = 0;
-      more.hidden = true;
-      ideas.hidden = false;
-      return ask(async () => ({ found: shared.some }), ({ found: some }) => {
-        grid.replaceChildren(...some.map((one) => tile({ ...one, score: null })));
-      });
+      more.hidden = empty.hidden = true;
+      return ask(async () => shared.some, (some) => grid.replaceChildren(...some.map(tile)));
     }
-    ideas.hidden = true;
-    return ask(() => backend.search({ ...body, top: PAGE, offset }), ({ found: some }) => {
+    // Without words or a picture, filters leave the pictures in the store's order.
+    const work = asks
+      ? async () => (await backend.search({ ...body, top: PAGE, offset })).found
+      : async () => (await backend.images({ where: body.where, offset, limit: PAGE })).images;
+    return ask(work, (some) => {
       shared.clearError();
       // The picture itself is always the nearest to itself.
       const others = body.text ? some : some.filter((one) => one.row !== like?.row);
@@ -92,7 +99,8 @@ export function searchPanel(root, shared) {
       else grid.replaceChildren(...tiles);
       found = offset + some.length;
       more.hidden = some.length < PAGE || found >= info.images;
-      if (!offset) announce(others.length ? `${others.length} pictures; first: ${others[0].captions?.[0] ?? others[0].key}` : "Nothing found");
+      empty.hidden = found > 0;
+      if (!offset) announce(others.length ? `${count(others.length, "picture")}; first: ${others[0].captions?.[0] ?? others[0].key}` : "Nothing found");
       else tiles[0]?.focus();
     });
   }
@@ -107,7 +115,7 @@ export function searchPanel(root, shared) {
     },
     picture(backend, { row: one.row, name }),
     el("span", { class: "caption" }, name),
-    one.score === null ? null : el("span", { class: "score" }, one.score.toFixed(3)));
+    one.score === undefined ? null : el("span", { class: "score" }, one.score.toFixed(3)));
   }
 
   // Arrows lead through the grid.
@@ -125,6 +133,7 @@ export function searchPanel(root, shared) {
     show(asked) {
       words.value = asked.get("q") ?? "";
       weight.value = asked.get("w") ?? "0.5";
+      filter.set(asked.getAll("where"));
       const row = asked.get("like");
       if (row === null) setLike(null);
       else if (row === "own") {
