@@ -210,6 +210,7 @@ def show_run(results: dict[str, Any]) -> None:
         print(f"{'':16}" + "".join(f"{k:>12}" for k in ks))
         for way, name in (("text_to_image", "text → image"), ("image_to_text", "image → text")):
             print(f"{name:16}" + "".join(f"{found[way][k]:>11.1%} " for k in ks))
+            print(f"{'  95% interval':16}" + "".join(f"{_ends(found['interval'][way][k]):>11} " for k in ks))
             print(f"{'  chance':16}" + "".join(f"{found['chance'][way][k]:>11.1%} " for k in ks))
         for lang, one in found.get("by_lang", {}).items():
             print(f"{lang}: {one['images']:,} images, {one['captions']:,} captions")
@@ -221,7 +222,8 @@ def show_run(results: dict[str, Any]) -> None:
         print(f"zero-shot: {found['images']:,} images, {found['classes']:,} classes, templates {found['templates']}")
         for name in ("accuracy", "mean_per_class", "top5", "chance"):
             if name in found:
-                print(f"{name:16}{found[name]:>11.1%}")
+                ends = f"   {_ends(found['interval'][name])}" if name in found["interval"] else ""
+                print(f"{name:16}{found[name]:>11.1%}{ends}")
         print(found["definition"])
     if rows := results.get("tasks"):
         show_tasks(rows, results["means"])
@@ -236,8 +238,12 @@ def show_tasks(rows: Sequence[dict[str, Any]], means: dict[str, Any]) -> None:
         languages = f" in {', '.join(asked['languages'])}" if asked.get("languages") else ""
         print(f"{one['name']}: {one['images']:,} images, {about}{languages}{prompts}")
         for figure, value in one["values"].items():
+            ends = f"   {_ends(one['interval'][figure])}" if figure in one["interval"] else ""
             chance = f"   chance {one['chance'][figure]:.1%}" if figure in one["chance"] else ""
-            print(f"  {figure:26}{value:>7.1%}{chance}")
+            print(f"  {figure:26}{value:>7.1%}{ends}{chance}")
+        if fitted := one["extras"].get("calibration"):
+            error, after = fitted["ece_before"], fitted["ece_after"]
+            print(f"  {'calibration error':26}{error:>7.1%}   {after:.1%} at a fitted temperature")
         for system, row in one["extras"].get("published", {}).items():
             print(f"    published: {system}: " + ", ".join(f"{figure} {value:.1%}" for figure, value in row.items()))
         if note := one["extras"].get("published_note"):
@@ -256,6 +262,12 @@ def show_tasks(rows: Sequence[dict[str, Any]], means: dict[str, Any]) -> None:
             print(f"    {mean['note']}")
     for definition in dict.fromkeys(one["definition"] for one in rows):
         print(definition)
+
+
+def _ends(interval: Sequence[float]) -> str:
+    """An interval of shares, in percent."""
+    low, high = interval
+    return f"{100 * low:.1f}–{100 * high:.1f}"
 
 
 def show_compare(config: CompareConfig, results: dict[str, Any]) -> None:

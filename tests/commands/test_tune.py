@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,16 +16,17 @@ from tests.conftest import interrupt, random_store, random_timm_tower
 from tests.test_features import clip_retrieval_folder
 
 import litune
-from litune.checkpoint import load
+from litune.checkpoint import load, load_tensors
 from litune.commands.tune import choose_pairs, make_model, make_tokenizer, tune
 from litune.config import TuneConfig, to_json
-from litune.errors import ConfigError, OutputExistsError, RunError, StoreError
+from litune.errors import ConfigError, OutputBusyError, OutputExistsError, RunError, StoreError
 from litune.features import FeatureStore
+from litune.files import claim
 from litune.losses import softmax_loss
 from litune.towers import text as text_towers
 from litune.towers.image import weights_hash
 from litune.towers.text import parse_text_spec
-from litune.tuning import Tuning
+from litune.tuning import Tuning, after_the_step
 
 
 def test_learns(tune_config: TuneConfig) -> None:

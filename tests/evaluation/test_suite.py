@@ -212,20 +212,26 @@ def test_what_was_published_stands_with_what_differs(run: Path, sets: Path, tmp_
     assert written["published_note"] == said
 
 
-def test_yaml_and_several_runs(run: Path, sets: Path, photos: Path, tmp_path: Path, tune_config: TuneConfig) -> None:
+def test_yaml_and_several_runs(
+    run: Path, sets: Path, photos: Path, tmp_path: Path, tune_config: TuneConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = tmp_path / "other"
     tune.run(dataclasses.replace(tune_config, out=other, duration="3steps", evaluations=0))
     (tmp_path / "my.yaml").write_text(
         "- name: colors\n  folder: sets/cifar10\n  templates: ['a {} thing']\n"
-        "  classes: {red: red, green: green, blue: blue, yellow: gold}\n"
+        "  classes: {red: Dark-red, green: green, blue: blue, yellow: gold}\n"
         "- name: pairs\n  table: photos/captions.csv\n  split: val\n"
     )
     found = evaluate(run, (other,), tasks=str(tmp_path / "my.yaml"), features=tmp_path / "f", by_lang=True, **QUIET)
+    assert "colors: 'Dark-red' is asked for as 'darkred'" in capsys.readouterr().err
     assert list(found["runs"]) == ["run", "other"]
     rows = found["runs"]["other"]["tasks"]
     assert [row["name"] for row in rows] == ["colors", "pairs de", "pairs en"]
     assert rows[0]["protocol"]["template_set"] == "own"
-    assert rows[0]["protocol"]["example"] == "a {} thing"
+    assert rows[0]["protocol"]["example"] in {f"a {name} thing" for name in ("darkred", "green", "blue", "gold")}
+    low, high = rows[0]["interval"]["accuracy"]
+    assert 0 <= low <= rows[0]["values"]["accuracy"] <= high <= 1
+    assert low < high
     # The German captions alone, as the store's own evaluation has them.
     expected = evaluate(other, store=tune_config.store, split="val", lang="de")["retrieval"]
     assert rows[1]["protocol"]["captions"] == expected["captions"] == 6

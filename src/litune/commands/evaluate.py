@@ -20,6 +20,9 @@ from litune.encoding import encode_images, pick_runtime
 from litune.errors import DataError, LituneError, OutputExistsError
 from litune.evaluation import retrieval as retrieval_metrics
 from litune.evaluation import zero_shot as zero_shot_metrics
+from litune.evaluation.figures import figures
+from litune.evaluation.intervals import DEFINITION as INTERVALS
+from litune.evaluation.intervals import interval
 from litune.evaluation.result import Result
 from litune.evaluation.suite import Protocol, Subject, retrieval_result, run_task
 from litune.evaluation.tasks import Task, find_tasks, group_means
@@ -51,7 +54,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     for name, run in names.items():
         found[name], reported[name] = measure(config, name, run, tasks)
     results: dict[str, Any] = found[next(iter(names))] if len(names) == 1 else {"runs": found}
-    results["libraries"] = library_versions()
+    results |= {"interval": INTERVALS, "libraries": library_versions()}
     if distributed.is_main():
         if config.json is not None:
             write_json(config.json, results)
@@ -136,12 +139,19 @@ def heading(result: Result) -> str:
 def plain(result: Result) -> dict[str, Any]:
     """The figures of a result as plain JSON values, without the examples."""
     kept = ("task", "kind", "metric", "lang", "values", "chance", "definition", "images", "protocol", "extras")
-    return {"name": heading(result)} | {name: getattr(result, name) for name in kept}
+    return {"name": heading(result)} | {name: getattr(result, name) for name in kept} | {"interval": intervals(result)}
+
+
+def intervals(result: Result) -> dict[str, list[float]]:
+    """The ends of the 95% bootstrap interval of each figure whose examples' outcomes are known."""
+    known = figures(result).items()
+    return {name: [one.low, one.high] for name, one in known if one.low is not None and one.high is not None}
 
 
 def tuned_on(run: Path) -> list[tuple[FeatureStore, np.ndarray]]:
-    """The stores that a run was tuned on and their rows; none where one is not there any more."""
+    """The stores that a run was tuned on and their rows; none, and a line that says so, where one is gone."""
     if not (run / CONFIG).is_file():
+        say(f"not checked: whether evaluation images were tuned on ({run / CONFIG} is missing)")
         return []
     try:
         given = read_json(run / CONFIG, DataError)
@@ -153,7 +163,8 @@ def tuned_on(run: Path) -> list[tuple[FeatureStore, np.ndarray]]:
         config = TuneConfig(**settings)
         stores = [FeatureStore(path) for path in config.stores]
         return [(store, choose_pairs(store, config)[0].rows) for store in stores]
-    except (LituneError, TypeError):
+    except (LituneError, TypeError) as why:
+        say(f"not checked: whether evaluation images were tuned on ({why})")
         return []
 
 
@@ -230,7 +241,10 @@ def rank_pairs(
         facts,
         lang,
     )
-    return retrieval_metrics.figures(ranks, own), result
+    found = retrieval_metrics.figures(ranks, own)
+    ends = intervals(result)
+    ways = ("text_to_image", "image_to_text")
+    return found | {"interval": {way: {k: ends[f"{way} {k}"] for k in found[way]} for way in ways}}, result
 
 
 def encode_stored(model: LiT, store: FeatureStore, rows: np.ndarray) -> torch.Tensor:
@@ -260,8 +274,11 @@ def evaluate_classes(model: LiT, config: EvalConfig, run: Path, where: Path) -> 
 
     def measure() -> dict[str, Any]:
         classifier = model.zero_shot(names, config.templates)
-        found = zero_shot_metrics.accuracy(classifier.scores(features), labels)
-        return found | {"templates": classifier.templates}
+        scores = classifier.scores(features)
+        hits = (zero_shot_metrics.ahead_of_own(scores, labels) == 0).double().numpy()
+        ends = {"accuracy": interval(hits), "mean_per_class": interval(hits, labels.numpy(), per_group_mean=True)}
+        found = zero_shot_metrics.accuracy(scores, labels)
+        return found | {"interval": {k: list(v) for k, v in ends.items()}, "templates": classifier.templates}
 
     return distributed.from_main(measure) | {
         "classes_at": str(where),

@@ -93,6 +93,11 @@ def pick_templates(which: TemplateSet, own: Sequence[str]) -> tuple[str, ...]:
     return sets[which]
 
 
+def asked(name: str, canonical: bool = True) -> str:
+    """A class name as it goes into templates."""
+    return (canonicalize(name) or name) if canonical else name
+
+
 class ClassVectors:
     """Class vectors of one text tower: each distinct name is embedded once per set of templates.
 
@@ -111,7 +116,7 @@ class ClassVectors:
     ) -> Float[Tensor, "C D"]:
         """One vector of length one for each of C names."""
         templates = tuple(templates)
-        written = [(canonicalize(name) or name) if canonical else name for name in names]
+        written = [asked(name, canonical) for name in names]
         new = [name for name in dict.fromkeys(written) if (name, templates) not in self._known]
         if new:
             with track("encoding", "class prompts", len(new) * len(templates)) as task:

@@ -6,6 +6,7 @@ outcome of every example, so that reports can say how sure a figure is and what 
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -196,6 +197,12 @@ def embed_classes(
     own = protocol.templates or (task.templates if isinstance(task.templates, tuple) else ())
     templates = own or prompts.pick_templates(protocol.template_set, tasks.task_templates(task, found))
     before = subject.vectors.texts
+    joined = [name for name in truth.names if re.search(r"\w[^\w\s]+\w", name.replace("_", " "))]
+    if joined and protocol.canonical and task.path is not None:  # of one's own, whose names somebody has typed
+        say(
+            f"{task.name}: {joined[0]!r} is asked for as {prompts.asked(joined[0])!r}, in the field's canonical form: "
+            "write a space, or give --no-canonical"
+        )
     with _timed(seconds, "texts"):
         weights = subject.vectors(truth.names, templates, canonical=protocol.canonical)
     return Prompted(weights, templates, "own" if own else protocol.template_set, subject.vectors.texts - before)
@@ -251,7 +258,7 @@ def classify(
         | {
             "templates": len(prompted.templates),
             "template_set": prompted.template_set,
-            "example": prompted.templates[0],
+            "example": prompted.templates[0].replace("{}", prompts.asked(truth.names[0], protocol.canonical)),
             "canonical_names": protocol.canonical,
             "classes": len(truth.names),
             "classes_with_equal_prompts": _equal(weights),

@@ -22,10 +22,7 @@ DEFINITION = (
 
 def accuracy(scores: Float[Tensor, "B C"], labels: Int[Tensor, " B"]) -> dict[str, Any]:
     """Accuracy, mean per-class accuracy and, above five classes, top-5, as shares of one."""
-    if not scores.isfinite().all():
-        raise DataError("some scores are not finite: no accuracy can be told from them")
-    own = scores.gather(1, labels[:, None])
-    rank = (scores >= own).sum(1) - 1
+    rank = ahead_of_own(scores, labels)
     hits = (rank == 0).double()
     classes = scores.shape[1]
     count = torch.bincount(labels, minlength=classes)
@@ -38,6 +35,13 @@ def accuracy(scores: Float[Tensor, "B C"], labels: Int[Tensor, " B"]) -> dict[st
     if classes > 5:
         found["top5"] = float((rank < 5).double().mean())
     return found | {"chance": 1 / classes, "images": len(labels), "classes": classes}
+
+
+def ahead_of_own(scores: Float[Tensor, "B C"], labels: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
+    """How many wrong classes score at least as high as the own one: 0 is a hit. Raises `DataError` for NaN."""
+    if not scores.isfinite().all():
+        raise DataError("some scores are not finite: no accuracy can be told from them")
+    return (scores >= scores.gather(1, labels[:, None])).sum(1) - 1
 
 
 @dataclass(frozen=True)

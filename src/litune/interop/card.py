@@ -163,7 +163,9 @@ def _metrics(run: Path, manifest: dict[str, Any], config: dict[str, Any]) -> str
         f" --lang {' '.join(config['lang'])}" if config.get("lang") else ""
     )
     command = f"litune eval {run.name} --store {store}{flags}"
-    return f"{table}\n\n{said} Measured again by:\n\n```bash\n{command}\n```"
+    rounded = manifest.get("precision") == "bfloat16"
+    again = "Measured again, in float32 where tuning took bfloat16, by:" if rounded else "Measured again by:"
+    return f"{table}\n\n{said} {again}\n\n```bash\n{command}\n```"
 
 
 METRICS = "metrics.jsonl"
