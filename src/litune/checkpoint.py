@@ -25,9 +25,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from litune.data.tokenizers import Tokenizer, load_tokenizer
+from litune.data.tokenizers import load_tokenizer
 from litune.devices import pick_device
 from litune.errors import RunError, StoreError, TowerError
 from litune.files import atomic, read_json, write_json
@@ -131,39 +130,6 @@ def load(run: Path | str, *, image_tower: str | None = None, device: str = "auto
         raise RunError(f"{folder} has the run format {manifest.get('format')!r}, this litune reads {FORMAT}")
     made = manifest["model"]
     tokenizer = load_tokenizer(folder / TOKENIZER, made["tokenizer"]["layout"], made["tokenizer"]["max_tokens"])
-    with Unfilled():
-        model = _build(made, tokenizer)
-    tensors, _ = load_tensors(folder / MODEL)
-    try:
-        model.load_state_dict(tensors, strict=True)
-    except RuntimeError as why:
-        raise RunError(f"{folder / MODEL} does not fit its manifest: {str(why).splitlines()[-1].strip()}") from None
-    if model.image_tuned and image_tower is not None:
-        raise TowerError(f"{folder} has trained its own image tower: leave out --image-tower")
-    model.find_image_tower = image_tower_finder(model, image_tower)
-    return model.eval().to(pick_device(device))
-
-
-class Unfilled(TorchFunctionMode):
-    """Inside a `with`, weights that a module draws at random stay as they are in memory: they are loaded next.
-
-    A large tower is drawn for longer than it is read. Everything else that a constructor computes, it computes.
-    """
-
-    DRAWS = frozenset({"normal_", "uniform_", "kaiming_uniform_", "erfinv_"})  # of tensors, and of torch.nn.init
-
-    def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """The call, or for a draw the tensor that it would have filled."""
-        kwargs = kwargs or {}
-        if getattr(function, "__name__", "") in self.DRAWS:
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **kwargs)
-
-
-def _build(made: dict[str, Any], tokenizer: Tokenizer) -> LiT:
-    """The model that `describe_model` describes, its weights still to be filled in."""
     text = build_text_tower(made["text_tower"])
     model = LiT(
         text,
@@ -179,7 +145,15 @@ def _build(made: dict[str, Any], tokenizer: Tokenizer) -> LiT:
         image=_tuned_tower(made["image_tower"]) if made.get("image_tuned") else None,
     )
     model.origin = made.get("origin")
-    return model
+    tensors, _ = load_tensors(folder / MODEL)
+    try:
+        model.load_state_dict(tensors, strict=True)
+    except RuntimeError as why:
+        raise RunError(f"{folder / MODEL} does not fit its manifest: {str(why).splitlines()[-1].strip()}") from None
+    if model.image_tuned and image_tower is not None:
+        raise TowerError(f"{folder} has trained its own image tower: leave out --image-tower")
+    model.find_image_tower = image_tower_finder(model, image_tower)
+    return model.eval().to(pick_device(device))
 
 
 def _tuned_tower(provenance: dict[str, Any]) -> ImageTower:

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from litune.checkpoint import Unfilled
 from litune.data.images import ImageTransform
 from litune.data.tokenizers import Tokenizer
 from litune.errors import DataError, RunError
@@ -186,8 +185,7 @@ def read_model(checkpoint: Checkpoint, tokenizer: Tokenizer) -> LiT:
             f"the vocabulary has {tokenizer.vocab_size:,} tokens, {checkpoint.file} embeds {design.vocabulary:,}: "
             "give the vocabulary that belongs to the checkpoint"
         )
-    with Unfilled():
-        model = build(design, tokenizer)
+    model = build(design, tokenizer)
     state = model.state_dict()
     to_fill = {name: value.numel() for name, value in model.named_parameters()}
     for entry in checkpoint.entries:
