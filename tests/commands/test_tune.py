@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,15 @@ def test_interrupted_anywhere_ends_with_the_same_bytes(
     ]
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C as Python has it; several test processes leave it to their parent."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_step_that_is_interrupted_is_finished_and_kept(
     tune_config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,6 +120,7 @@ def test_a_step_that_is_interrupted_is_finished_and_kept(
     assert bytes_of(broken.out) == bytes_of(tune_config.out)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_twice_stops_at_once() -> None:
     with pytest.raises(KeyboardInterrupt), after_the_step() as interrupted:
         assert not interrupted()
