@@ -198,7 +198,7 @@ def embed_classes(
     templates = own or prompts.pick_templates(protocol.template_set, tasks.task_templates(task, found))
     before = subject.vectors.texts
     joined = [name for name in truth.names if re.search(r"\w[^\w\s]+\w", name.replace("_", " "))]
-    if joined and protocol.canonical and task.path is not None:  # of one's own, whose names somebody has typed
+    if joined and protocol.canonical and task.name.partition(":")[0] not in tasks.TASKS:  # somebody typed the names
         say(
             f"{task.name}: {joined[0]!r} is asked for as {prompts.asked(joined[0])!r}, in the field's canonical form: "
             "write a space, or give --no-canonical"
