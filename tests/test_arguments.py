@@ -125,6 +125,10 @@ def test_every_form_of_a_value() -> None:
         (["embed", "a", "b", "--image-tower", "x", "--out", "o"], "litune embed takes PAIRS, 'b' is one too many"),
         (["search", "r", "s", "q", "more"], "litune search takes RUN, STORE and QUERY, 'more' is one too many"),
         (["classify", "r", "--labels", "a"], "litune classify needs IMAGE, as in"),
+        (
+            ["classify", "r", "i.png", "--labels", "a", "--labels", "b"],
+            "--labels is given twice: put all its values behind one --labels",
+        ),
         ([*TUNE, "--texts", ""], "--texts is '', it must be a path"),
         (["classify", "r", "a.png", "", "--labels", "x"], "IMAGE is '', it must be a path"),
         ([*TUNE, "--split", "w\udcff"], "it is not UTF-8"),

@@ -31,7 +31,7 @@ def test_rows_across_shards(tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(size=(10, 4)).astype(np.float32)
     writer = StoreWriter(tmp_path, manifest(10))
     for start, end in ((0, 3), (3, 4), (4, 10)):
-        writer.write_shard(values[start:end], rows([str(i) for i in range(start, end)]), [], end)
+        writer.write_shard(np.asfortranarray(values[start:end]), rows([str(i) for i in range(start, end)]), [], end)
     store = writer.finish()
     assert (len(store), store.width) == (10, 4)
     order = np.array([9, 0, 3, 2, 4, 9])

@@ -67,6 +67,8 @@ def check(name: str, config: type[Any], arguments: Sequence[str]) -> None:
     options = options_of(config)
     given = set()
     for option, values in assigned(name, options, arguments):
+        if option.name in given and option.several and not option.repeated:
+            raise ConfigError(f"{option.words} is given twice: put all its values behind one {option.words}")
         given.add(option.name)
         for value in values:
             if wrong := option.problem(value):

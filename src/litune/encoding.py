@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from litune import distributed
 from litune.data.images import Decoded, Preprocess, decode, decode_file, map_ahead
 from litune.data.references import read_each
 from litune.devices import processor_cores
@@ -77,3 +78,17 @@ def pick_runtime(
     if not pixels:
         return build(tower, "torch", exact, torch.empty(0))
     return fastest(tower, torch.from_numpy(np.stack(pixels)), name=name, precision=precision)
+
+
+def pick_alike(pick: Callable[..., Runtime], name: str, precision: str) -> Runtime:
+    """The runtime that `pick` finds; of several processes the first one chooses, and the others build the same."""
+    if distributed.world_size() == 1:
+        return pick(name=name, precision=precision)
+    own: list[Runtime] = []  # the first process has built it by the time that the others are told
+
+    def choose() -> tuple[str, str]:
+        own.append(pick(name=name, precision=precision))
+        return own[0].name, own[0].precision
+
+    chosen = distributed.from_main(choose)
+    return own[0] if own else pick(name=chosen[0], precision=chosen[1])

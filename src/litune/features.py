@@ -439,6 +439,15 @@ class Selection:
         return found
 
     @property
+    def langs(self) -> list[str] | None:
+        """For each of `captions`, its language; None where the store does not know them."""
+        of_all = self._captions.labels("langs")
+        if of_all is None:
+            return None
+        found: list[str] = (of_all if self._picks is None else of_all.take(pa.array(self._picks))).to_pylist()
+        return found
+
+    @property
     def fields(self) -> list[str]:
         """For each of `captions`, the text field that it is of."""
         of_all = self._captions.labels("fields")
@@ -544,7 +553,7 @@ class StoreWriter:
     ) -> None:
         """Write one shard: features [n, D], n rows of metadata, what was damaged, source position and time."""
         number = self.manifest["shards"]
-        stored = features.astype(self.manifest["dtype"])
+        stored = np.ascontiguousarray(features, dtype=self.manifest["dtype"])
         if not np.isfinite(stored).all():
             row = int(np.flatnonzero(~np.isfinite(stored).all(axis=1))[0])
             raise DataError(
@@ -555,7 +564,7 @@ class StoreWriter:
             with atomic(self.path / "img_emb" / f"img_emb_{number:04d}.npy") as file, open(file, "wb") as out:
                 # np.save, but that a full disk is an error that says so: np.ndarray.tofile has no errno.
                 np.lib.format.write_array_header_1_0(out, np.lib.format.header_data_from_array_1_0(stored))
-                out.write(np.ascontiguousarray(stored).data)
+                out.write(stored.data)
             with atomic(self.path / "metadata" / f"metadata_{number:04d}.parquet") as file:
                 pa.parquet.write_table(rows, file)
         if damaged:

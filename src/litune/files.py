@@ -93,9 +93,12 @@ def claim(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             lock.seek(0)
             raise OutputBusyError(
-                f"{folder} is being written by process {lock.read() or '?'}: wait until it has ended, or choose "
-                "another --out"
+                f"{folder} is being written by process {lock.read() or '?'}: wait until it has ended, or write "
+                "somewhere else"
             ) from None
+        except OSError:  # a file system that has no locks: nothing is claimed there
+            yield
+            return
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()

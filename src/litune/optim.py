@@ -26,6 +26,7 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 
 _TABLES = (
     "embedding", "embed_tokens", "shared.weight", "pos_embed", "cls_token", "reg_token", "relative_attention_bias",
+    "relative_position", "attn_pool.latent", "head.probe",
 )  # fmt: skip
 
 

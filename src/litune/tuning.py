@@ -244,6 +244,8 @@ class Tuning:
                     self.save_state()
                     raise KeyboardInterrupt
         self.finish()
+        if interrupted():  # in the last step: the run is whole, what was to follow it is not to begin
+            raise KeyboardInterrupt
 
     def log_due(self, step: int) -> bool:
         """Whether this step, counted from 1, is logged; where sources take turns, a turn of each follows the other."""

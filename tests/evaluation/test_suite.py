@@ -248,6 +248,8 @@ def test_a_stores_languages(run: Path, tune_config: TuneConfig) -> None:
     for lang, one in found["by_lang"].items():
         alone = evaluate(run, store=tune_config.store, split="val", lang=lang)["retrieval"]
         assert {k: one[k] for k in one} == {k: alone[k] for k in one}
+    german = evaluate(run, store=tune_config.store, split="val", lang="de", by_lang=True)["retrieval"]
+    assert german["by_lang"] == {"de": found["by_lang"]["de"]}
 
 
 def test_what_a_run_was_tuned_on(run: Path, tune_config: TuneConfig, tmp_path: Path) -> None:
@@ -255,6 +257,11 @@ def test_what_a_run_was_tuned_on(run: Path, tune_config: TuneConfig, tmp_path: P
     splits = np.array(store.metadata["split"].to_pylist())
     assert (splits[rows] == "train").all()
     assert len(rows) == 18
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"split": "val", "val_split": "train"}))
+    ((_, rows),) = tuned_on(run)
+    assert (splits[rows] == "val").all()
+    (run / "config.json").write_text(json.dumps(config))
     shutil.move(tune_config.store, tmp_path / "moved")
     assert tuned_on(run) == []
 

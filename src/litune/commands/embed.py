@@ -19,7 +19,7 @@ from litune.data.images import Decoded
 from litune.data.pairs import Damage, Pairs
 from litune.data.references import absolute
 from litune.devices import pick_device
-from litune.encoding import encode_images, pick_runtime
+from litune.encoding import encode_images, pick_alike, pick_runtime
 from litune.errors import DataError, LituneError, OutputExistsError, StoreError
 from litune.features import MANIFEST, FeatureStore, StoreWriter, library_versions
 from litune.files import clear_output, read_json
@@ -172,16 +172,7 @@ def _pick_runtime(config: EmbedConfig, tower: ImageTower, pairs: Pairs) -> Runti
         name = begun[0] if name == "auto" else name
         precision = begun[1] if precision == "auto" else precision
     pick = partial(pick_runtime, tower, range(len(pairs)), partial(_locate, pairs), batch_size=config.batch_size)
-    if distributed.world_size() == 1:
-        return pick(name=name, precision=precision)
-    own: list[Runtime] = []  # the first process has built it by the time that the others are told
-
-    def choose() -> tuple[str, str]:
-        own.append(pick(name=name, precision=precision))
-        return own[0].name, own[0].precision
-
-    chosen = distributed.from_main(choose)
-    return own[0] if own else pick(name=chosen[0], precision=chosen[1])
+    return pick_alike(pick, name, precision)
 
 
 def _begun_with(out: Path) -> tuple[str, str] | None:

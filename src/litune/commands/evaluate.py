@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 
 from litune import distributed
 from litune.checkpoint import CONFIG, check_store, load
-from litune.commands.tune import choose_pairs
+from litune.commands.tune import choose_mixture
 from litune.config import EvalConfig, TuneConfig, command
 from litune.data.names import canonicalize, read_templates
 from litune.data.pairs import class_folders
@@ -51,8 +53,11 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     names = run_names([config.run, *config.others])
     found: dict[str, dict[str, Any]] = {}
     reported: dict[str, list[Result]] = {}
+    failures: list[LituneError] = []
     for name, run in names.items():
-        found[name], reported[name] = measure(config, name, run, tasks)
+        found[name], reported[name] = measure(config, name, run, tasks, failures)
+    if failures and config.classes is None and not any(reported.values()):
+        raise failures[0]
     results: dict[str, Any] = found[next(iter(names))] if len(names) == 1 else {"runs": found}
     results |= {"interval": INTERVALS, "libraries": library_versions()}
     if distributed.is_main():
@@ -72,8 +77,10 @@ def run_names(runs: Sequence[Path]) -> dict[str, Path]:
     return {name if short.count(name) == 1 else str(path): path for name, path in zip(short, paths, strict=True)}
 
 
-def measure(config: EvalConfig, name: str, run: Path, tasks: Sequence[Task]) -> tuple[dict[str, Any], list[Result]]:
-    """One run's figures, and what a report needs."""
+def measure(
+    config: EvalConfig, name: str, run: Path, tasks: Sequence[Task], failures: list[LituneError]
+) -> tuple[dict[str, Any], list[Result]]:
+    """One run's figures, and what a report needs; why tasks failed is added to `failures`."""
     model = load(run, image_tower=config.image_tower, device=config.device)
     results: dict[str, Any] = {"run": str(run)}
     reported: list[Result] = []
@@ -85,7 +92,9 @@ def measure(config: EvalConfig, name: str, run: Path, tasks: Sequence[Task]) -> 
     if tasks:
         known = tuned_on(run) if config.contamination and distributed.is_main() else []
         subject = Subject(name, run, model, config.text_precision == "bfloat16", known)
-        found, results["failed"] = evaluate_tasks(subject, config, tasks)
+        found, failed = evaluate_tasks(subject, config, tasks)
+        failures += failed.values()
+        results["failed"] = [{"task": task, "reason": str(why)} for task, why in failed.items()]
         results["tasks"] = [plain(one) for one in found]
         results["means"] = group_means(found)
         reported += found
@@ -94,10 +103,10 @@ def measure(config: EvalConfig, name: str, run: Path, tasks: Sequence[Task]) -> 
 
 def evaluate_tasks(
     subject: Subject, config: EvalConfig, tasks: Sequence[Task]
-) -> tuple[list[Result], list[dict[str, str]]]:
+) -> tuple[list[Result], dict[str, LituneError]]:
     """The results of all tasks, and of those that failed, why: the others are measured all the same.
 
-    Raises the first failure where nothing was measured, or where there are several ranks, which must go on alike.
+    Raises the first failure where there are several ranks, which must go on alike.
     """
     protocol = Protocol(
         template_set=config.template_set,
@@ -126,9 +135,7 @@ def evaluate_tasks(
         for one in found:
             say(f"{subject.name}: {heading(one)}: {one.metric} {one.values[one.metric]:.1%}")
         results += found
-    if failures and not results:
-        raise next(iter(failures.values()))
-    return results, [{"task": name, "reason": str(why)} for name, why in failures.items()]
+    return results, failures
 
 
 def heading(result: Result) -> str:
@@ -161,8 +168,9 @@ def tuned_on(run: Path) -> list[tuple[FeatureStore, np.ndarray]]:
             if "Path" in known[name] and value is not None:
                 settings[name] = tuple(map(Path, value)) if isinstance(value, tuple) else Path(value)
         config = TuneConfig(**settings)
-        stores = [FeatureStore(path) for path in config.stores]
-        return [(store, choose_pairs(store, config)[0].rows) for store in stores]
+        with redirect_stderr(io.StringIO()):  # what is said of the choice was said before tuning
+            train, _ = choose_mixture([FeatureStore(path) for path in config.stores], config)
+        return [(one.store, one.rows) for one in train.sources]
     except (LituneError, TypeError) as why:
         say(f"not checked: whether evaluation images were tuned on ({why})")
         return []
@@ -209,10 +217,9 @@ def evaluate_retrieval(
 
 def languages(pairs: Selection) -> list[str]:
     """The languages of the captions, sorted. Raises `DataError` where they have none."""
-    column = pairs.column("langs")
-    if column is None:
+    if pairs.langs is None:
         raise DataError(f"{pairs.store.path} has no languages, --by-lang asks for them: embed with a lang column")
-    return sorted({one for one in column.flatten().to_pylist() if one})
+    return sorted({one for one in pairs.langs if one})
 
 
 def rank_pairs(
@@ -221,9 +228,8 @@ def rank_pairs(
     """Figures and result of all captions, or of those in one language and their images alone."""
     owner = pairs.owner
     there = np.arange(len(owner))
-    column = pairs.column("langs")
-    if lang and column is not None:
-        there = np.flatnonzero(np.array(column.flatten().to_pylist()) == lang)
+    if lang and pairs.langs:
+        there = np.flatnonzero(np.array(pairs.langs) == lang)
     kept, own = np.unique(owner[there], return_inverse=True)
     ranks = retrieval_metrics.rank(
         images[torch.from_numpy(kept)], texts[torch.from_numpy(there)], torch.from_numpy(own)
@@ -234,7 +240,7 @@ def rank_pairs(
         pairs.store.path.absolute().name,
         ranks,
         own,
-        [pairs.caption_array[int(i)].as_py() for i in there],
+        pairs.take_captions(there).to_pylist(),
         [pairs.keys[i] for i in kept],
         [pictures[i] if Path(pictures[i]).is_file() else "" for i in kept],
         [hashes[int(i)].as_py() for i in kept] if hashes is not None else [""] * len(kept),

@@ -22,7 +22,7 @@ from torch import Tensor
 from litune import distributed
 from litune.data.images import Decoded
 from litune.data.sets import EvalSet, picture_path
-from litune.encoding import encode_images, pick_runtime
+from litune.encoding import encode_images, pick_alike, pick_runtime
 from litune.errors import DataError, StoreError
 from litune.features import MANIFEST, FeatureStore, StoreWriter, library_versions
 from litune.files import read_json
@@ -74,8 +74,14 @@ def embed_set(found: EvalSet, name: str, model: LiT, folder: Path, max_damaged: 
     tower = {part: provenance[part] for part in ("weights", "pooling", "preprocess") if part in provenance}
     digest = hashlib.sha256(json.dumps([tower, found.fingerprint()], sort_keys=True).encode()).hexdigest()[:16]
     place = folder / f"{name.partition(':')[0]}-{digest}"
-    if not distributed.from_main(lambda: bool(_manifest(place).get("complete"))):
-        _write_store(place, found, model, max_damaged)
+
+    def complete() -> bool:
+        return distributed.from_main(lambda: bool(_manifest(place).get("complete")))
+
+    if not complete():
+        with distributed.claimed(place):
+            if not complete():  # nor by another process, meanwhile
+                _write_store(place, found, model, max_damaged)
     store = FeatureStore(place)
     _check_damage(int(store.manifest["damaged"]), len(found), max_damaged, place)
     rows = store.metadata["position"].to_numpy()
@@ -140,15 +146,7 @@ def _pick_runtime(place: Path, found: EvalSet, model: LiT, files: _Files) -> Run
     begun = _manifest(place).get("tower", {})
     pick = partial(pick_runtime, model.load_image_tower(), range(len(found)), files.locate, batch_size=BATCH)
     name, precision = begun.get("runtime", "auto"), begun.get("precision", "float32")
-    if distributed.world_size() == 1:
-        return pick(name=name, precision=precision)
-
-    def chosen() -> tuple[str, str]:
-        runtime = pick(name=name, precision=precision)
-        return runtime.name, runtime.precision
-
-    name, precision = distributed.from_main(chosen)
-    return pick(name=name, precision=precision)
+    return pick_alike(pick, name, precision)
 
 
 def _encode(
@@ -267,7 +265,7 @@ def stored_set(path: Path, kind: str, split: str | None = None, lang: Sequence[s
     else:
         ends = np.cumsum(pairs.counts)[:-1]
         captions = [list(part) for part in np.split(np.array(pairs.captions, object), ends)]
-        column = pairs.column("langs")
-        found = replace(found, captions=captions, langs=column.to_pylist() if column is not None else [])
+        langs = [list(part) for part in np.split(np.array(pairs.langs, object), ends)] if pairs.langs else []
+        found = replace(found, captions=captions, langs=langs)
     damaged = int(store.manifest.get("damaged", 0))
     return found, Embedded(store, np.arange(len(rows)), rows, hashes, damaged)

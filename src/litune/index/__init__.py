@@ -364,8 +364,8 @@ class Index:
     def build(self, cells: int | None = None, *, seed: int = 0) -> None:
         """Group all images into cells (2√N by default), in one pass after the k-means of a sample.
 
-        Then sets `probes` to what finds 95% of the ten nearest of some images themselves; `calibrate` does it for a
-        run's own queries. Raises `MissingExtraError` without faiss.
+        Searches look into a 32nd of the cells until `calibrate` finds how many a run's own queries need. Raises
+        `MissingExtraError` without faiss.
         """
         count = usual_cells(len(self)) if cells is None else cells
         with track("building the index", "images", len(self)) as task:

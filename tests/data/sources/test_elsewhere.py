@@ -75,10 +75,17 @@ def write_parquet(folder: Path) -> None:
     pa.parquet.write_table(hub_table(NAMES), folder / "data" / "test-00000-of-00001.parquet")
 
 
+def write_rows(folder: Path) -> None:
+    """Rows in a JSON list, named as COCO's captions are; other tables and hidden files beside them mean nothing."""
+    write(folder, {f"{name}.png": picture(name) for name in NAMES} | {".cache/x.png": picture(NAMES[0])})
+    rows = [{"image": f"{name}.png", "caption": f"a {name}"} for name in NAMES]
+    write(folder, {"captions_train.json": json.dumps(rows), "notes/prices.csv": "thing,price\nx,1\n"})
+
+
 LAYOUTS: dict[str, Callable[[Path], object]] = {
     "shards": write_shards, "parquet": write_parquet, "coco": write_coco, "karpathy": write_karpathy,
     "csv": write_table, "token": partial(write_table, name="results.token.txt"), "files": write_files,
-    "parts": write_parts, "classes": write_classes,
+    "parts": write_parts, "classes": write_classes, "rows": write_rows,
 }  # fmt: skip
 
 
@@ -112,6 +119,9 @@ def test_every_layout(layout: str, tmp_path: Path, memory: Callable[[Path], str]
 
 
 def test_what_is_not_there(tmp_path: Path, memory: Callable[[Path], str]) -> None:
+    write(tmp_path / "store", {"img_emb/img_emb_0000.npy": "", "metadata/metadata_0000.parquet": ""})
+    with pytest.raises(DataError, match="is a feature store, which is read on this machine alone"):
+        read_pairs(memory(tmp_path / "store"))
     write_table(tmp_path / "csv")
     for file in (tmp_path / "csv" / "images").iterdir():
         file.unlink()

@@ -58,7 +58,8 @@ def find_source(address: str, options: Options) -> Source:
 def _from_elsewhere(folder: str, options: Options) -> Source:
     """What a folder that is not on this machine holds, of all files in it and below it."""
     folder = folder.rstrip("/")
-    paths = [file for file in files_under(folder) if not PurePosixPath(file).name.startswith(".")]
+    below = len(folder) + 1
+    paths = [file for file in files_under(folder) if not any(p.startswith(".") for p in file[below:].split("/"))]
     if not paths:
         raise DataError(f"nothing was found at {folder}: check the address (a web server must list a folder's files)")
     names: dict[str, list[str]] = {}  # by folder, from here
@@ -67,16 +68,22 @@ def _from_elsewhere(folder: str, options: Options) -> Source:
         names.setdefault(inside, []).append(name)
     if {"dataset_dict.json", "state.json"} & set(names.get("", [])):
         raise DataError(f"{folder} {NOT_HERE}")
+    if "img_emb" in names and "metadata" in names:
+        raise DataError(f"{folder} is a feature store, which is read on this machine alone: copy it here first")
+    here = {f"{folder}/{name}" for name in names.get("", [])}
+    lists = {file for file in here if file.endswith(".json")}
     parts = [part for part in sorted(names) if is_part(part) and set(beside_part(part)) & set(names.get("", []))]
     if parts:
         return files_source(folder, {part: names[part].copy for part in parts}, options)
-    for of_kind in (
-        _ends(".tar"),
-        _ends(".parquet"),
+    of_kinds: tuple[Callable[[str], bool], ...] = (
+        lambda file: file.lower().endswith(".tar"),
+        lambda file: file.lower().endswith(".parquet"),
         is_annotation,
-        _ends(*TABLE_SUFFIXES, ".token.txt", "/captions.txt"),
-    ):
-        if found := [path for path in paths if of_kind(path)]:
+        lambda file: file in here and file.lower().endswith((*TABLE_SUFFIXES, ".token.txt", "/captions.txt")),
+        lambda file: file in lists and len(lists) <= MOST_LISTS and _kind(file) == "table",
+    )
+    for of_kind in of_kinds:
+        if found := [file for file in paths if of_kind(file)]:
             return _from_files(found, options)
     if any(map(is_picture, names.get("", []))):
         return files_source(folder, {"": names[""].copy}, options)
@@ -87,10 +94,6 @@ def _from_elsewhere(folder: str, options: Options) -> Source:
     if any(classes.values()) and not any("/" in name for name in classes):
         return class_source(folder, {name: files for name, files in classes.items() if files})
     raise DataError(f"{folder} has no shards, no table of captions and no images in it: {MISSING}")
-
-
-def _ends(*suffixes: str) -> Callable[[str], bool]:
-    return lambda path: path.lower().endswith(suffixes)
 
 
 def _from_files(files: Sequence[str], options: Options) -> Source:
@@ -158,7 +161,7 @@ def _from_folder(folder: Path, options: Options) -> Source:
     if parts_of(folder):
         return local_files(folder, options)
     if annotations := annotation_files(folder):
-        return annotation_source(annotations, options)
+        return _from_files(annotations, options)
     table = _find_table(folder)
     if table is not None:
         return table_source([str(table)], options)
