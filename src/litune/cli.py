@@ -250,7 +250,11 @@ def show_tasks(rows: Sequence[dict[str, Any]], means: dict[str, Any]) -> None:
             print(f"    {note}")
         for probe in ("ridge", "linear", "knn"):
             if learned := one["extras"].get(probe):
-                print(f"  {probe + ' probe':26}{learned['accuracy']:>7.1%}   from {learned['train_images']:,} images")
+                about = f"{_ends(learned['interval'])}   chance {learned['chance']:.1%}"
+                images = f"{learned['train_images']:,} images"
+                print(f"  {probe + ' probe':26}{learned['accuracy']:>7.1%}   {about}   from {images}")
+        if unchecked := one["extras"].get("unchecked"):
+            print(f"  {unchecked}")
         if looked := one["extras"].get("contamination"):
             print("  " + (looked["warning"] or f"no copy among the {looked['tuned_images']:,} images it was tuned on"))
     for group, mean in means.items():

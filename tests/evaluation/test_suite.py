@@ -252,18 +252,31 @@ def test_a_stores_languages(run: Path, tune_config: TuneConfig) -> None:
     assert german["by_lang"] == {"de": found["by_lang"]["de"]}
 
 
-def test_what_a_run_was_tuned_on(run: Path, tune_config: TuneConfig, tmp_path: Path) -> None:
-    ((store, rows),) = tuned_on(run)
+def test_what_a_run_was_tuned_on(
+    run: Path, tune_config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ((store, rows),), why = tuned_on(run)
+    assert not why
     splits = np.array(store.metadata["split"].to_pylist())
     assert (splits[rows] == "train").all()
     assert len(rows) == 18
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {"split": "val", "val_split": "train"}))
-    ((_, rows),) = tuned_on(run)
+    ((_, rows),), _ = tuned_on(run)
     assert (splits[rows] == "val").all()
     (run / "config.json").write_text(json.dumps(config))
     shutil.move(tune_config.store, tmp_path / "moved")
-    assert tuned_on(run) == []
+    stores, why = tuned_on(run)
+    assert not stores
+    assert "is neither here nor beside the run" in why
+    # By the path as it was typed, from the folder above the run; another store of that name is not taken for it.
+    (run / "config.json").write_text(json.dumps(config | {"store": "moved"}))
+    monkeypatch.chdir(tmp_path.parent)
+    ((store, _),), _ = tuned_on(shutil.copytree(run, tmp_path / "runs" / "copied"))
+    assert store.path == tmp_path / "moved"
+    facts = json.loads((tmp_path / "moved" / "store.json").read_text())
+    (tmp_path / "moved" / "store.json").write_text(json.dumps(facts | {"pairs": {"fingerprint": "x"}}))
+    assert not tuned_on(tmp_path / "runs" / "copied")[0]
 
 
 def test_bfloat16_texts(run: Path, sets: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ import torch
 
 from litune import distributed
 from litune.checkpoint import CONFIG, check_store, load
+from litune.checkpoint import MANIFEST as RUN_MANIFEST
 from litune.commands.tune import choose_mixture
 from litune.config import EvalConfig, TuneConfig, command
 from litune.data.names import canonicalize, read_templates
 from litune.data.pairs import class_folders
 from litune.encoding import encode_images, pick_runtime
-from litune.errors import DataError, LituneError, OutputExistsError
+from litune.errors import DataError, LituneError, OutputExistsError, StoreError
 from litune.evaluation import retrieval as retrieval_metrics
 from litune.evaluation import zero_shot as zero_shot_metrics
 from litune.evaluation.figures import figures
@@ -90,8 +91,8 @@ def measure(
     if config.classes is not None:
         results["zero_shot"] = evaluate_classes(model, config, run, config.classes)
     if tasks:
-        known = tuned_on(run) if config.contamination and distributed.is_main() else []
-        subject = Subject(name, run, model, config.text_precision == "bfloat16", known)
+        known, unchecked = tuned_on(run) if config.contamination and distributed.is_main() else ([], "")
+        subject = Subject(name, run, model, config.text_precision == "bfloat16", known, unchecked)
         found, failed = evaluate_tasks(subject, config, tasks)
         failures += failed.values()
         results["failed"] = [{"task": task, "reason": str(why)} for task, why in failed.items()]
@@ -155,11 +156,10 @@ def intervals(result: Result) -> dict[str, list[float]]:
     return {name: [one.low, one.high] for name, one in known if one.low is not None and one.high is not None}
 
 
-def tuned_on(run: Path) -> list[tuple[FeatureStore, np.ndarray]]:
-    """The stores that a run was tuned on and their rows; none, and a line that says so, where one is gone."""
+def tuned_on(run: Path) -> tuple[list[tuple[FeatureStore, np.ndarray]], str]:
+    """The stores that a run was tuned on with their rows; or none, and why, where they are not there any more."""
     if not (run / CONFIG).is_file():
-        say(f"not checked: whether evaluation images were tuned on ({run / CONFIG} is missing)")
-        return []
+        return [], f"{run / CONFIG} is missing"
     try:
         given = read_json(run / CONFIG, DataError)
         known = {one.name: str(one.type) for one in fields(TuneConfig)}
@@ -168,12 +168,24 @@ def tuned_on(run: Path) -> list[tuple[FeatureStore, np.ndarray]]:
             if "Path" in known[name] and value is not None:
                 settings[name] = tuple(map(Path, value)) if isinstance(value, tuple) else Path(value)
         config = TuneConfig(**settings)
+        manifest = read_json(run / RUN_MANIFEST, DataError)
+        described = manifest.get("sources", {"": manifest.get("store", {})}).values()
+        stores = [_find_store(run, *one) for one in zip(config.stores, described, strict=True)]
         with redirect_stderr(io.StringIO()):  # what is said of the choice was said before tuning
-            train, _ = choose_mixture([FeatureStore(path) for path in config.stores], config)
-        return [(one.store, one.rows) for one in train.sources]
-    except (LituneError, TypeError) as why:
-        say(f"not checked: whether evaluation images were tuned on ({why})")
-        return []
+            train, _ = choose_mixture(stores, config)
+        return [(one.store, one.rows) for one in train.sources], ""
+    except (LituneError, TypeError, ValueError) as why:
+        return [], str(why)
+
+
+def _find_store(run: Path, path: Path, described: dict[str, Any]) -> FeatureStore:
+    """The store that `tune` was given as `path`: as seen from here, or from the run or a folder above it."""
+    for place in (Path(), *run.absolute().parents):
+        with suppress(StoreError):
+            store = FeatureStore(place / path)
+            if store.manifest.get("pairs") == described.get("pairs"):
+                return store
+    raise StoreError(f"{path}, which it was tuned on, is neither here nor beside the run")
 
 
 def evaluate_retrieval(

@@ -198,9 +198,12 @@ def published_percent(report: Report, task: str, figure: str) -> dict[str, float
     return {system: values[figure] for system, values in found.items() if figure in values}
 
 
-def published_notes(report: Report) -> list[tuple[str, str]]:
-    """Task and why its figures can't be compared with what was published, of those where that is so."""
-    found = {task: {note(entry.result): None for entry in report.entries(task).values()} for task in report.tasks}
+def notes(report: Report) -> list[tuple[str, str]]:
+    """Task and what its figures can't say: how they compare with what was published, whether images were tuned on."""
+    found: dict[str, dict[str, None]] = {}
+    for task in report.tasks:
+        results = [entry.result for entry in report.entries(task).values()]
+        found[task] = dict.fromkeys([*map(note, results), *(str(one.extras.get("unchecked", "")) for one in results)])
     return [(task, one) for task, notes in found.items() for one in notes if one]
 
 

@@ -24,9 +24,9 @@ from litune.evaluation.figures import (
     Figure,
     Report,
     headlines,
+    notes,
     percent,
     points,
-    published_notes,
     published_percent,
     warning,
     words,
@@ -129,8 +129,8 @@ def _summary(report: Report, place: dict[str, str]) -> str:
         cells += [f"{beside[task, figure][s]:.1f}" if s in beside[task, figure] else "" for s in systems]
         rows.append(("", cells))
     about = "The headline figure of each task" + (", beside what others have printed" if systems else "")
-    notes = "".join(f"<p class=soft>{escape(task)}: {escape(one)}.</p>" for task, one in published_notes(report))
-    return f"<section><h2>At a glance</h2>{table(about, head, rows, 'Summary')}{notes}</section>"
+    said = "".join(f"<p class=soft>{escape(task)}: {escape(one)}.</p>" for task, one in notes(report))
+    return f"<section><h2>At a glance</h2>{table(about, head, rows, 'Summary')}{said}</section>"
 
 
 def _color(report: Report, run: str) -> str:
@@ -236,7 +236,7 @@ def _more(entry: Entry, whose: str, folder: Path) -> list[str]:
     """What stands behind the figures, folded away."""
     result, extras = entry.result, entry.result.extras
     probes = {name: one for name, one in extras.items() if isinstance(one, dict) and "train_images" in one}
-    shown = ("calibration", "contamination", "published", "published_note", *probes)
+    shown = ("calibration", "contamination", "unchecked", "published", "published_note", *probes)
     other = {name: value for name, value in extras.items() if name not in shown}
     return [
         _details(f"What is taken for what{whose}", _confusion(entry, folder)),

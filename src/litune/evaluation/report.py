@@ -15,9 +15,9 @@ from litune.evaluation.figures import (
     Report,
     collect,
     headlines,
+    notes,
     percent,
     points,
-    published_notes,
     published_percent,
     title,
     warning,
@@ -138,7 +138,7 @@ def markdown(report: Report) -> str:
     known = any(published_percent(report, *column) for column in columns)
     parts = ["# Evaluation", "In percent." + (" Below one's own runs, what others have printed." if known else "")]
     parts += [_summary(report, columns[i : i + ACROSS]) for i in range(0, len(columns), ACROSS)]
-    parts += [f"{task}: {one}." for task, one in published_notes(report)]
+    parts += [f"{task}: {one}." for task, one in notes(report)]
     if report.differences:
         lines = [["task", "figure", "run", "difference in points", "95% interval", ""]]
         for one in report.differences:
@@ -196,6 +196,12 @@ def _all_figures(report: Report) -> list[list[str]]:
             for name, one in entry.figures.items():
                 chance = "" if one.chance is None else f"{100 * one.chance:.1f}"
                 lines.append([task, run, words(name), percent(one), chance, f"{one.examples:,}"])
+            for name in ("ridge", "linear", "knn"):
+                if learned := entry.result.extras.get(name):
+                    low, high = (100 * end for end in learned["interval"])
+                    value = f"{100 * learned['accuracy']:.1f} ({low:.1f}–{high:.1f})"
+                    chance = f"{100 * learned['chance']:.1f}"
+                    lines.append([task, run, f"{name} probe", value, chance, f"{learned['images']:,}"])
     return lines
 
 

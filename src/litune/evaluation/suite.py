@@ -67,6 +67,8 @@ class Subject:
     bfloat16: bool = False
     tuned_on: Sequence[tuple[FeatureStore, np.ndarray]] = ()
     """The stores that it was tuned on and which of their rows, where they are still there."""
+    unchecked: str = ""
+    """Why it can't be told whether images were tuned on, where that is so."""
     vectors: prompts.ClassVectors = field(init=False)
 
     def __post_init__(self) -> None:
@@ -474,6 +476,8 @@ def _probe(truth: tasks.Truth, embedded: Embedded, train: Training, protocol: Pr
 
 def _contamination(found: EvalSet, embedded: Embedded, subject: Subject, protocol: Protocol) -> dict[str, Any]:
     """How many of the images the run was tuned on, exactly or nearly, where its store is still there."""
+    if protocol.contamination and subject.unchecked:
+        return {"unchecked": f"not checked whether images were tuned on: {subject.unchecked}"}
     if not protocol.contamination or not subject.tuned_on:
         return {}
     from litune.evaluation.contamination import overlap_with
