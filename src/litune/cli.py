@@ -176,6 +176,8 @@ def fail(message: str) -> None:
         time.sleep(PATIENCE)
         message = f"rank {own_rank()}: {message}"
     print("litune: error: " + " ".join(message.split()), file=sys.stderr)
+    if several_ranks() and "torch" in sys.modules:
+        importlib.import_module("litune.distributed").leave(2)
     sys.exit(2)
 
 

@@ -7,6 +7,7 @@ is one rank, and each is an identity: what is written for many ranks runs in one
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -62,6 +63,14 @@ def start(device: str = "auto") -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as why:
         raise ConfigError(f"the process group can't be joined ({told}): {why}") from why
+
+
+def leave(code: int) -> None:
+    """End this process at once, where it is one of a group: at a usual exit the group's threads may abort it."""
+    if _grouped():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def stop() -> None:
