@@ -210,15 +210,10 @@ def show_run(results: dict[str, Any]) -> None:
         print(f"retrieval: {found['images']:,} images, {found['captions']:,} captions")
         ks = list(found["text_to_image"])
         print(f"{'':16}" + "".join(f"{k:>12}" for k in ks))
-        for way, name in (("text_to_image", "text → image"), ("image_to_text", "image → text")):
-            print(f"{name:16}" + "".join(f"{found[way][k]:>11.1%} " for k in ks))
-            print(f"{'  95% interval':16}" + "".join(f"{_ends(found['interval'][way][k]):>11} " for k in ks))
-            print(f"{'  chance':16}" + "".join(f"{found['chance'][way][k]:>11.1%} " for k in ks))
+        show_recalls(found)
         for lang, one in found.get("by_lang", {}).items():
             print(f"{lang}: {one['images']:,} images, {one['captions']:,} captions")
-            for way, name in (("text_to_image", "text → image"), ("image_to_text", "image → text")):
-                print(f"  {name:14}" + "".join(f"{one[way][k]:>11.1%} " for k in ks))
-                print(f"  {'  chance':14}" + "".join(f"{one['chance'][way][k]:>11.1%} " for k in ks))
+            show_recalls(one, "  ")
         print(found["definition"])
     if found := results.get("zero_shot"):
         print(f"zero-shot: {found['images']:,} images, {found['classes']:,} classes, templates {found['templates']}")
@@ -229,6 +224,15 @@ def show_run(results: dict[str, Any]) -> None:
         print(found["definition"])
     if rows := results.get("tasks"):
         show_tasks(rows, results["means"])
+
+
+def show_recalls(found: dict[str, Any], indent: str = "") -> None:
+    """Print both ways' recalls, each with its interval and chance."""
+    for way, name in (("text_to_image", "text → image"), ("image_to_text", "image → text")):
+        interval, chance = found["interval"][way], found["chance"][way]
+        print(f"{indent + name:16}" + "".join(f"{value:>11.1%} " for value in found[way].values()))
+        print(f"{indent + '  95% interval':16}" + "".join(f"{_ends(interval[k]):>11} " for k in found[way]))
+        print(f"{indent + '  chance':16}" + "".join(f"{chance[k]:>11.1%} " for k in found[way]))
 
 
 def show_tasks(rows: Sequence[dict[str, Any]], means: dict[str, Any]) -> None:

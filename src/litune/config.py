@@ -39,7 +39,8 @@ class EmbedConfig:
     """What to embed: a folder of images with a table of captions in it or beside it; the table itself (.csv, .tsv,
     .jsonl, .parquet); a tree with one folder per class; a folder of images, with .txt files beside them or without
     captions; webdataset shards ('shards/{00000..00099}.tar'); Parquet or Arrow files with pictures in them; COCO's,
-    Karpathy's or Flickr's captions; a feature store; or a URL of one of these (s3://, hf://)."""
+    Karpathy's or Flickr's captions; or a URL of one of these (s3://, hf://). Also a feature store or a saved dataset
+    of Hugging Face's, on this machine."""
     image_tower: str
     """The image tower: efficientnet-lite0, timm:NAME, hf:NAME_OR_FOLDER, open_clip:NAME/TAG, onnx:FILE,
     python:MODULE:FUNCTION, or run:RUN (the image tower that a run has trained)."""

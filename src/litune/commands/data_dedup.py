@@ -24,7 +24,7 @@ from litune.data.dedup import BLOCK, Found, Index, Space, candidates, groups, on
 from litune.data.facts import gather, read_facts
 from litune.data.kept import write_pairs
 from litune.data.pairs import Pairs
-from litune.data.references import name_of
+from litune.data.references import names_of
 from litune.devices import processor_cores
 from litune.errors import ConfigError, DataError, LituneError, OutputExistsError, StoreError
 from litune.features import MANIFEST, FeatureStore
@@ -183,7 +183,7 @@ def _look(config: DedupConfig, name: str, source: Source, fingerprint: str, work
         {"pairs": fingerprint},
         what=f"looking at {name}",
         workers=config.workers or processor_cores(),
-        keys=lambda row: name_of(keys[row].as_py(), paths[row].as_py()),
+        keys=names_of(keys, paths),
         max_damaged=config.max_damaged,
     )
     return pa.concat_tables(parts), thumbnails

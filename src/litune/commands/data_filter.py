@@ -19,7 +19,7 @@ from litune.data.facts import gather, read_facts
 from litune.data.filters import Pool, Rule, apply, dropped
 from litune.data.kept import check_table, write_pairs, write_table
 from litune.data.languages import check_languages, identify
-from litune.data.references import name_of
+from litune.data.references import names_of
 from litune.devices import processor_cores
 from litune.errors import ConfigError, DataError, OutputExistsError
 from litune.features import MANIFEST
@@ -150,7 +150,7 @@ def _sizes(config: FilterConfig, source: Source) -> np.ndarray:
         {"pairs": source.pairs.fingerprint()},
         what="reading sizes",
         workers=config.workers or processor_cores(),
-        keys=lambda row: name_of(keys[row].as_py(), paths[row].as_py()),
+        keys=names_of(keys, paths),
         max_damaged=config.max_damaged,
     )
     sizes = [np.stack([part[name].to_numpy() for name in ("width", "height")], axis=1) for part in parts]

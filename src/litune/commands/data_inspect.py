@@ -20,7 +20,7 @@ from litune.data.facts import gather, read_facts
 from litune.data.images import open_rgb
 from litune.data.languages import identify
 from litune.data.overview import about_captions, about_files, about_tokens
-from litune.data.references import name_of
+from litune.data.references import names_of
 from litune.devices import processor_cores
 from litune.errors import MissingExtraError, OutputExistsError
 from litune.files import write_json
@@ -124,7 +124,7 @@ def _facts(config: OverviewConfig, table: pa.Table, rows: np.ndarray, fingerprin
             about,
             what="verifying images" if config.verify else "reading images",
             workers=config.workers or processor_cores(),
-            keys=lambda row: name_of(keys[row].as_py(), paths[row].as_py()),
+            keys=names_of(keys, paths),
             max_damaged=1.0,  # what is damaged is part of the answer
         )
         facts = pa.concat_tables(parts)

@@ -14,7 +14,7 @@ import re
 import tarfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,11 @@ def parse(reference: str) -> Member | Row | str:
         if found := _ROW.fullmatch(reference):
             return Row(found[1], int(found[2]), int(found[3]), found[4])
     return reference
+
+
+def names_of(keys: pa.ChunkedArray, references: pa.ChunkedArray) -> Callable[[int], str]:
+    """What gives the `name_of` an image by its row."""
+    return lambda row: name_of(keys[row].as_py(), references[row].as_py())
 
 
 def name_of(key: str, reference: str) -> str:
