@@ -7,6 +7,7 @@ import os
 import platform
 
 import torch
+from torch import Tensor
 
 from litune.errors import ConfigError
 
@@ -39,6 +40,13 @@ def fast_bfloat16(device: torch.device) -> bool:
 def pick_bfloat16(precision: str, device: torch.device) -> bool:
     """Whether to compute in bfloat16: as asked, or where it is fast for `auto`."""
     return precision == "bfloat16" or (precision == "auto" and fast_bfloat16(device))
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`. A GPU copies it out of pinned memory while the processor goes on."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def keep_freed_memory() -> None:
