@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from litune.data.images import open_rgb
-from litune.data.names import canonicalize, read_templates
+from litune.data.names import read_templates, write_prompts
 from litune.data.references import read_bytes
 from litune.data.tokenizers import Tokenizer, Tokens
 from litune.errors import DataError, TowerError
@@ -146,17 +146,17 @@ class LiT(nn.Module):
 class ZeroShot:
     """A zero-shot classifier: one weight vector per class.
 
-    Names are canonicalised (`_` to space, no punctuation, lower case) and put into every template; each text's
-    feature is normalised, the mean over templates is normalised again (CLIP, arXiv 2103.00020; LiT, section 4).
+    Names and templates are canonicalised (`_` to space, no punctuation but a name's commas, lower case) and names put
+    into every template; each text's feature is normalised, the mean over templates is normalised again (CLIP, arXiv
+    2103.00020; LiT, section 4).
     """
 
     def __init__(self, model: LiT, class_names: Sequence[str], templates: Sequence[str]) -> None:
         if not class_names:
             raise DataError("zero-shot classification needs at least one class name")
         self.model, self.class_names, self.templates = model, list(class_names), list(templates)
-        names = [canonicalize(name) or name for name in class_names]
-        texts = [template.replace("{}", name) for name in names for template in templates]
-        features = model.encode_text(texts).view(len(names), len(templates), -1)
+        texts = write_prompts(self.class_names, self.templates)
+        features = model.encode_text(texts).view(len(self.class_names), len(self.templates), -1)
         self.weights: Float[Tensor, "C D"] = normalize(features.mean(1))
 
     def scores(self, features: Float[Tensor, "B D"]) -> Float[Tensor, "B C"]:
