@@ -35,7 +35,8 @@ class Tokens:
     @cached_property
     def starts(self) -> np.ndarray:
         """Where each text begins among all tokens."""
-        return np.cumsum(self.lengths) - self.lengths
+        found: np.ndarray = np.cumsum(self.lengths) - self.lengths
+        return found
 
     def take(self, texts: np.ndarray) -> Tokens:
         """The texts at these positions, in this order."""

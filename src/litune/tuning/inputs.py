@@ -1,8 +1,8 @@
 """What a step reads, made ready on the processor: captions tokenised and packed, features gathered, ids looked up.
 
 None of it needs the model's state, so a thread makes it ahead of the step. On a GPU it is copied out of pinned memory
-by a stream of its own while the step before computes: the host work of 16,384 captions takes longer than their step does
-on a fast card.
+by a stream of its own while the step before computes: the host work of 16,384 captions takes longer than their step
+does on a fast card.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -127,7 +127,7 @@ class Preparation:
         captions = batch.all_captions
         count = -(-len(captions) // micro)
         if self.shared:  # as many on every rank, so that some may be empty
-            have = sum((c >= 0).astype(int) for c in whole.captions)
+            have = np.sum([c >= 0 for c in whole.captions], axis=0)
             count = max(-(-int(have[rows].sum()) // micro) for rows in self.own)
         return [
             Piece(len(rows), self._read_texts(rows), seed)
@@ -176,11 +176,13 @@ class Preparation:
         return Ids(torch.from_numpy(self._image_ids(images)), torch.from_numpy(self._ids_of_texts(captions)))
 
     def _image_ids(self, images: np.ndarray) -> np.ndarray:
-        return images if self.image_ids is None else self.image_ids[images]
+        found: np.ndarray = images if self.image_ids is None else self.image_ids[images]
+        return found
 
     def _ids_of_texts(self, captions: np.ndarray) -> np.ndarray:
         if self.text_ids is not None:
-            return self.text_ids[captions]
+            found: np.ndarray = self.text_ids[captions]
+            return found
         return hash_texts(self.train.take_captions(captions))
 
     def _more_images(self, step: int, whole: Batch) -> MoreImages | None:
@@ -259,14 +261,22 @@ def use_from(item: Inputs, copied: torch.cuda.Event) -> None:
 
 def sent(value: T, device: torch.device) -> T:
     """A dataclass, or several, with all tensors on `device`."""
+    return cast(T, _sent(value, device))
+
+
+def _sent(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return send(value, device)
     if isinstance(value, list | tuple):
-        return type(value)(sent(one, device) for one in value)  # type: ignore[return-value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, Batch | Micro):
-        changed = {f.name: sent(getattr(value, f.name), device) for f in dataclasses.fields(value)}
-        return dataclasses.replace(value, **changed)  # type: ignore[type-var]
+        return type(value)(_sent(one, device) for one in value)
+    if _holds_tensors(value):
+        fields = dataclasses.fields(value)
+        return dataclasses.replace(value, **{f.name: _sent(getattr(value, f.name), device) for f in fields})
     return value
+
+
+def _holds_tensors(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, Batch | Micro)
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
@@ -276,6 +286,6 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for one in value:
             yield from tensors_of(one)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, Batch | Micro):
+    elif _holds_tensors(value):
         for f in dataclasses.fields(value):
             yield from tensors_of(getattr(value, f.name))

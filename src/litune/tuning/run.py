@@ -6,7 +6,7 @@ import itertools
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -349,16 +349,16 @@ class Tuning:
 
         self.prepare.kept_texts = KeptTexts(tokens.lengths[first], captions.indices.to_numpy(), encode)
 
-    def inputs(self, done: int) -> Iterator[Inputs]:
+    def inputs(self, done: int) -> Generator[Inputs]:
         """The rank's inputs of the steps from `done` on, with pictures where the image tower is tuned."""
         wholes = zip(range(done, self.steps), self.batches.from_step(done, self.steps), strict=True)
         if not self.model.image_tuned:
             yield from on_device((self.prepare(step, whole, self.micro) for step, whole in wholes), self.device)
             return
-        wholes, again = itertools.tee(wholes)
+        known, again = itertools.tee(wholes)
         own = (whole.take(self.prepare.own[distributed.rank()]) for _, whole in again)
         loader = self._pixels(self.train, augment=True)
-        for (step, whole), (batch, pixels) in zip(wholes, loader.from_batches(own), strict=False):
+        for (step, whole), (batch, pixels) in zip(known, loader.from_batches(own), strict=False):
             yield sent(self.prepare(step, whole, self.micro, batch, pixels), self.device)
 
     def _pixels(self, pairs: Selection, *, augment: bool) -> PixelLoader:

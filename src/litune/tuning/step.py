@@ -27,7 +27,7 @@ from litune.tuning.inputs import FieldPairs, Inputs, Piece
 
 SCORES = 2**26
 """The most scores that a loss holds at once: 256 MB of float32."""
-NEVER = 2**31 - 1
+NEVER = 2**30
 
 
 class Reading:
@@ -96,8 +96,9 @@ class Step:
 
         def encode(piece: Piece) -> Tensor:
             torch.manual_seed(piece.seed)  # dropout, the same in both passes
+            read = piece.read
+            assert not isinstance(read, np.ndarray)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-                read = piece.read
                 features = model.features_of_texts(read) if isinstance(read, Tensor) else model.text_features(read)
             return features[: piece.rows]
 
