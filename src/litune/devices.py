@@ -44,9 +44,15 @@ def pick_bfloat16(precision: str, device: torch.device) -> bool:
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on `device`. A GPU copies it out of pinned memory while the processor goes on."""
-    if device.type != "cuda":
+    if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def free_memory(device: torch.device) -> int:
+    """The bytes that a CUDA device has for new tensors: those that nobody has, and those that torch keeps unused."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
 
 
 def keep_freed_memory() -> None:
