@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from litune.errors import OutputBusyError, OutputExistsError, RunError
-from litune.files import atomic, claim, clear_output, read_json, sweep_temporaries, write_json, write_text
+from litune.files import atomic, clear_output, read_json, sweep_temporaries, write_json, write_text
 
 
 def test_atomic_leaves_the_old_file_on_an_error(tmp_path: Path) -> None:
