@@ -299,7 +299,7 @@ def from_main(function: Callable[[], T]) -> T:
         except Exception as why:
             broadcast_object((MainRankError, f"rank 0 failed: {type(why).__name__}: {why}"))
             raise
-    failure = broadcast_object(error and (type(error), str(error)))
+    failure = broadcast_object(_sendable(error))
     if failure is not None:
         raise error or _error(*failure)
     return broadcast_object(found)  # type: ignore[return-value]
@@ -316,14 +316,19 @@ def together(function: Callable[[], T]) -> T:
         found = function()
     except LituneError as why:
         error = why
-    failures = [one for one in gather_objects(error and (type(error), str(error))) if one is not None]
+    failures = [one for one in gather_objects(_sendable(error)) if one is not None]
     if failures:
         raise error or _error(*failures[0])
     return found  # type: ignore[return-value]
 
 
+def _sendable(error: Exception | None) -> tuple[type[Exception], str] | None:
+    """An exception as it can be sent: pickled, it would have to be made of its message alone."""
+    return None if error is None else (type(error), str(error))
+
+
 def _error(kind: type[Exception], message: str) -> Exception:
-    """An exception as it can be sent: some need other arguments than their message."""
+    """The exception that was sent."""
     return kind.__new__(kind, message)
 
 

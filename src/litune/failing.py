@@ -15,8 +15,9 @@ import time
 from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
+from typing import Any, cast
 
-from torch.distributed.distributed_c10d import TCPStore
+import torch.distributed as dist
 
 POLL = 0.5
 """Seconds between two looks."""
@@ -37,7 +38,9 @@ class Watch:
         self.key = f"litune/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # A connection of its own: over the group's, somebody may wait.
-        self.store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
+        self.store = cast(Any, dist).TCPStore(
+            address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30)
+        )
         self.closed = threading.Event()
         self.leaving = threading.Lock()
         self.hook = sys.excepthook
