@@ -91,4 +91,4 @@ def pick_alike(pick: Callable[..., Runtime], name: str, precision: str) -> Runti
         return own[0].name, own[0].precision
 
     chosen = distributed.from_main(choose)
-    return own[0] if own else pick(name=chosen[0], precision=chosen[1])
+    return distributed.together(lambda: own[0] if own else pick(name=chosen[0], precision=chosen[1]))

@@ -98,12 +98,9 @@ def sweep_temporaries(folder: Path) -> None:
                 path.unlink()
 
 
-def keep_file(file: Path | None, option: str, overwrite: bool) -> None:
-    """Raise `OutputExistsError` where the file that `option` names is there, unless it may be overwritten.
-
-    Called before the work, not when its results are to be written.
-    """
-    if file is not None and file.exists() and not overwrite:
+def check_file(file: Path | None, option: str, overwrite: bool) -> None:
+    """Before the work: raise `OutputExistsError` where the file that `option` names is there and is to be kept."""
+    if file is not None and (file.is_dir() or (file.exists() and not overwrite)):
         raise OutputExistsError(f"{file} exists: choose another {option}, or give --overwrite")
 
 

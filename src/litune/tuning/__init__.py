@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 import signal
 import threading
 import time
@@ -33,7 +32,7 @@ from litune.devices import keep_freed_memory, pick_bfloat16, processor_cores
 from litune.errors import ConfigError, RunError, StoreError
 from litune.evaluation.retrieval import retrieval
 from litune.features import FeatureStore, Selection, library_versions
-from litune.files import sweep_temporaries
+from litune.files import replace_folder, sweep_temporaries
 from litune.gradient_cache import Encoded, Part
 from litune.interop.card import write_card
 from litune.losses import Ids, MoreImages, sigmoid_loss, softmax_loss
@@ -595,11 +594,9 @@ class Tuning:
             return
         self.progress.best = recall
         best, new = self.config.out / BEST, self.config.out / f"{BEST}.tmp"
-        shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         save_model(new, self.model, self.manifest() | {"best_at_step": self.progress.step})
-        shutil.rmtree(best, ignore_errors=True)
-        new.rename(best)
+        replace_folder(new, best, last=MANIFEST)
 
     def _recall_note(self) -> str:
         if self.last_evaluation is None:
@@ -652,6 +649,7 @@ class Tuning:
         """Take up the last checkpoint, if there is one; lines logged after it are dropped."""
         if distributed.is_main():
             sweep_temporaries(self.config.out)
+            replace_folder(self.config.out / f"{BEST}.tmp", self.config.out / BEST, last=MANIFEST)  # if it was begun
         distributed.barrier()
         if not (self.config.out / STATE).exists():
             return
