@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from litune import distributed
-from litune.checkpoint import STATE, load_tensors, model_state, save_model, save_tensors
+from litune.checkpoint import MANIFEST, STATE, load_tensors, model_state, save_model, save_tensors
 from litune.config import TuneConfig, parse_mix, parse_rates
 from litune.data.batches import Batch, Batches, Field
 from litune.data.pixels import PixelLoader
