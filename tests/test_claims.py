@@ -128,9 +128,8 @@ def test_without_locks_or_a_place_for_the_file(tmp_path: Path, monkeypatch: pyte
     with claim(tmp_path / "file" / "out"):  # what is wrong with it is said by whoever writes
         pass
     monkeypatch.setattr(claims, "fcntl", None)
-    with claim(tmp_path / "out"):
-        with pytest.raises(OutputBusyError), claim(tmp_path / "out"):
-            pass
+    with claim(tmp_path / "out"), pytest.raises(OutputBusyError), claim(tmp_path / "out"):
+        pass
     with claim(tmp_path / "out"):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "file"]

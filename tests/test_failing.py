@@ -59,13 +59,8 @@ def two_ranks(script: Path, *args: str) -> list[subprocess.Popen[str]]:
     values = ("2", "127.0.0.1", str(free_port()))
     places = [dict(zip(NAMES, (str(r), values[0], str(r), *values[1:]), strict=True)) for r in range(2)]
     common = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", script, *args], env=common | place, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        for place in places
-    ]
+    command, pipe = [sys.executable, "-W", "error", script, *args], subprocess.PIPE
+    return [subprocess.Popen(command, env=common | one, text=True, stdout=pipe, stderr=pipe) for one in places]
 
 
 def ends(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:

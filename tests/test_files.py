@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 
 from litune.errors import OutputExistsError, RunError
-from litune.files import atomic, check_file, clear_output, read_json, replace_folder, sweep_temporaries, write_json, write_text
+from litune.files import (
+    atomic,
+    check_file,
+    clear_output,
+    read_json,
+    replace_folder,
+    sweep_temporaries,
+    write_json,
+    write_text,
+)
 
 
 def test_atomic_leaves_the_old_file_on_an_error(tmp_path: Path) -> None:
@@ -58,7 +67,7 @@ def test_atomic_flushes_the_file_and_then_its_folder(tmp_path: Path, monkeypatch
     flushed: list[tuple[Path, bool]] = []
 
     def fsync(descriptor: int) -> None:
-        flushed.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")), (tmp_path / "a" / "b.txt").exists()))
+        flushed.append((Path(f"/proc/self/fd/{descriptor}").readlink(), (tmp_path / "a" / "b.txt").exists()))
 
     monkeypatch.setattr(os, "fsync", fsync)
     write_text(tmp_path / "a" / "b.txt", "text")
