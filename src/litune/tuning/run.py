@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from litune import distributed
 from litune.checkpoint import MANIFEST, STATE, save_model
@@ -86,6 +87,8 @@ class Tuning:
         self.device, self.bfloat16, self.on_log = device, pick_bfloat16(config.precision, device), on_log
         if device.type == "cpu":
             keep_freed_memory()
+        # Libraries may draw and round otherwise on each machine: all ranks begin with what rank 0 has.
+        distributed.broadcast_([t for t in (*model.parameters(), *model.buffers()) if not isinstance(t, DTensor)])
         captions = int(train.offsets[-1])
         self.tokens: Tokens | LaterTokens = (
             tokenize(model.tokenizer, train, captions)
