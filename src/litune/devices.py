@@ -65,12 +65,6 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-<<<<<<< HEAD
-def free_memory(device: torch.device) -> int:
-    """The bytes that a CUDA device has for new tensors: those that nobody has, and those that torch keeps unused."""
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + unused
-=======
 def receive(tensor: Tensor) -> Callable[[], Tensor]:
     """Begin to copy a tensor to the processor; the function waits for that copy, and for nothing after it."""
     if tensor.device.type != "cuda":
@@ -84,7 +78,12 @@ def receive(tensor: Tensor) -> Callable[[], Tensor]:
         return copy.clone()  # so that the pinned memory is free for the next
 
     return wait
->>>>>>> main
+
+
+def free_memory(device: torch.device) -> int:
+    """The bytes that a CUDA device has for new tensors: those that nobody has, and those that torch keeps unused."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
 
 
 def keep_freed_memory() -> None:
