@@ -136,6 +136,7 @@ class Block:
 
     def __init__(self, gpu: PretendGPU, size: int) -> None:
         self.gpu, self.size, self.stream = gpu, size, gpu.stream
+        self.stream.launched += 1  # what writes into it first
         self.writer, self.written = self.stream, self.stream.launched
         self.readers: dict[Stream, int] = {}
         self.recorded: set[Stream] = set()
@@ -644,10 +645,18 @@ def text_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float
 def _text_attention_back(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float | None
 ) -> tuple[Tensor, ...]:
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        out, _ = text_attention(*leaves, bounds, scale)
-        return torch.autograd.grad(out, leaves, gradient)
+    """The gradients of `text_attention`; no kernel of the device may use autograd."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    found = [torch.zeros(x.shape) for x in (q, k, v)]
+    for begin, end in zip(bounds.tolist(), bounds.tolist()[1:], strict=False):
+        g, one, two, three = (x[begin:end].float().transpose(0, 1) for x in (gradient, q, k, v))
+        weights = (one @ two.transpose(1, 2) * scale).softmax(-1)
+        to_weights = g @ three.transpose(1, 2)
+        to_scores = weights * (to_weights - (weights * to_weights).sum(-1, keepdim=True)) * scale
+        parts = to_scores @ two, to_scores.transpose(1, 2) @ one, weights.transpose(1, 2) @ g
+        for whole, part in zip(found, parts, strict=True):
+            whole[begin:end] = part.transpose(0, 1)
+    return tuple(x.to(q.dtype) for x in found)
 
 
 def _flash_forward(
