@@ -44,7 +44,6 @@ import torch
 import torch.nn.attention.varlen
 from torch import Tensor, nn
 from torch.utils._device import _device_constructors
-from torch.utils._pytree import tree_flatten, tree_map
 
 import litune
 
@@ -515,7 +514,8 @@ _ORDERED_ON_DEMAND = {"index_add", "index_add_", "scatter_add", "scatter_add_", 
 
 def run(func: Any, args: Any, kwargs: Any) -> Any:
     """One operation with a tensor of the device among its arguments: checked, counted and computed."""
-    given = [one for one in tree_flatten((args, kwargs))[0] if isinstance(one, Tensor)]
+    given: list[Tensor] = []
+    change([*args, *kwargs.values()], given.append)
     ours = [one for one in given if isinstance(one, GPUTensor)]
     gpu, name = ours[0].gpu, func.overloadpacket.__name__
     plain = [one for one in given if not isinstance(one, GPUTensor)]
@@ -524,8 +524,8 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
     if plain:
         check_devices(gpu, func, name, args, kwargs, plain)
     count(gpu, func, name, args, kwargs)
-    kwargs = {k: torch.device("cpu") if k == "device" and v is not None else v for k, v in kwargs.items()}
-    values, named = tree_map(_value, (args, kwargs))
+    values = change(args, _value)
+    named = {k: torch.device("cpu") if k == "device" and v is not None else change(v, _value) for k, v in kwargs.items()}
     kernel = EMULATED.get(func, func)
     random = torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None
     with gpu.drawing() if random else nullcontext():
@@ -536,10 +536,20 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
     for one in ours:
         if one.value.shape != one.shape:
             raise NotImplementedError(f"{func} changes a tensor's shape in place, which the pretend device can't")
-    return tree_map(lambda one: (known.get(id(one)) or gpu.hold(one)) if isinstance(one, Tensor) else one, found)
+
+    return change(found, lambda one: known[id(one)] if id(one) in known else gpu.hold(one))
 
 
-def _value(one: Any) -> Any:
+def change(given: Any, how: Callable[[Tensor], Any]) -> Any:
+    """What an operation takes or returns, with its tensors changed, those in lists and tuples too."""
+    if isinstance(given, Tensor):
+        return how(given)
+    if isinstance(given, list | tuple):
+        return type(given)(change(one, how) for one in given)
+    return given
+
+
+def _value(one: Tensor) -> Tensor:
     return one.value if isinstance(one, GPUTensor) else one
 
 
