@@ -69,7 +69,7 @@ def test_eval_of_a_store_and_classes(world: World, class_tree: Path) -> None:
         return litune.eval(world.run, store=world.store, classes=class_tree, by_lang=True, device=device)
 
     ours, theirs, _ = on_both(measure)
-    for part in ("retrieval", "classification"):
+    for part in ("retrieval", "zero_shot"):
         numbers = {name: value for name, value in theirs[part].items() if isinstance(value, float)}
         assert numbers == pytest.approx({name: ours[part][name] for name in numbers}, abs=1e-6)
     assert ours["retrieval"]["text_to_image"] == theirs["retrieval"]["text_to_image"]
