@@ -63,8 +63,9 @@ class EmbedConfig:
     """Take only the images of these splits."""
     lang: tuple[str, ...] = ()
     """Take only the captions in these languages."""
-    batch_size: int = 32
-    """Images that pass through the tower at once."""
+    batch_size: int | None = None
+    """Images that pass through the tower at once; by default 32, and on a CUDA GPU as many as fit its memory and are
+    fast, tried before the first ones."""
     workers: int = 0
     """Threads that decode images; 0: one per processor core."""
     runtime: Literal["auto", "torch", "onnxruntime", "openvino", "compile"] = "auto"
@@ -88,7 +89,7 @@ class EmbedConfig:
 
     def __post_init__(self) -> None:
         _choices(self)
-        _at_least("batch-size", self.batch_size, 1)
+        _at_least("batch-size", 1 if self.batch_size is None else self.batch_size, 1)
         _at_least("workers", self.workers, 0)
         _at_least("shard-size", self.shard_size, 1)
         _share("max-damaged", self.max_damaged)

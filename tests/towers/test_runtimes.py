@@ -113,7 +113,7 @@ def test_the_fastest_that_agrees(tower: ImageTower, pixels: Tensor, monkeypatch:
 def test_the_choice_is_remembered(
     tower: ImageTower, pixels: Tensor, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def candidates(*_: Any) -> list[tuple[str, str]]:
+    def candidates(*_: Any, **__: Any) -> list[tuple[str, str]]:
         return WANTED[:3]
 
     monkeypatch.setattr(runtimes, "candidates", candidates)
