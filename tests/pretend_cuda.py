@@ -527,7 +527,7 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
     values = change(args, _value)
     named = {k: torch.device("cpu") if k == "device" and v is not None else change(v, _value) for k, v in kwargs.items()}
     kernel = EMULATED.get(func, func)
-    random = torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None
+    random = (torch.Tag.nondeterministic_seeded in func.tags or func in EMULATED) and kwargs.get("generator") is None
     with gpu.drawing() if random else nullcontext():
         found = kernel(*values, **named)
     if not func.is_view:
@@ -629,77 +629,87 @@ def copy_across(there: Tensor, source: Tensor, non_blocking: bool = False) -> Te
 # Attention of texts that lie one after the other, for which the processor has no kernel
 
 
-def _flash_rules(query: Tensor, bounds: Tensor) -> None:
-    if query.dtype not in (torch.float16, torch.bfloat16):
-        raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
-    if query.ndim != 3 or query.shape[-1] % 8 or query.shape[-1] > 256:
-        raise RuntimeError("flash attention wants [tokens, heads, depth], the depth a multiple of 8 and at most 256")
-    if bounds.dtype != torch.int32 or not bounds.is_contiguous():
-        raise RuntimeError("cu_seqlens must have dtype int32 and be contiguous")
+class TextAttention:
+    """Attention of each text to itself, text by text in float32: what the kernel for it computes, and its rules."""
 
+    def __init__(self, q: Tensor, bounds: Tensor, longest: int, scale: float | None, dropout: float, seed: Tensor):
+        if q.dtype not in (torch.float16, torch.bfloat16):
+            raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+        if q.ndim != 3 or q.shape[-1] % 8 or q.shape[-1] > 256:
+            raise RuntimeError("it wants [tokens, heads, depth], the depth a multiple of 8 and at most 256")
+        if bounds.dtype != torch.int32 or not bounds.is_contiguous():
+            raise RuntimeError("cu_seqlens must have dtype int32 and be contiguous")
+        self.bounds: list[int] = bounds.tolist()
+        self.longest, self.dropout = longest, dropout
+        self.scale = q.shape[-1] ** -0.5 if scale is None else scale
+        self.random = torch.Generator().manual_seed(int(seed[0]))
 
-def text_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    """Attention [S, H, D] of each text to itself, and the logarithm [H, S] of the sums; text by text, in float32."""
-    found, sums = [], []
-    for begin, end in zip(bounds.tolist(), bounds.tolist()[1:], strict=False):
-        one, two, three = (x[begin:end].float().transpose(0, 1) for x in (q, k, v))
-        scores = one @ two.transpose(1, 2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-        sums.append(scores.logsumexp(-1))
-        found.append((scores.softmax(-1) @ three).transpose(0, 1))
-    rest = len(q) - int(bounds[-1])
-    found.append(q.new_zeros(rest, *q.shape[1:], dtype=torch.float32))
-    sums.append(q.new_zeros(q.shape[1], rest, dtype=torch.float32))
-    return torch.cat(found).to(q.dtype), torch.cat(sums, dim=1)
+    def texts(self) -> Iterator[slice]:
+        for begin, end in zip(self.bounds, self.bounds[1:], strict=False):
+            assert end - begin <= self.longest, f"a text of {end - begin} tokens, when {self.longest} are the most"
+            yield slice(begin, end)
 
+    def weights(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The scores of a text [H, L, L], their softmax, and what dropout multiplies it by."""
+        scores = q @ k.transpose(1, 2) * self.scale
+        keep = torch.rand(scores.shape, generator=self.random) >= self.dropout
+        return scores, scores.softmax(-1), keep / (1 - self.dropout)
 
-def _text_attention_back(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float | None
-) -> tuple[Tensor, ...]:
-    """The gradients of `text_attention`; no kernel of the device may use autograd."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    found = [torch.zeros(x.shape) for x in (q, k, v)]
-    for begin, end in zip(bounds.tolist(), bounds.tolist()[1:], strict=False):
-        g, one, two, three = (x[begin:end].float().transpose(0, 1) for x in (gradient, q, k, v))
-        weights = (one @ two.transpose(1, 2) * scale).softmax(-1)
-        to_weights = g @ three.transpose(1, 2)
-        to_scores = weights * (to_weights - (weights * to_weights).sum(-1, keepdim=True)) * scale
-        parts = to_scores @ two, to_scores.transpose(1, 2) @ one, weights.transpose(1, 2) @ g
-        for whole, part in zip(found, parts, strict=True):
-            whole[begin:end] = part.transpose(0, 1)
-    return tuple(x.to(q.dtype) for x in found)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Its values [S, H, D] and the logarithms [H, S] of the sums; nonsense where no text is."""
+        found = torch.full(v.shape, torch.nan)
+        sums = torch.full((q.shape[1], len(q)), torch.nan)
+        for text in self.texts():
+            one, two, three = (x[text].float().transpose(0, 1) for x in (q, k, v))
+            scores, weights, keep = self.weights(one, two)
+            found[text] = ((weights * keep) @ three).transpose(0, 1)
+            sums[:, text] = scores.logsumexp(-1)
+        return found.to(q.dtype), sums
+
+    def backward(self, gradient: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of q, k and v; 0 where no text is, as the kernel leaves them."""
+        found = [torch.zeros(x.shape) for x in (q, k, v)]
+        for text in self.texts():
+            g, one, two, three = (x[text].float().transpose(0, 1) for x in (gradient, q, k, v))
+            _, weights, keep = self.weights(one, two)
+            to_weights = g @ three.transpose(1, 2) * keep
+            to_scores = weights * (to_weights - (weights * to_weights).sum(-1, keepdim=True)) * self.scale
+            parts = to_scores @ two, to_scores.transpose(1, 2) @ one, (weights * keep).transpose(1, 2) @ g
+            for whole, part in zip(found, parts, strict=True):
+                whole[text] = part.transpose(0, 1)
+        return tuple(x.to(q.dtype) for x in found)
 
 
 def _flash_forward(
     q: Tensor, k: Tensor, v: Tensor, cum_q: Tensor, cum_k: Tensor, max_q: int, max_k: int, dropout: float,
     causal: bool, debug: bool, *, scale: float | None = None, **_: object,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    _flash_rules(q, cum_q)
-    assert not dropout, "dropout in this attention is not emulated"
     assert not causal, "a causal mask is not emulated"
-    out, sums = text_attention(q, k, v, cum_q, scale)
-    nothing = torch.zeros(2, dtype=torch.int64)
-    return out, sums, nothing, nothing.clone(), out.new_empty(0)
+    seed = torch.randint(1 << 40, (2,)) if dropout else torch.zeros(2, dtype=torch.int64)
+    found, sums = TextAttention(q, cum_q, max_q, scale, dropout, seed).forward(k=k, q=q, v=v)
+    return found, sums, seed, torch.zeros(2, dtype=torch.int64), found.new_empty(0)
 
 
 def _flash_backward(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, cum_q: Tensor, *_: Any,
-    scale: float | None = None, **__: object,
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, cum_q: Tensor, cum_k: Tensor,
+    max_q: int, max_k: int, dropout: float, causal: bool, seed: Tensor, unused: Tensor, *, scale: float | None = None,
+    **_: object,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    return _text_attention_back(gradient, q, k, v, cum_q, scale)
+    return TextAttention(q, cum_q, max_q, scale, dropout, seed).backward(gradient, q, k, v)
 
 
 def _varlen_forward(
     q: Tensor, k: Tensor, v: Tensor, cum_q: Tensor, cum_k: Tensor, max_q: int, max_k: int,
-    is_causal: bool = False, scale: float | None = None, *_: object, **__: object,
+    causal: bool = False, scale: float | None = None, *_: object, **__: object,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    return _flash_forward(q, k, v, cum_q, cum_k, max_q, max_k, 0.0, is_causal, False, scale=scale)[:3]
+    return _flash_forward(q, k, v, cum_q, cum_k, max_q, max_k, 0.0, causal, False, scale=scale)[:3]
 
 
 def _varlen_backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, cum_q: Tensor, cum_k: Tensor,
-    max_q: int, max_k: int, is_causal: bool, rng: Tensor, scale: float | None = None, *_: object, **__: object,
+    max_q: int, max_k: int, causal: bool, seed: Tensor, scale: float | None = None, *_: object, **__: object,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    return _text_attention_back(gradient, q, k, v, cum_q, scale)
+    return TextAttention(q, cum_q, max_q, scale, 0.0, seed).backward(gradient, q, k, v)
 
 
 EMULATED: dict[Any, Callable[..., Any]] = {
@@ -780,6 +790,17 @@ def _maker(original: Callable[..., Any], like: bool = False) -> Callable[..., An
         return gpu.hold(made.detach()).requires_grad_(grad)
 
     return make
+
+
+def _grouping(original: Callable[..., Any]) -> Callable[..., Any]:
+    """How the optimizers sort tensors: by the device that they say they are on."""
+
+    def group(lists: list[list[Tensor | None]], with_indices: bool = False) -> Any:
+        found = original(lists, with_indices)
+        where = {key: next((one.device for one in of[0][0] if one is not None), key[0]) for key, of in found.items()}
+        return {(where[key], key[1]): of for key, of in found.items()}
+
+    return group
 
 
 class _Generator(torch.Generator):
@@ -932,9 +953,12 @@ def _replace(patch: pytest.MonkeyPatch, gpu: PretendGPU) -> None:
     patch.setattr(torch.Tensor, "is_pinned", lambda self, *_: is_pinned(self))
     for name in ("to", "to_empty", "cuda", "cpu"):
         patch.setattr(nn.Module, name, _moving(getattr(nn.Module, name)))
+    group = "_group_tensors_by_device_and_dtype"
+    patch.setattr(torch._C, group, _grouping(getattr(torch._C, group)))
     patch.setattr(torch, "Generator", _Generator)
     patch.setattr(torch, "compile", _compile)
     patch.setattr(torch.nn.attention.varlen, "_select_backend", lambda *_: 1)
+    patch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: gpu.kind == "cuda")
     own = _cuda(gpu) if gpu.kind == "cuda" else _memory(gpu) | _random(gpu) | {"synchronize": gpu.synchronize}
     module = getattr(torch, gpu.kind)
     for name, value in own.items():

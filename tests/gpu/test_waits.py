@@ -12,9 +12,10 @@ from tests.gpu.conftest import World
 from tests.gpu.test_tune import towers
 from tests.pretend_cuda import pretend
 
-from litune import tuning
+
 from litune.commands.tune import tune
 from litune.config import TuneConfig
+from litune.tuning import run as module
 
 __all__ = ["towers"]
 
@@ -49,7 +50,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def test_no_step_waits(
     tower: str, settings: str, towers: dict[str, str], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuning, "LOG_LINES", 1)
+    monkeypatch.setattr(module, "LOG_LINES", 1)
     usual = {"precision": "bfloat16", "evaluations": 0, "device": "cuda"}
     config = world.config(tmp_path, towers[tower], **(usual | SETTINGS[settings]))
     few, many = counted(config, 2), counted(config, 4)
