@@ -492,7 +492,7 @@ class EvalConfig:
     out: Path | None = None
     """A folder for the reports on --tasks and --store: tables, intervals, what was confused with what."""
     overwrite: bool = False
-    """Replace the reports that are already in --out."""
+    """Replace the reports that are already in --out, and a --json file that is already there."""
 
     image_tower: str | None = None
     """The image tower, where the run does not name one that can be loaded."""
@@ -534,6 +534,8 @@ class ClassifyConfig:
     """The image tower, where the run does not name one that can be loaded."""
     json: Path | None = None
     """Also write the probabilities to this file, as JSON."""
+    overwrite: bool = False
+    """Replace a --json file that is already there."""
     device: Device = "auto"
     """Where the towers run."""
 
@@ -738,6 +740,8 @@ class InspectConfig:
     """Tokens of a caption."""
     json: Path | None = None
     """Also write it to this file, as JSON."""
+    overwrite: bool = False
+    """Replace a --json file that is already there."""
 
     def __post_init__(self) -> None:
         _at_least("batch-size", self.batch_size, 2)
@@ -777,6 +781,8 @@ class ProbeConfig:
     """The seed of what is drawn."""
     json: Path | None = None
     """Also write everything to this file, as JSON."""
+    overwrite: bool = False
+    """Replace a --json file that is already there."""
     device: Device = "auto"
     """Where the text tower runs."""
 

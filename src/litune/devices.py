@@ -31,8 +31,8 @@ def pick_device(name: str) -> torch.device:
 def exact_float32() -> None:
     """Have GPUs compute float32 convolutions and matrix products in float32.
 
-    By default torch lets convolutions round their inputs to TF32's ten bits. These two older settings set the newer ones
-    (`fp32_precision`) along with them; where those alone are set, torch's compiler stops over the two not being alike.
+    By default torch lets convolutions round their inputs to TF32's ten bits. These two older settings set the newer
+    ones (`fp32_precision`) too; with those alone, torch's compiler fails where it finds that the two differ.
     """
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")

@@ -22,7 +22,7 @@ from litune.commands.tune import choose_pairs, make_model, make_tokenizer, tune
 from litune.config import TuneConfig, to_json
 from litune.errors import ConfigError, OutputBusyError, OutputExistsError, RunError, StoreError
 from litune.features import FeatureStore
-from litune.files import claim
+from litune.claims import claim
 from litune.losses import softmax_loss
 from litune.towers import text as text_towers
 from litune.towers.image import weights_hash

@@ -205,11 +205,16 @@ def attention(qkv: Float[Tensor, "R T W3"], heads: int, packed: Rows, dropout: f
         # The library's fused attention is made for long rows: on short ones its backward takes most of a step.
         return _Attention.apply(qkv, heads, packed.mask(qkv.dtype), dropout)  # type: ignore[no-any-return]
     if isinstance(packed, Line):
-        q, k, v = qkv.squeeze(0).unflatten(-1, (3, heads, -1)).unbind(1)
-        return flash_attention(q, k, v, packed.cuts, packed.longest, dropout).flatten(1)[None]
+        return line_attention(qkv, heads, packed, dropout)
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     mixed: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=packed.together, dropout_p=dropout)
     return mixed.transpose(1, 2).flatten(2)
+
+
+def line_attention(qkv: Float[Tensor, "1 T W3"], heads: int, packed: Line, dropout: float) -> Float[Tensor, "1 T W"]:
+    """`attention` by `flash_attention`."""
+    q, k, v = qkv.squeeze(0).unflatten(-1, (3, heads, -1)).unbind(1)
+    return flash_attention(q, k, v, packed.cuts, packed.longest, dropout).flatten(1)[None]
 
 
 def flash_fits(device: torch.device, head_width: int, dtype: torch.dtype) -> bool:

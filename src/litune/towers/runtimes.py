@@ -358,7 +358,7 @@ def _remembered(
         encode = _encoder(_arranged(tower, used), used)
         pixels = repeated(pixels, fitting_batch(encode, pixels, tower.device, largest_batch))
         say(f"encoding in batches of {len(pixels)}: what fits the GPU's memory and is fast (--batch-size)")
-    runtime, trials = measure(tower, wanted, pixels)
+    runtime, trials = measure(tower, wanted, pixels) if len(wanted) > 1 else (build(tower, *wanted[0], pixels), [])
     known[key] = {
         "tower": tower.spec,
         "chosen": [runtime.name, runtime.precision],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import shutil
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -16,9 +15,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from litune import distributed
-from litune.checkpoint import STATE, save_model
+from litune.checkpoint import MANIFEST, STATE, save_model
 from litune.config import TuneConfig, parse_rates
 from litune.data.pixels import PixelLoader
 from litune.data.texts import TOKENIZED_MOST, LaterTokens, tokenize
@@ -26,6 +26,7 @@ from litune.data.tokenizers import Tokens
 from litune.devices import keep_freed_memory, pick_bfloat16, processor_cores, send
 from litune.errors import ConfigError, RunError
 from litune.features import FeatureStore, Selection
+from litune.files import replace_folder
 from litune.gradient_cache import still_statistics
 from litune.interop.card import write_card
 from litune.mixture import source_names
@@ -43,7 +44,7 @@ from litune.tuning.held_out import HeldOut
 from litune.tuning.inputs import Inputs, Micro, Preparation, on_device, sent
 from litune.tuning.interrupt import after_the_step
 from litune.tuning.memory import ON_CPU, choose_micro, halved
-from litune.tuning.state import Checkpoints, Progress, manifest
+from litune.tuning.state import BEST, Checkpoints, Progress, manifest
 from litune.tuning.step import NEVER, Reading, Step, describe_bad
 
 KEPT_MOST = 2**32
@@ -51,7 +52,6 @@ KEPT_MOST = 2**32
 LOG_LINES = 1000
 SAMPLE = 10_000
 """The captions whose lengths stand for all, where they are not tokenised before the first step."""
-BEST = "best"
 SKIPPED_MOST = 10
 """Steps in a row that may be skipped since they are not finite: more is no accident."""
 
@@ -87,6 +87,8 @@ class Tuning:
         self.device, self.bfloat16, self.on_log = device, pick_bfloat16(config.precision, device), on_log
         if device.type == "cpu":
             keep_freed_memory()
+        # Libraries may draw and round otherwise on each machine: all ranks begin with what rank 0 has.
+        distributed.broadcast_([t for t in (*model.parameters(), *model.buffers()) if not isinstance(t, DTensor)])
         captions = int(train.offsets[-1])
         self.tokens: Tokens | LaterTokens = (
             tokenize(model.tokenizer, train, captions)
@@ -463,11 +465,9 @@ class Tuning:
             return
         self.progress.best = recall
         best, new = self.config.out / BEST, self.config.out / f"{BEST}.tmp"
-        shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         save_model(new, self.model, manifest(self) | {"best_at_step": self.progress.step})
-        shutil.rmtree(best, ignore_errors=True)
-        new.rename(best)
+        replace_folder(new, best, last=MANIFEST)
 
     def _recall_note(self) -> str:
         if self.last_evaluation is None:
