@@ -52,6 +52,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # This process only supervises: it never opens the card, and what takes long to import is imported by the parts.
 
 SECONDS = 350.0
+"""How long all parts may take."""
 
 
 @dataclass(frozen=True)
@@ -136,11 +137,14 @@ def supervise(part: Part, task: Task, seconds: float) -> dict[str, Any]:
     return found | {"seconds": round(time.monotonic() - began, 1)}
 
 
-def check(names: Sequence[str], task: Task, deadline: float) -> dict[str, dict[str, Any]]:
-    """Run these parts one after the other, each in a folder of its own; print what each found."""
+def check(names: Sequence[str], task: Task, deadline: float, patience: float = 1.0) -> dict[str, dict[str, Any]]:
+    """Run these parts one after the other, each in a folder of its own; print what each found.
+
+    They end at the deadline, and each after `patience` times its seconds.
+    """
     found: dict[str, dict[str, Any]] = {}
     for name in names:
-        left = min(PARTS[name].seconds, deadline - time.monotonic())
+        left = min(patience * PARTS[name].seconds, deadline - time.monotonic())
         if left < 1:
             found[name] = {"status": "skipped", "reason": "no time was left", "seconds": 0.0}
         else:
@@ -169,7 +173,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=CHOICES, help=f"of {', '.join(CHOICES)}, or their beginnings")
     parser.add_argument("--quick", action="store_true", help="small sizes, as without a GPU")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="how long all parts together may take")
+    parser.add_argument("--patience", type=float, default=1.0, help="on a slow machine: so many times the time limits")
     options = parser.parse_args(arguments)
     for given in options.parts:
         if not any(name.startswith(given) for name in CHOICES):
@@ -181,16 +185,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     names = [name for name in CHOICES if name.startswith(tuple(options.parts))]
     began = time.monotonic()
-    deadline = began + options.seconds
+    deadline = began + options.patience * SECONDS
     with tempfile.TemporaryDirectory() as folder:
         task = Task(SMALL if options.quick else Sizes(), "cuda", Path(folder))
-        device = check([DEVICE], task, deadline)[DEVICE]
+        device = check([DEVICE], task, deadline, options.patience)[DEVICE]
         if not device.get("cards"):
             # Without a card to be opened twice, forked processes are safe on Linux, and spare most of the imports.
             task = replace(task, sizes=SMALL, device="cpu", start="fork" if sys.platform == "linux" else "spawn")
         if task.start == "fork" and device["status"] == "ok":
             import_early()
-        parts = check(names, task, deadline) if device["status"] == "ok" else {}
+        parts = check(names, task, deadline, options.patience) if device["status"] == "ok" else {}
     failed = [name for name, one in {DEVICE: device, **parts}.items() if one["status"] == "failed"]
     whole = {"ran_on": task.device, DEVICE: device, "parts": parts, "failed": failed, "sizes": asdict(task.sizes)}
     print(json.dumps(whole | {"seconds": round(time.monotonic() - began, 1)}))
