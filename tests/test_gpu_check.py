@@ -26,7 +26,7 @@ def test_runs_on_a_processor() -> None:
         "--parts",
         *PARTS,
     ]
-    variables = os.environ | {"CUDA_VISIBLE_DEVICES": "", "LITUNE_COMPILE": "0"}
+    variables = os.environ | {"CUDA_VISIBLE_DEVICES": "", "LITUNE_COMPILE": "0", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=variables)
     found = json.loads(done.stdout.splitlines()[-1])
     assert done.returncode == 0, found["failed"]
