@@ -66,6 +66,9 @@ def test_a_named_set(run: Path, sets: Path, tmp_path: Path) -> None:
     assert one["chance"]["accuracy"] == 0.25
     assert "Ties count against the model" in one["definition"]
     assert json.loads((tmp_path / "e.json").read_text())["tasks"] == json.loads(json.dumps(found["tasks"]))
+    for kept, option in (("e.json", "json"), ("f", "out")):
+        with pytest.raises(OutputExistsError, match=f"choose another --{option}"):  # before anything is read
+            evaluate("nowhere", tasks="cifar10", data=sets, **{option: tmp_path / kept})
 
 
 def test_templates_of_the_set(run: Path, sets: Path, tmp_path: Path) -> None:
