@@ -295,8 +295,8 @@ def test_settings_that_contradict(run: Path, sets: Path, tmp_path: Path) -> None
         evaluate(run)
     with pytest.raises(ConfigError, match="as a task in YAML"):
         evaluate(run, classes=sets, out=tmp_path / "o")
-    (tmp_path / "o").mkdir()
-    with pytest.raises(OutputExistsError, match="--overwrite"):
+    (tmp_path / "o" / "report").mkdir(parents=True)
+    with pytest.raises(OutputExistsError, match="choose another --out"):
         evaluate(run, tasks="cifar10", data=sets, out=tmp_path / "o")
     with pytest.raises(StoreError, match="embed the images with"):
         module = tmp_path / "othertower.py"
