@@ -36,7 +36,7 @@ from litune.progress import say, track
 from litune.towers.image import differences
 
 CHUNK = 2048  # captions that one rank encodes at a time
-BATCH = 32  # images
+BATCH = 32  # images: parts of ranks are whole batches
 
 
 @command(EvalConfig)
@@ -329,12 +329,12 @@ def encode_files(model: LiT, files: Sequence[Path | str], max_damaged: float) ->
         return str(files[i]), Path(files[i])
 
     name = "auto" if distributed.world_size() == 1 else "torch"
-    runtime = pick_runtime(tower, own, locate, name=name, precision="float32", batch_size=BATCH)
+    runtime = pick_runtime(tower, own, locate, name=name, precision="float32", batch_size=None)
 
     def encode() -> None:
         nonlocal damaged
         with track("embedding", "images", len(own)) as task:
-            for batch, features in encode_images(runtime, tower.preprocess, own, locate, batch_size=BATCH):
+            for batch, features in encode_images(runtime, tower.preprocess, own, locate, batch_size=runtime.batch_size):
                 for one in batch:
                     if one.damage is None:
                         kept.append(one.row)

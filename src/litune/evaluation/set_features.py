@@ -30,7 +30,7 @@ from litune.model import LiT
 from litune.progress import say, track
 from litune.towers.runtimes import Runtime
 
-BATCH = 32  # images
+DTYPE = "float16"
 SHARD_SECONDS = 5.0
 ROWS = 4096  # images that are scored at once
 
@@ -101,12 +101,12 @@ def _write_store(place: Path, found: EvalSet, model: LiT, max_damaged: float) ->
     with _as_files(found) as files:
         runtime = _pick_runtime(place, found, model, files)
         manifest = {
-            "tower": tower.provenance | {"precision": runtime.precision, "runtime": runtime.name},
+            "tower": tower.provenance | runtime.facts,
             "pairs": {"source": found.layout, "fingerprint": found.fingerprint(), "captions": 0},
             "images": len(found),
-            "dtype": "float16",
+            "dtype": DTYPE,
             "libraries": library_versions(),
-        } | ({"parts": distributed.bounds(len(found), BATCH)} if ranks > 1 else {})
+        } | ({"parts": distributed.bounds(len(found), runtime.batch_size)} if ranks > 1 else {})
         whole = distributed.from_main(lambda: _begin(place, manifest))
         cuts = whole.manifest.get("parts", [0, len(found)])
         parts = [place / f".rank-{r}-of-{ranks}" for r in range(ranks)] if ranks > 1 else []
@@ -133,20 +133,23 @@ def _write_store(place: Path, found: EvalSet, model: LiT, max_damaged: float) ->
 
 
 def _begin(place: Path, manifest: dict[str, Any]) -> StoreWriter:
-    """The store's writer. Raises `StoreError` where another number of processes has begun it."""
+    """The store's writer. Raises `StoreError` where another number of processes, or another device, has begun it."""
     there = _manifest(place)
     begun, now = (len(one["parts"]) - 1 if "parts" in one else 1 for one in (there or manifest, manifest))
     if begun != now:
         raise StoreError(
             f"{place} was begun by {begun} processes, now there are {now}: go on with {begun}, or remove that folder"
         )
+    then, device = (one["tower"].get("device") for one in (there or manifest, manifest))
+    if then not in (None, device):
+        raise StoreError(f"{place} was begun with --device {then}, not {device}: keep to it, or remove that folder")
     return StoreWriter(place, manifest)
 
 
 def _pick_runtime(place: Path, found: EvalSet, model: LiT, files: _Files) -> Runtime:
     """What the store was begun with, else the fastest that agrees; of several ranks the first one chooses."""
     begun = _manifest(place).get("tower", {})
-    pick = partial(pick_runtime, model.load_image_tower(), range(len(found)), files.locate, batch_size=BATCH)
+    pick = partial(pick_runtime, model.load_image_tower(), range(len(found)), files.locate, batch_size=None)
     name, precision = begun.get("runtime", "auto"), begun.get("precision", "float32")
     return pick_alike(pick, name, precision)
 
@@ -157,7 +160,8 @@ def _encode(
     """Encode a part of the images batch by batch, write shard by shard; returns images a second."""
     shard = _Shard()
     left = part[writer.seen :]
-    batches = encode_images(runtime, model.load_image_tower().preprocess, left, files.locate, batch_size=BATCH)
+    preprocess, size = model.load_image_tower().preprocess, runtime.batch_size
+    batches = encode_images(runtime, preprocess, left, files.locate, batch_size=size, dtype=DTYPE)
     with track("embedding", "images", len(part), writer.seen) as task:
         for batch, features in batches:
             shard.add(batch, features)
