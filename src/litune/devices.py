@@ -5,8 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+import torch.utils.deterministic
 from torch import Tensor
 
 from litune.errors import ConfigError
@@ -47,6 +50,27 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Inside, operations on a GPU add in one order, so that the same seed gives the same bytes; elsewhere they always do.
+
+    What litune's own towers, losses and optimizers call has such a form: sums by sorted indices, attention without
+    atomics. An operation that has none raises RuntimeError: of pooling and resizing in image towers some haven't.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it, or matrix products raise
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # no memory is read that wasn't written
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 def keep_freed_memory() -> None:
