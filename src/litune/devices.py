@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.utils.deterministic
@@ -54,7 +55,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
-    """Inside, operations on a GPU add in one order, so that the same seed gives the same bytes; elsewhere they always do.
+    """Inside, operations on a GPU add in one order, so that the same seed gives the same bytes. Elsewhere they do anyway.
 
     What litune's own towers, losses and optimizers call has such a form: sums by sorted indices, attention without
     atomics. An operation that has none raises RuntimeError: of pooling and resizing in image towers some haven't.
@@ -63,14 +64,15 @@ def deterministic(device: torch.device) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it, or matrix products raise
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # no memory is read that wasn't written
+    memory.fill_uninitialized_memory = False  # no memory is read that wasn't written
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+        memory.fill_uninitialized_memory = before[1]
 
 
 def keep_freed_memory() -> None:
