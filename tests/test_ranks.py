@@ -20,7 +20,7 @@ import torch
 from safetensors.numpy import load_file
 from tests.conftest import COLORS, SHAPES, draw
 
-from litune import distributed
+from litune import distributed, encoding
 from litune.cli import main
 from litune.commands import evaluate as evaluation
 from litune.commands.embed import embed
@@ -28,7 +28,7 @@ from litune.commands.evaluate import evaluate
 from litune.commands.tune import prepare_run, tune
 from litune.config import TuneConfig
 from litune.errors import LituneError, StoreError
-from litune.evaluation import set_features, suite
+from litune.evaluation import suite
 from litune.features import FeatureStore
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -92,7 +92,7 @@ def work(out: str) -> dict[str, Any]:
     """What is done alike by one process and by each of two."""
     torch.set_num_threads(1)  # of a few cores, two processes spin for none
     evaluation.CHUNK = 4
-    suite.CHUNK, set_features.BATCH = 3, 5
+    suite.CHUNK, encoding.BATCH = 3, 5
     found: dict[str, Any] = {"errors": []}
     for name, settings in VARIANTS.items():
         tune(**{"store": "store", "text_tower": "hf:bert", **COMMON, **settings, "out": f"{out}/{name}"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,13 +17,28 @@ from litune.errors import ConfigError
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that `name` asks for; `auto`: CUDA, else Apple's MPS, else the CPU."""
+    """The device that `name` asks for; `auto`: CUDA, else Apple's MPS, else the CPU.
+
+    On CUDA float32 is float32 from then on, in the whole process (see `exact_float32`).
+    """
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         name = "cuda" if available["cuda"] else "mps" if available["mps"] else "cpu"
     if not available.get(name, False):
         raise ConfigError(f"--device {name} is not available on this machine: use cpu or auto")
+    if name == "cuda":
+        exact_float32()
     return torch.device(name)
+
+
+def exact_float32() -> None:
+    """Have GPUs compute float32 convolutions and matrix products in float32.
+
+    By default torch lets convolutions round their inputs to TF32's ten bits. These two older settings set the newer
+    ones (`fp32_precision`) too; with those alone, torch's compiler fails where it finds that the two differ.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
 
 
 def processor_cores() -> int:
@@ -48,14 +63,14 @@ def pick_bfloat16(precision: str, device: torch.device) -> bool:
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on `device`. A GPU copies it out of pinned memory while the processor goes on."""
-    if device.type != "cuda":
+    if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
-    """Inside, operations on a GPU add in one order, so that the same seed gives the same bytes. Elsewhere they do anyway.
+    """Inside, a GPU's operations add in one order, so that the same seed gives the same bytes; elsewhere they do anyway.
 
     What litune's own towers, losses and optimizers call has such a form: sums by sorted indices, attention without
     atomics. An operation that has none raises RuntimeError: of pooling and resizing in image towers some haven't.
@@ -73,6 +88,21 @@ def deterministic(device: torch.device) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         memory.fill_uninitialized_memory = before[1]
+
+
+def receive(tensor: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy a tensor to the processor; the function waits for that copy, and for nothing after it."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu
+    copy = tensor.to("cpu", non_blocking=True)  # torch takes pinned memory for it
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return copy.clone()  # so that the pinned memory is free for the next
+
+    return wait
 
 
 def keep_freed_memory() -> None:

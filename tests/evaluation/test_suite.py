@@ -15,6 +15,7 @@ import pytest
 from tests.conftest import COLORS, SHAPES, draw
 
 import litune
+from litune import encoding
 from litune.cli import main
 from litune.commands.embed import embed
 from litune.commands.evaluate import evaluate, run_names, tuned_on
@@ -105,7 +106,7 @@ def test_features_are_made_once(
 def test_an_interrupted_set_goes_on(
     run: Path, sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(set_features, "BATCH", 5)
+    monkeypatch.setattr(encoding, "BATCH", 5)
     monkeypatch.setattr(set_features, "SHARD_SECONDS", 0.0)
     settings: dict[str, Any] = {"tasks": "cifar10", "data": sets, "features": tmp_path / "f", **QUIET}
     whole = set_features.encode_images

@@ -95,16 +95,12 @@ def run_task(task: tasks.Task, subject: Subject, protocol: Protocol, data: Path 
     """The results of one task: one, or one for each language of its captions.
 
     Under torchrun every process calls it alike and encodes its part of the images and texts; rank 0 measures. Raises
-    `DataError` for a set that can't be read, `StoreError` for a store of another tower.
+    `DataError` for a set that can't be read, `StoreError` for a store of another tower: on every process, whichever met
+    it.
     """
     path = task.find(data)
     assert path is not None, "find_tasks has looked"
-    embedded = None
-    if (path / MANIFEST).is_file():
-        found, embedded = stored_set(path, task.kind, None, (task.lang,) if task.lang else ())
-        check_store(subject.path, subject.model, path, embedded.store.width, embedded.store.tower)
-    else:
-        found = task.read(path)
+    found, embedded = distributed.together(lambda: _open_set(task, path, subject))
     run = _retrieve_set if task.kind == "retrieval" else _classify_set
     results = run(task, path, found, embedded, subject, protocol, features)
     for result in results:
@@ -112,6 +108,15 @@ def run_task(task: tasks.Task, subject: Subject, protocol: Protocol, data: Path 
             result.extras["published"] = known
             result.extras["published_note"] = published.note(result)
     return results
+
+
+def _open_set(task: tasks.Task, path: Path, subject: Subject) -> tuple[EvalSet, Embedded | None]:
+    """The set, and where it is a feature store, its features."""
+    if not (path / MANIFEST).is_file():
+        return task.read(path), None
+    found, embedded = stored_set(path, task.kind, None, (task.lang,) if task.lang else ())
+    check_store(subject.path, subject.model, path, embedded.store.width, embedded.store.tower)
+    return found, embedded
 
 
 def _retrieve_set(
@@ -143,7 +148,7 @@ def _classify_set(
     features: Path,
 ) -> list[Result]:
     seconds: dict[str, float] = {}
-    truth = tasks.find_truth(task, found)
+    truth = distributed.together(lambda: tasks.find_truth(task, found))
     if embedded is None:
         # Two thirds of ObjectNet's images are of classes that are none of ImageNet's.
         kept = found.subset(truth.rows) if task.truth == "objectnet" else found
@@ -438,9 +443,13 @@ def _training_images(
     if not truth.single or (path / MANIFEST).is_file():
         say(f"{task.name}: no probes, which need training images with one class each")
         return None
+
+    def read() -> tuple[EvalSet, tasks.Truth]:
+        images = task.read(task.train or path, train=True)
+        return images, tasks.find_truth(task, images)
+
     try:
-        train = task.read(task.train or path, train=True)
-        own = tasks.find_truth(task, train)
+        train, own = distributed.together(read)
     except LituneError as why:
         say(f"{task.name}: no probes: {why}")
         return None
