@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import random
@@ -22,7 +23,7 @@ from tests.conftest import COLORS, draw, interrupt
 from torch import nn
 
 import litune
-from litune.checkpoint import check_store, load, model_state
+from litune.checkpoint import check_store, load, load_tensors, model_state
 from litune.cli import main
 from litune.commands.embed import embed
 from litune.commands.evaluate import evaluate
@@ -31,6 +32,7 @@ from litune.config import TuneConfig
 from litune.data.batches import Batch
 from litune.errors import ConfigError, MissingExtraError, RunError, StoreError, TowerError
 from litune.features import FeatureStore
+from litune.losses import softmax_loss
 from litune.model import LiT
 from litune.optim import make_optimizer
 from litune.schedules import rate_share
@@ -38,6 +40,8 @@ from litune.towers.locking import train_unlocked
 from litune.towers.text import HfTextTower, TextTower
 from litune.towers.vocabulary import TunedRows
 from litune.tuning import Tuning, evaluation_steps
+from litune.tuning.inputs import Inputs
+from litune.tuning.step import Reading
 
 
 @pytest.fixture
@@ -74,10 +78,19 @@ def first_batch(run: Tuning) -> Batch:
     return next(run.batches.from_step(0, 1))
 
 
+def first_inputs(run: Tuning) -> Inputs:
+    return run.prepare(0, first_batch(run), run.micro)
+
+
+def facts_of(reading: Reading | None) -> dict[str, Any]:
+    assert reading is not None
+    return reading.facts()
+
+
 def take_steps(run: Tuning, count: int) -> list[dict[str, float]]:
     facts = []
-    for batch, pixels in run._coming(run.progress.step):
-        facts.append(run.step(batch, pixels))
+    for inputs in run.inputs(run.progress.step):
+        facts.append(facts_of(run.step(inputs)))
         run.progress.step += 1
         if len(facts) == count:
             break
@@ -333,7 +346,7 @@ def test_softmax_loss(short: TuneConfig, masked: bool, weight: float) -> None:
     same = same_text_or_image(run, captions, batch.images)
     assert same.any()
     expected = cross_entropy(scores_of(run, batch, captions, batch.images), same & masked, weight)
-    assert run.step(batch)["loss"] == pytest.approx(expected, rel=1e-5)
+    assert facts_of(run.step(first_inputs(run)))["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_sigmoid_loss(short: TuneConfig) -> None:
@@ -341,7 +354,7 @@ def test_sigmoid_loss(short: TuneConfig) -> None:
     run = start(config)
     batch = first_batch(run)
     signed = (scores_of(run, batch, batch.captions[0], batch.images) - 5.0) * (2 * np.eye(6) - 1)
-    facts = run.step(batch)
+    facts = facts_of(run.step(first_inputs(run)))
     assert facts["loss"] == pytest.approx(np.log1p(np.exp(-signed)).sum() / 6, rel=1e-5)
     assert facts["bias"] != -5.0
     model = tune.run(config)
@@ -356,15 +369,15 @@ def test_image_negatives(short: TuneConfig, more: int, masked: bool) -> None:
     run = start(dataclasses.replace(short, image_negatives=more, mask_duplicates=masked))
     batch = first_batch(run)
     (captions,) = batch.captions
-    found = run._more_images(batch)
+    found = first_inputs(run).more_images
     assert found is not None
     drawn = found.images.numpy()  # no two pictures are equal: their ids are their numbers
     assert len(set(drawn)) == min(more, 12)
     assert not set(drawn) & set(batch.images)
-    assert torch.equal(found.features, run.model.image_features(torch.from_numpy(run.train.features(drawn))))
-    run.progress.step = 1
-    assert more == 1000 or set(run._more_images(batch).images.tolist()) != set(drawn)  # type: ignore[union-attr]
-    run.progress.step = 0
+    assert torch.equal(found.features, torch.from_numpy(run.train.features(drawn)))
+    later = run.prepare(1, batch, run.micro).more_images
+    assert later is not None
+    assert more == 1000 or set(later.images.tolist()) != set(drawn)
 
     scores = scores_of(run, batch, captions, np.concatenate([batch.images, drawn]))
     first = np.concatenate([[0], np.cumsum(run.train.counts)])
@@ -378,7 +391,7 @@ def test_image_negatives(short: TuneConfig, more: int, masked: bool) -> None:
     own = np.diag(scores)
     there = np.log(np.exp(scores[:6]).sum(1)) - own
     back = np.log(np.exp(scores).sum(0)) - own
-    assert run.step(batch)["loss"] == pytest.approx((there + back).mean() / 2, rel=1e-5)
+    assert facts_of(run.step(first_inputs(run)))["loss"] == pytest.approx((there + back).mean() / 2, rel=1e-5)
 
 
 @pytest.fixture
@@ -416,7 +429,7 @@ def test_fields(fields_store: FeatureStore, short: TuneConfig) -> None:
         assert np.array_equal(owners, batch.images[there])
         scores = scores_of(run, batch, captions[there], owners)
         expected += cross_entropy(scores, np.zeros_like(scores, dtype=bool))
-    assert run.step(batch)["loss"] == pytest.approx(expected, rel=1e-5)
+    assert facts_of(run.step(first_inputs(run)))["loss"] == pytest.approx(expected, rel=1e-5)
     assert tune.run(config).encode_text("a").shape == (1, 48)
 
     one = start(dataclasses.replace(config, fields=("tags",)))
@@ -429,9 +442,56 @@ def test_fields(fields_store: FeatureStore, short: TuneConfig) -> None:
 
 def test_not_finite_stops_with_the_step(tune_config: TuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = torch.tensor(float("nan"), requires_grad=True)
-    monkeypatch.setattr("litune.tuning.softmax_loss", lambda *_, **__: broken)
+    monkeypatch.setattr("litune.tuning.step.softmax_loss", lambda *_, **__: broken)
     with pytest.raises(RunError, match=r"the loss is nan at step 0 \(images .*\.png.*lower --learning-rate"):
         tune.run(tune_config)
+
+
+def break_gradients(monkeypatch: pytest.MonkeyPatch, steps: range) -> None:
+    """Have the loss of these steps stay as it is, with an infinite gradient."""
+    calls = itertools.count()
+
+    def broken(images: torch.Tensor, texts: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+        loss = softmax_loss(images, texts, *rest, **more)
+        return loss + (texts - texts.detach()).abs().sum().sqrt() if next(calls) in steps else loss
+
+    monkeypatch.setattr("litune.tuning.step.softmax_loss", broken)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_move(
+    tune_config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it is written: the same command goes on, and ends as if nothing had been."""
+    tune.run(tune_config)
+    config = dataclasses.replace(tune_config, out=tmp_path / "broken", checkpoint_seconds=0.0)
+    with monkeypatch.context() as patch:
+        break_gradients(patch, range(3, 4))
+        with pytest.raises(
+            RunError, match=r"gradient's norm is nan \(the loss is .* at step 3 \(images .*\.png.*lower"
+        ):
+            tune.run(config)
+    tensors, facts = load_tensors(config.out / "state.safetensors")
+    assert facts["step"] == 3
+    assert all(value.isfinite().all() for value in tensors.values())
+    tune.run(config)
+    assert bytes_of(config.out) == bytes_of(tune_config.out)
+
+
+def test_steps_that_are_not_finite_are_skipped_where_asked(
+    tune_config: TuneConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(tune_config, not_finite="skip")
+    break_gradients(monkeypatch, range(3, 6))
+    tune.run(config)
+    assert {3, 4, 5} == {step - 1 for step in range(1, 41)} - {line["step"] - 1 for line in log_of(config.out)}
+    assert capsys.readouterr().err.count("the step is skipped") == 3
+    assert all(value.isfinite().all() for value in load_file(config.out / "model.safetensors").values())
+
+
+def test_too_many_skipped_steps_stop(tune_config: TuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_gradients(monkeypatch, range(2, 40))
+    with pytest.raises(RunError, match="at step 12 "):
+        tune.run(dataclasses.replace(tune_config, not_finite="skip"))
 
 
 # Heads and the token table
@@ -518,7 +578,7 @@ def test_a_run_with_the_whole_table(short: TuneConfig, optimizer: str, monkeypat
     assert isinstance(table, TunedRows)
     joined: list[Any] = []
     monkeypatch.setattr(torch, "cat", lambda *args, cat=torch.cat, **more: (joined.append(args), cat(*args, **more))[1])
-    run._encode_texts(first_batch(run).captions[0])
+    run.take.encode_texts(first_inputs(run).texts)
     monkeypatch.undo()
     assert not any(table.rest is part for args in joined for part in args[0]), "tuning reads only the rows in use"
     rows = tune.run(config)
@@ -540,7 +600,7 @@ def test_best(short: TuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def scripted(self: Tuning) -> dict[str, Any]:
         states.append(state_of(self.model))
-        folders.append(self.config.out.joinpath("best").stat().st_ino if states[1:] else 0)
+        folders.append(self.config.out.joinpath("best", "model.safetensors").stat().st_ino if states[1:] else 0)
         found = {"recall@10": next(recalls)}
         self.last_evaluation = {"text_to_image": found, "image_to_text": found}
         return self.last_evaluation
@@ -551,7 +611,7 @@ def test_best(short: TuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     best = config.out / "best"
     assert bytes_of(best) == states[1]
     assert bytes_of(config.out) == states[3]
-    assert folders[1] != folders[2] == folders[3] == best.stat().st_ino
+    assert folders[1] != folders[2] == folders[3] == (best / "model.safetensors").stat().st_ino
     assert json.loads((best / "manifest.json").read_text())["best_at_step"] == 4
     assert load(best).encode_text("a red box").shape == (1, 48)
     assert not list(config.out.glob("*.tmp"))

@@ -248,8 +248,10 @@ class TuneConfig:
     batch_size: int = 256
     """Pairs in a batch, over all processes; each is contrasted with all others."""
     micro_batch: int | None = None
-    """Pairs that pass through a tower at once; by default 512 on CPUs, 4096 on GPUs. A larger batch is encoded
-    twice (gradient caching): the same gradient, in a micro-batch's memory."""
+    """Texts that pass through their tower at once; by default 512 on CPUs, on GPUs as many as fit. A larger batch is
+    encoded twice (gradient caching): the same gradient, in a micro-batch's memory."""
+    image_micro_batch: int | None = None
+    """The same for the pictures of an unlocked image tower; by default 64 on CPUs, on GPUs as many as fit."""
     shard: bool = False
     """Share the text tower's weights, gradients and optimizer states among the processes (FSDP2): for towers of which
     one device can't hold all of these. The result is the same, steps take longer."""
@@ -275,6 +277,9 @@ class TuneConfig:
     """The decay of the second moment; by default 0.999, for lion 0.99."""
     clip_norm: float = 1.0
     """Clip the gradient to this global norm."""
+    not_finite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is not finite: stop with its number, or skip it (10 in a row stop the run; a GPU
+    is waited for in every step, to know it in time)."""
     schedule: Literal["cosine", "constant", "rsqrt"] = "cosine"
     """The learning rate after its warm-up: a cosine to zero, constant, or the reciprocal square root."""
     warmup: str = "5%"
@@ -330,6 +335,7 @@ class TuneConfig:
             ("image-negatives", self.image_negatives, 0),
             ("workers", self.workers, 0),
             ("micro-batch", 1 if self.micro_batch is None else self.micro_batch, 1),
+            ("image-micro-batch", 1 if self.image_micro_batch is None else self.image_micro_batch, 1),
             ("dim", 1 if self.dim is None else self.dim, 1),
         ):
             _at_least(name, value, least)
@@ -471,7 +477,7 @@ class EvalConfig:
     """The templates of --tasks: clip takes the set's own (80 for ImageNet), lit these and the bare name, as the LiT
     paper; short eight for all sets; bare the name alone."""
     canonical: bool = True
-    """Write class names in lower case and without punctuation before they go into templates."""
+    """Write class names and templates in lower case and without punctuation, as big_vision does."""
     text_precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the text tower for --tasks. bfloat16 is faster where the processor has units for it, and moves a
     few images of a thousand."""
@@ -486,7 +492,7 @@ class EvalConfig:
     out: Path | None = None
     """A folder for the reports on --tasks and --store: tables, intervals, what was confused with what."""
     overwrite: bool = False
-    """Replace the reports that are already in --out."""
+    """Replace the reports that are already in --out, and a --json file that is already there."""
 
     image_tower: str | None = None
     """The image tower, where the run does not name one that can be loaded."""
@@ -528,6 +534,8 @@ class ClassifyConfig:
     """The image tower, where the run does not name one that can be loaded."""
     json: Path | None = None
     """Also write the probabilities to this file, as JSON."""
+    overwrite: bool = False
+    """Replace a --json file that is already there."""
     device: Device = "auto"
     """Where the towers run."""
 
@@ -732,6 +740,8 @@ class InspectConfig:
     """Tokens of a caption."""
     json: Path | None = None
     """Also write it to this file, as JSON."""
+    overwrite: bool = False
+    """Replace a --json file that is already there."""
 
     def __post_init__(self) -> None:
         _at_least("batch-size", self.batch_size, 2)
@@ -771,6 +781,8 @@ class ProbeConfig:
     """The seed of what is drawn."""
     json: Path | None = None
     """Also write everything to this file, as JSON."""
+    overwrite: bool = False
+    """Replace a --json file that is already there."""
     device: Device = "auto"
     """Where the text tower runs."""
 

@@ -197,4 +197,6 @@ def pick_alike(pick: Callable[..., Runtime], name: str, precision: str) -> Runti
         return own[0].name, own[0].precision, own[0].batch_size
 
     chosen = distributed.from_main(choose)
-    return own[0] if own else pick(name=chosen[0], precision=chosen[1], batch_size=chosen[2])
+    return distributed.together(
+        lambda: own[0] if own else pick(name=chosen[0], precision=chosen[1], batch_size=chosen[2])
+    )

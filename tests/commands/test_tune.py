@@ -18,11 +18,11 @@ from tests.test_features import clip_retrieval_folder
 
 import litune
 from litune.checkpoint import load, load_tensors
+from litune.claims import claim
 from litune.commands.tune import choose_pairs, make_model, make_tokenizer, tune
 from litune.config import TuneConfig, to_json
 from litune.errors import ConfigError, OutputBusyError, OutputExistsError, RunError, StoreError
 from litune.features import FeatureStore
-from litune.files import claim
 from litune.losses import softmax_loss
 from litune.towers import text as text_towers
 from litune.towers.image import weights_hash
@@ -166,7 +166,7 @@ def test_locked_is_locked(store: FeatureStore, tune_config: TuneConfig) -> None:
     first = tower.encode(pixels)
     text_before = weights_hash(model.text)
     for batch in run.batches.from_step(0, 3):
-        run.step(batch)
+        run.step(run.prepare(0, batch, run.micro))
         images = model.image_features(tower.encode(pixels))
         loss = softmax_loss(images, model.text_features(run.tokens.take(batch.captions[0])), model.scale)
         loss.backward()

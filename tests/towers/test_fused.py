@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from litune.data.tokenizers import Tokens
 from litune.towers import fused
-from litune.towers.packing import pack
+from litune.towers.compiling import SWITCH
 from litune.towers.text import make_text_tower, parse_text_spec
 
 ROUNDING = 2.0**-8
@@ -247,7 +247,7 @@ def test_the_tower_and_its_gradient_are_transformers_own(
     tiny_bert: Path, monkeypatch: pytest.MonkeyPatch, fresh: None, switch: str
 ) -> None:
     """With the compiled functions and without, in bfloat16, against float32 of transformers."""
-    monkeypatch.setenv(fused.SWITCH, switch)
+    monkeypatch.setenv(SWITCH, switch)
     switched_off = fused.library() is None
     assert switched_off == (switch == "0")
     tower = make_text_tower(parse_text_spec(f"hf:{tiny_bert}"), vocab_size=60, max_tokens=32, dropout=0.0)
@@ -255,7 +255,7 @@ def test_the_tower_and_its_gradient_are_transformers_own(
     tokens = Tokens(np.random.default_rng(0).integers(5, 50, lengths.sum()), lengths)
     weight = torch.randn(len(lengths), tower.width)
     with torch.autocast("cpu", torch.bfloat16):
-        vectors = tower(pack(tokens, torch.device("cpu")))
+        vectors = tower(tower.pack(tokens, torch.device("cpu"), bfloat16=True))
     (vectors * weight).sum().backward()
     gradients = {name: p.grad.clone() for name, p in tower.named_parameters() if p.grad is not None}
     tower.zero_grad()

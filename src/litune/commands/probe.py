@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +33,10 @@ from litune.evaluation.alignment import (
 from litune.evaluation.intervals import DEFINITION as INTERVALS
 from litune.evaluation.intervals import interval, paired
 from litune.features import FeatureStore, Selection
-from litune.files import write_json
+from litune.files import check_file, write_json
 from litune.progress import duration, say, track
 from litune.schedules import parse_duration
 from litune.towers.locking import train_unlocked
-from litune.towers.packing import pack
 from litune.towers.text import USE_M3, TextTower, make_text_tower, parse_text_spec
 from litune.tuning import Tuning, default_duration
 
@@ -69,8 +70,9 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
     """Figures of every store, the most promising first, with intervals and paired differences to the first.
 
     Raises `StoreError` for what can't be read, `TowerError` or `ConfigError` for a text tower that can't be used,
-    `DataError` for stores with too few pairs.
+    `DataError` for stores with too few pairs, `OutputExistsError` where the file of `config.json` is there.
     """
+    check_file(config.json, "--json", config.overwrite)
     spec = parse_text_spec(config.text_tower)
     if not spec.pretrained or spec.kind == "run":
         raise ConfigError(f"--text-tower is {config.text_tower}: name a pre-trained one that was not tuned, as minilm")
@@ -124,8 +126,10 @@ class Texts:
             with track("encoding", "captions", len(new)) as task:
                 for start in range(0, len(new), BATCH):
                     part = new[start : start + BATCH]
-                    with torch.autocast(device.type, torch.bfloat16, enabled=pick_bfloat16("auto", device)):
-                        vectors = self.tower(pack(self.tokenizer(part), device))
+                    bfloat16 = pick_bfloat16("auto", device)
+                    packed = self.tower.pack(self.tokenizer(part), device, bfloat16=bfloat16)
+                    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                        vectors = self.tower(packed.to(device))
                     self.known |= dict(zip(part, vectors.float().cpu(), strict=True))
                     task.advance(len(part))
         return torch.stack([self.known[one] for one in captions])
@@ -233,14 +237,19 @@ def tuning_time(store: FeatureStore, train: Selection, settings: TuneConfig) -> 
     device = pick_device(settings.device)
     tokenizer = make_tokenizer(spec, settings, sample.captions)
     model = make_model(store, spec, tokenizer, sample, settings).to(device)
+    settings = dataclasses.replace(settings, duration="1000000steps")  # until time is up
     run = Tuning(settings, store, sample, None, model, device)
     train_unlocked(model)
-    batches = run.batches.from_step(0, 1 << 30)
-    run.step(next(batches))  # the first one compiles and allocates
-    began, pairs = time.monotonic(), 0
-    while time.monotonic() - began < MEASURE_SECONDS:
-        run.step(next(batches))
-        pairs += run.size
+    pairs = 0
+    with closing(run.inputs(0)) as coming:
+        run.step(next(coming))  # the first one compiles and allocates
+        began = time.monotonic()
+        for inputs in coming:
+            run.step(inputs)
+            pairs += run.size
+            if time.monotonic() - began >= MEASURE_SECONDS:
+                break
+    run.check()
     rate = pairs / (time.monotonic() - began)
     steps = parse_duration(default_duration(len(train)), "duration").steps(
         batch_size=run.size, images=len(train), total=None

@@ -32,6 +32,7 @@ from litune.towers.image import ImageTower, load_image_tower, with_random_weight
 from litune.towers.text import USE_M3, TextSpec, make_text_tower, parse_text_spec, text_layout
 from litune.towers.use_m3 import use_tokenizer
 from litune.tuning import Tuning
+from litune.tuning.state import go_on
 
 HOLDOUT_MOST = 1000
 LOG_10 = math.log(10)
@@ -66,7 +67,7 @@ def tune(config: TuneConfig, on_log: OnLog | None = None) -> LiT:
             distributed.from_main(lambda: prepare_run(config))
         run.announce()
         if goes_on:
-            run.go_on()
+            go_on(run)
         run.fit()
     return load(config.out, device=config.device)
 

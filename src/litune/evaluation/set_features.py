@@ -70,7 +70,7 @@ def embed_set(found: EvalSet, name: str, model: LiT, folder: Path, max_damaged: 
     The store is named by the set and by a hash over the images and the tower. An interrupted one goes on. Under
     torchrun every process embeds its part. Raises `DataError` where more than the share `max_damaged` can't be read.
     """
-    provenance = model.image_provenance or model.load_image_tower().provenance
+    provenance = model.image_provenance or distributed.together(lambda: model.load_image_tower().provenance)
     tower = {part: provenance[part] for part in ("weights", "pooling", "preprocess") if part in provenance}
     digest = hashlib.sha256(json.dumps([tower, found.fingerprint()], sort_keys=True).encode()).hexdigest()[:16]
     place = folder / f"{name.partition(':')[0]}-{digest}"
@@ -82,7 +82,7 @@ def embed_set(found: EvalSet, name: str, model: LiT, folder: Path, max_damaged: 
         with distributed.claimed(place):
             if not complete():  # nor by another process, meanwhile
                 _write_store(place, found, model, max_damaged)
-    store = FeatureStore(place)
+    store = distributed.together(lambda: FeatureStore(place))
     _check_damage(int(store.manifest["damaged"]), len(found), max_damaged, place)
     rows = store.metadata["position"].to_numpy()
     hashes = store.metadata["sha256"].to_pylist()
@@ -97,10 +97,11 @@ def _manifest(place: Path) -> dict[str, Any]:
 def _write_store(place: Path, found: EvalSet, model: LiT, max_damaged: float) -> None:
     """Each rank writes its part, of whole batches, into a folder of its own; rank 0 joins them."""
     rank, ranks = distributed.rank(), distributed.world_size()
+    tower = distributed.together(model.load_image_tower)
     with _as_files(found) as files:
         runtime = _pick_runtime(place, found, model, files)
         manifest = {
-            "tower": model.load_image_tower().provenance | runtime.facts,
+            "tower": tower.provenance | runtime.facts,
             "pairs": {"source": found.layout, "fingerprint": found.fingerprint(), "captions": 0},
             "images": len(found),
             "dtype": DTYPE,
@@ -109,11 +110,12 @@ def _write_store(place: Path, found: EvalSet, model: LiT, max_damaged: float) ->
         whole = distributed.from_main(lambda: _begin(place, manifest))
         cuts = whole.manifest.get("parts", [0, len(found)])
         parts = [place / f".rank-{r}-of-{ranks}" for r in range(ranks)] if ranks > 1 else []
-        writer = StoreWriter(parts[rank], manifest) if parts else whole
+        writer = distributed.together(lambda: StoreWriter(parts[rank], manifest) if parts else whole)
         if done := distributed.sum_counts(writer.seen):
             say(f"going on with {place}: {done:,} of {len(found):,} images are done")
         limit = max_damaged if ranks == 1 else 1.0  # of several ranks, the sum counts
-        rate = _encode(found, range(cuts[rank], cuts[rank + 1]), model, runtime, files, writer, limit)
+        part = range(cuts[rank], cuts[rank + 1])
+        rate = distributed.together(lambda: _encode(found, part, model, runtime, files, writer, limit))
 
     rates = distributed.gather_objects(rate)
 
@@ -124,8 +126,8 @@ def _write_store(place: Path, found: EvalSet, model: LiT, max_damaged: float) ->
         if not whole.manifest["rows"]:
             raise DataError(f"none of the {len(found):,} images of {found.path} can be read")
         whole.finish(images_per_second=round(sum(rates), 2))
-        for part in parts:
-            shutil.rmtree(part)
+        for folder in parts:
+            shutil.rmtree(folder)
 
     distributed.from_main(finish)
 

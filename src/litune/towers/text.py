@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,31 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from litune.data.tokenizers import Layout
+from litune.data.tokenizers import Layout, Tokens
 from litune.errors import MissingExtraError, TowerError, nearest
-from litune.towers.bert import BERT_LIKE, ROBERTA_LIKE, bert_encode, runs_fused
+from litune.towers.bert import BERT_LIKE, ROBERTA_LIKE, bert_encode, reads_line, teach_packing
+from litune.towers.compiling import compile_modules
 from litune.towers.dropout import dropout
-from litune.towers.packing import Packed, attention, pool
+from litune.towers.packing import (
+    Groups,
+    Packed,
+    Rows,
+    attention,
+    by_length,
+    flash_fits,
+    in_line,
+    in_rows,
+    pool,
+    through,
+    with_places,
+)
 from litune.towers.quiet import quiet_transformers
 from litune.towers.specs import reason
 from litune.towers.vit import VIT_SIZES, check_vit_size, vit_size
 from litune.towers.vocabulary import TunedRows
+
+COMPILED_FROM = 2**55
+"""The multiplications and additions of training that compiling pays on: about a minute or two of a large card."""
 
 
 class TextTower(nn.Module):
@@ -42,10 +59,56 @@ class TextTower(nn.Module):
     pooling: str
     max_positions: int
     architecture: dict[str, Any]
+    _compiled = False
+
+    def pack(self, tokens: Tokens, device: torch.device, *, bfloat16: bool = False) -> Packed:
+        """N texts as `forward` reads them, for `device`, under autocast to bfloat16 or not; all tensors on the CPU.
+
+        All that the processor has to do for a forward pass, so that a loader thread can do it. Autocast is not asked:
+        each thread has its own.
+        """
+        line = self.reads_line(device, bfloat16)
+        rows = in_line(tokens) if line else in_rows(tokens)
+        return with_places(rows) if self.pooling == "mean" and device.type != "cpu" else rows
+
+    def reads_line(self, device: torch.device, bfloat16: bool) -> bool:
+        """Whether texts should lie in one line there, not in rows."""
+        return False
 
     def forward(self, packed: Packed) -> Float[Tensor, "N W"]:
-        """Pooled float32 vectors [N, width]."""
+        """Pooled float32 vectors [N, width] of `pack`'s texts, sent to the tower's device."""
         raise NotImplementedError
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The layers in order, each run as a module of its own: what shards and compilers work by."""
+        return []
+
+    def compile_layers(self, packed: Packed, tokens: float, *, bfloat16: bool) -> bool:
+        """Compile the layers for training, if that pays on `tokens` tokens; whether they are.
+
+        It pays on CUDA, where between two products the operators go over memory one after the other, and for layers
+        that read packed texts: all of them are the same code, compiled once, for token counts that recur (see
+        `recurring`); of counts that don't, for all at once. `packed` is a micro-batch as training has them, on the
+        tower's device, to try them on, forward and backward. Gradients are gone afterwards.
+        """
+        work = 6 * tokens * sum(parameter.numel() for layer in self.layers for parameter in layer.parameters())
+        if not isinstance(packed, Rows) or packed.ids.device.type != "cuda" or work < COMPILED_FROM:
+            return False
+
+        def one_step() -> None:
+            with torch.autocast(packed.ids.device.type, torch.bfloat16, enabled=bfloat16):
+                vectors = self(packed)
+            if vectors.requires_grad:
+                vectors.sum().backward()
+
+        self._compiled = compile_modules(self.layers, one_step, "the text tower")
+        self.zero_grad()
+        return self._compiled
+
+    def compiled_in_training(self) -> AbstractContextManager[Any]:
+        """Where the layers run: as they are compiled, but in evaluation, which has each batch in another shape."""
+        return nullcontext() if self.training or not self._compiled else torch.compiler.set_stance("force_eager")
 
     def token_table(self) -> nn.Embedding:
         """The embedding of tokens."""
@@ -72,6 +135,9 @@ class HfTextTower(TextTower):
         config = model.config
         self.width = int(config.hidden_size)
         self.layout = _hf_layout(config.model_type)
+        self._packs = config.model_type in BERT_LIKE
+        if self._packs:
+            teach_packing(model)
         self.max_positions = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
         if config.model_type in ROBERTA_LIKE:
             self.max_positions -= config.pad_token_id + 1
@@ -79,22 +145,35 @@ class HfTextTower(TextTower):
         settings.pop("_name_or_path", None)
         self.architecture = {"kind": "hf", "config": settings, "pooling": pooling}
 
+    def pack(self, tokens: Tokens, device: torch.device, *, bfloat16: bool = False) -> Packed:
+        """N texts as `forward` reads them (see `TextTower.pack`)."""
+        return super().pack(tokens, device, bfloat16=bfloat16) if self._packs else by_length(tokens)
+
+    def reads_line(self, device: torch.device, bfloat16: bool) -> bool:
+        """Whether texts should lie in one line there, not in rows."""
+        return reads_line(self.model, device, bfloat16)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The modules of transformers, in order."""
+        depth = self.model.config.num_hidden_layers
+        lists = (part for part in self.model.modules() if isinstance(part, nn.ModuleList) and len(part) == depth)
+        return list(next(lists, []))
+
     def forward(self, packed: Packed) -> Float[Tensor, "N W"]:
         """Pooled float32 vectors [N, width]."""
-        if self.model.config.model_type in BERT_LIKE:
-            if runs_fused(self.model, packed.ids.device.type):
-                packed = packed.in_line()
-            return pool(bert_encode(self.model, packed), packed, self.pooling)
+        if isinstance(packed, Rows):
+            with self.compiled_in_training():
+                return pool(bert_encode(self.model, packed), packed, self.pooling)
         # One call per length: no architecture needs to know of packing, and none sees padding.
-        flat = packed.ids.flatten()
-        order, vectors = [], []
-        for numbers, places in packed.by_length():
-            hidden = self.model(input_ids=flat[places]).last_hidden_state.float()
-            order.append(numbers)
+        assert isinstance(packed, Groups)
+        vectors = []
+        for ids in packed.ids:
+            hidden = self.model(input_ids=ids).last_hidden_state.float()
             vectors.append(
                 hidden.mean(1) if self.pooling == "mean" else hidden[:, {"first": 0, "last": -1}[self.pooling]]
             )
-        return torch.cat(vectors)[torch.cat(order).argsort()]
+        return torch.cat(vectors)[packed.order]
 
     def token_table(self) -> nn.Embedding:
         """The embedding of tokens."""
@@ -157,14 +236,26 @@ class VitTextTower(TextTower):
             for bias in (block.up.bias, block.down.bias):  # type: ignore[union-attr]
                 nn.init.normal_(bias, std=1e-6)  # type: ignore[arg-type]
 
+    def reads_line(self, device: torch.device, bfloat16: bool) -> bool:
+        """Whether texts should lie in one line there, not in rows."""
+        weight, heads = self.position_embedding, vit_size(self.architecture["size"])[3]
+        return flash_fits(device, self.width // heads, torch.bfloat16 if bfloat16 else weight.dtype)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The blocks, in order."""
+        return list(self.blocks)
+
     def forward(self, packed: Packed) -> Float[Tensor, "N W"]:
         """Pooled float32 vectors [N, width]."""
+        assert isinstance(packed, Rows)
         positions: Tensor = self.position_embedding
         if self.second_position_embedding is not None:
             positions = positions + self.second_position_embedding
-        x = self.token_embedding(packed.ids) + positions[packed.positions]
-        for block in self.blocks:
-            x = block(x, packed)
+        # Not positions[…]: of an index with so many equal places the gradient is slow on a GPU.
+        x = self.token_embedding(packed.ids) + F.embedding(packed.positions, positions)
+        with self.compiled_in_training():
+            x = through(self.blocks, x, packed)
         return pool(self.norm(x), packed, self.pooling)
 
     def token_table(self) -> nn.Embedding:
@@ -186,7 +277,7 @@ class _Block(nn.Module):
         self.out = nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, mlp), nn.Linear(mlp, width)
 
-    def forward(self, x: Tensor, packed: Packed) -> Tensor:
+    def forward(self, x: Tensor, packed: Rows) -> Tensor:
         drop = self.dropout if self.training else 0.0
         y = self.norm1(x)
         qkv = torch.cat([self.query(y), self.key(y), self.value(y)], dim=-1)
