@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from litune import distributed
-from litune.checkpoint import STATE, load_tensors, model_state, save_tensors
+from litune.checkpoint import MANIFEST, STATE, load_tensors, model_state, save_tensors
 from litune.data.text_shards import shards
 from litune.errors import RunError
 from litune.features import library_versions
-from litune.files import sweep_temporaries
+from litune.files import replace_folder, sweep_temporaries
 from litune.progress import say
 from litune.run_log import drop_lines_after
 from litune.sharding import all_rows, own_rows
@@ -25,6 +25,8 @@ from litune.tuning.inputs import Micro
 
 if TYPE_CHECKING:
     from litune.tuning.run import Tuning
+
+BEST = "best"
 
 
 @dataclass
@@ -114,6 +116,7 @@ def go_on(run: Tuning) -> None:
     out = run.config.out
     if distributed.is_main():
         sweep_temporaries(out)
+        replace_folder(out / f"{BEST}.tmp", out / BEST, last=MANIFEST)  # if it was begun
     distributed.barrier()
     if not (out / STATE).exists():
         return
