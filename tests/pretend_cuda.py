@@ -472,7 +472,9 @@ def move(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if other is not None:
         rest = args[1:] if args and args[0] is other else args
         return move(tensor, other.device, other.dtype, *rest, **kwargs)
-    device, dtype, non_blocking, layout = torch._C._nn._parse_to(*args, **{k: v for k, v in kwargs.items() if k != "copy"})
+    device, dtype, non_blocking, layout = torch._C._nn._parse_to(
+        *args, **{k: v for k, v in kwargs.items() if k != "copy"}
+    )
     again = {"copy": kwargs["copy"]} if "copy" in kwargs else {}
     if layout is not None:
         again["memory_format"] = layout
@@ -525,7 +527,9 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
         check_devices(gpu, func, name, args, kwargs, plain)
     count(gpu, func, name, args, kwargs)
     values = change(args, _value)
-    named = {k: torch.device("cpu") if k == "device" and v is not None else change(v, _value) for k, v in kwargs.items()}
+    named = {
+        k: torch.device("cpu") if k == "device" and v is not None else change(v, _value) for k, v in kwargs.items()
+    }
     kernel = EMULATED.get(func, func)
     random = (torch.Tag.nondeterministic_seeded in func.tags or func in EMULATED) and kwargs.get("generator") is None
     with gpu.drawing() if random else nullcontext():
@@ -722,15 +726,67 @@ EMULATED: dict[Any, Callable[..., Any]] = {
 
 # Autocast, by CUDA's lists
 
-_LOW = (
-    "linear conv1d conv2d conv3d conv_transpose2d matmul mm bmm mv addmm addmv addbmm baddbmm __matmul__ __rmatmul__ "
-    "einsum chain_matmul scaled_dot_product_attention prelu"
-).split()
-_HIGH = (
-    "softmax log_softmax layer_norm group_norm cross_entropy nll_loss cosine_similarity norm sum prod cumsum cumprod "
-    "exp expm1 log log2 log10 log1p pow __pow__ __rpow__ rsqrt reciprocal softplus mse_loss l1_loss smooth_l1_loss "
-    "kl_div cdist dist renorm logsumexp acos asin cosh sinh tan erfinv"
-).split()
+_LOW = [
+    "linear",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose2d",
+    "matmul",
+    "mm",
+    "bmm",
+    "mv",
+    "addmm",
+    "addmv",
+    "addbmm",
+    "baddbmm",
+    "__matmul__",
+    "__rmatmul__",
+    "einsum",
+    "chain_matmul",
+    "scaled_dot_product_attention",
+    "prelu",
+]
+_HIGH = [
+    "softmax",
+    "log_softmax",
+    "layer_norm",
+    "group_norm",
+    "cross_entropy",
+    "nll_loss",
+    "cosine_similarity",
+    "norm",
+    "sum",
+    "prod",
+    "cumsum",
+    "cumprod",
+    "exp",
+    "expm1",
+    "log",
+    "log2",
+    "log10",
+    "log1p",
+    "pow",
+    "__pow__",
+    "__rpow__",
+    "rsqrt",
+    "reciprocal",
+    "softplus",
+    "mse_loss",
+    "l1_loss",
+    "smooth_l1_loss",
+    "kl_div",
+    "cdist",
+    "dist",
+    "renorm",
+    "logsumexp",
+    "acos",
+    "asin",
+    "cosh",
+    "sinh",
+    "tan",
+    "erfinv",
+]
 
 
 def casting(original: Callable[..., Any], low: bool) -> Callable[..., Any]:

@@ -477,7 +477,7 @@ class EvalConfig:
     """The templates of --tasks: clip takes the set's own (80 for ImageNet), lit these and the bare name, as the LiT
     paper; short eight for all sets; bare the name alone."""
     canonical: bool = True
-    """Write class names in lower case and without punctuation before they go into templates."""
+    """Write class names and templates in lower case and without punctuation, as big_vision does."""
     text_precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the text tower for --tasks. bfloat16 is faster where the processor has units for it, and moves a
     few images of a thousand."""

@@ -17,7 +17,7 @@ from litune.checkpoint import CONFIG, check_store, load
 from litune.checkpoint import MANIFEST as RUN_MANIFEST
 from litune.commands.tune import choose_mixture
 from litune.config import EvalConfig, TuneConfig, command
-from litune.data.names import canonicalize, read_templates
+from litune.data.names import prompted_name, read_templates
 from litune.data.pairs import class_folders
 from litune.encoding import encode_images, pick_runtime
 from litune.errors import DataError, LituneError, StoreError
@@ -302,7 +302,7 @@ def evaluate_classes(model: LiT, config: EvalConfig, run: Path, where: Path) -> 
 
     return distributed.from_main(measure) | {
         "classes_at": str(where),
-        "class_names": [canonicalize(name) for name in names],
+        "class_names": [prompted_name(name) for name in names],
         "damaged": damaged,
         "definition": zero_shot_metrics.DEFINITION,
     }
