@@ -7,6 +7,7 @@
     metrics.jsonl       one JSON object per logged step and per evaluation
     README.md           the model card
     state.safetensors   weights, optimizer moments and step while tuning goes on; gone when it is done
+    state-STEP/         the same with --shard, each rank's part in files of its own (see litune.sharding)
     best/               a run folder of its own: the model as it was best on the held-out pairs
 
 Every file is written under a temporary name and renamed. There is no pickle.
@@ -34,7 +35,8 @@ from litune.sharding import is_shared, own_part, whole_tensor
 from litune.towers.heads import make_head
 from litune.towers.image import ImageTower, differences, load_image_tower, with_random_weights
 from litune.towers.locking import lock
-from litune.towers.text import build_text_tower
+from litune.towers.rows import DrawnRows, without_weights
+from litune.towers.text import TextTower, build_text_tower
 
 FORMAT = 1
 MANIFEST, CONFIG, MODEL, TOKENIZER = "manifest.json", "config.json", "model.safetensors", "tokenizer.json"
@@ -79,7 +81,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any
     with atomic(path) as temporary, open(temporary, "wb") as file:
         file.write(_header({name: tensors[name] for name in names}, about))
         for value in whole:
-            file.write(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+            file.write(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _header(tensors: dict[str, Tensor], about: dict[str, str]) -> bytes:
@@ -108,8 +110,13 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def save_model(folder: Path, model: LiT, manifest: dict[str, Any]) -> None:
-    """Write a run folder's model, tokenizer and manifest; the manifest last, so that it vouches for the rest."""
+    """Write a run folder's model, tokenizer and manifest; the manifest last, so that it vouches for the rest.
+
+    Where ranks share a tower, all call this, and rank 0 writes.
+    """
     save_tensors(folder / MODEL, model_state(model), {"format": FORMAT})
+    if not distributed.is_main():
+        return
     model.tokenizer.save(folder / TOKENIZER)
     write_json(folder / MANIFEST, {"format": FORMAT, **manifest, "model": describe_model(model)})
 
@@ -144,6 +151,35 @@ def load(run: Path | str, *, image_tower: str | None = None, device: str = "auto
     Raises `RunError` where the folder is missing, unfinished, damaged or of another version.
     """
     folder = Path(run)
+    model = _model_of(folder, build_text_tower)
+    tensors, _ = load_tensors(folder / MODEL)
+    try:
+        model.load_state_dict(tensors, strict=True)
+    except RuntimeError as why:
+        raise RunError(f"{folder / MODEL} does not fit its manifest: {str(why).splitlines()[-1].strip()}") from None
+    if model.image_tuned and image_tower is not None:
+        raise TowerError(f"{folder} has trained its own image tower: leave out --image-tower")
+    model.find_image_tower = image_tower_finder(model, image_tower)
+    return model.eval().to(pick_device(device))
+
+
+def load_without_text(run: Path | str) -> LiT:
+    """The model of a run folder, the parameters of its text tower on the meta device: still to be filled in."""
+    folder = Path(run)
+
+    def build(architecture: dict[str, Any]) -> TextTower:
+        with without_weights(DrawnRows()):  # as many random numbers are drawn as by `load`
+            return build_text_tower(architecture)
+
+    model = _model_of(folder, build)
+    with safe_open(folder / MODEL, framework="pt") as file:
+        others = {name: file.get_tensor(name) for name in file.keys() if not name.startswith("text.")}  # noqa: SIM118
+    model.load_state_dict(others, strict=False)
+    return model.eval()
+
+
+def _model_of(folder: Path, build: Callable[[dict[str, Any]], TextTower]) -> LiT:
+    """The model of a run folder, its weights still to be filled in."""
     if not folder.is_dir():
         raise RunError(f"there is no run at {folder}: make one with litune tune")
     if not (folder / MANIFEST).exists():
@@ -155,7 +191,7 @@ def load(run: Path | str, *, image_tower: str | None = None, device: str = "auto
         raise RunError(f"{folder} has the run format {manifest.get('format')!r}, this litune reads {FORMAT}")
     made = manifest["model"]
     tokenizer = load_tokenizer(folder / TOKENIZER, made["tokenizer"]["layout"], made["tokenizer"]["max_tokens"])
-    text = build_text_tower(made["text_tower"])
+    text = build(made["text_tower"])
     model = LiT(
         text,
         make_head(made["text_head"], text.width, made["dim"]),
@@ -170,15 +206,7 @@ def load(run: Path | str, *, image_tower: str | None = None, device: str = "auto
         image=_tuned_tower(made["image_tower"]) if made.get("image_tuned") else None,
     )
     model.origin = made.get("origin")
-    tensors, _ = load_tensors(folder / MODEL)
-    try:
-        model.load_state_dict(tensors, strict=True)
-    except RuntimeError as why:
-        raise RunError(f"{folder / MODEL} does not fit its manifest: {str(why).splitlines()[-1].strip()}") from None
-    if model.image_tuned and image_tower is not None:
-        raise TowerError(f"{folder} has trained its own image tower: leave out --image-tower")
-    model.find_image_tower = image_tower_finder(model, image_tower)
-    return model.eval().to(pick_device(device))
+    return model
 
 
 def _tuned_tower(provenance: dict[str, Any]) -> ImageTower:

@@ -7,45 +7,46 @@ nothing of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from litune import distributed
+from litune.errors import RunError
+from litune.files import write_json
 
-Rows = Callable[[str], Tensor]
-"""By a parameter's name, this rank's rows of it (see `own_rows`), in float32."""
+Rows = Callable[[Tensor], Tensor]
+"""For a parameter on the meta device, this rank's rows of it (see `own_rows`), in float32."""
 
 
 def share(
-    tower: nn.Module,
-    layers: Sequence[nn.Module],
-    table: nn.Module,
-    rows: Rows,
-    device: torch.device,
-    *,
-    bfloat16: bool = False,
+    tower: nn.Module, parts: Sequence[nn.Module], rows: Rows, device: torch.device, *, bfloat16: bool = False
 ) -> None:
     """Fill the parameters of `tower`, which are on the meta device, with each rank's rows, and share it from here on.
 
-    Every rank must run it equally often, forward and backward. With `bfloat16` the layers compute in it, from weights
-    that are sent in it; gradients are summed in float32. The table of tokens and what lies outside of the layers is
-    computed in float32, as without sharing.
+    Of its `parts`, the table of tokens and every layer, one at a time is whole, and so is what lies outside of them.
+    Every rank must run the tower equally often, forward and backward. With `bfloat16` the layers compute in it, from
+    weights that are sent in it; gradients are summed in float32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    filled = {name: rows(parameter).to(device) for name, parameter in tower.named_parameters()}
     # Without a mesh FSDP2 takes the machine's GPUs, whatever was asked for.
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
-    full = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if bfloat16 else full
-    for part, policy in ((table, full), *((layer, half) for layer in layers), (tower, full)):
+    # Autocast decides what a layer's inputs are cast to. Tables are float32, as in a tower that is not shared.
+    low = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for part in (*parts, tower):
+        layer = part is not tower and not isinstance(part, nn.Embedding)
+        policy = low if bfloat16 and layer else MixedPrecisionPolicy()
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    names = [name for name, _ in tower.named_parameters()]
-    filled = {name: _shared(rows(name).to(device), cast(Any, tower.get_parameter(name))) for name in names}
-    tower.load_state_dict(filled, strict=False, assign=True)
+    tower.load_state_dict(
+        {name: _shared(own, tower.get_parameter(name)) for name, own in filled.items()}, strict=False, assign=True
+    )
     for module in tower.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)
@@ -75,6 +76,58 @@ class Shards:
         return _shared(own, self.parameters[name])
 
 
+STATES, FACTS = "state-*", "facts.json"
+"""A state's folder and what is written into it last: without, the writing did not end."""
+
+
+def save_state(run: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Write the state of a run at `facts["step"]`, each rank the rows that it holds, and drop the one before.
+
+    A folder of safetensors files, written by torch.distributed.checkpoint: any number of ranks can read it.
+    """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    folder = run / STATES.replace("*", str(facts["step"]))
+    if distributed.from_main((folder / FACTS).exists):
+        return
+    if distributed.is_main():
+        shutil.rmtree(folder, ignore_errors=True)
+    distributed.barrier()
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    save(tensors, storage_writer=writer, no_dist=distributed.world_size() == 1)
+    if distributed.is_main():
+        write_json(folder / FACTS, facts)
+        drop_states(run, but=folder)
+
+
+def drop_states(run: Path, but: Path | None = None) -> None:
+    """Remove the states of a run, whole or not, but one."""
+    for folder in run.glob(STATES):
+        if folder != but:
+            shutil.rmtree(folder)
+
+
+def find_state(run: Path) -> Path | None:
+    """The folder of a run's state, if it has one."""
+    found = (path.parent for path in run.glob(f"{STATES}/{FACTS}"))
+    return max(found, key=lambda folder: int(folder.name.partition("-")[2]), default=None)
+
+
+def load_state(folder: Path, tensors: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]) -> None:
+    """Read a state into the tensors, shared or not, that `tensors` names, given what is there, on the meta device."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    reader = HuggingFaceStorageReader(str(folder))
+    sizes: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
+    there = {name: torch.empty(one.size, dtype=one.properties.dtype, device="meta") for name, one in sizes.items()}
+    wanted = tensors(there)
+    if missing := sorted(wanted.keys() - there.keys()):
+        raise RunError(f"{folder} is damaged ({missing[0]} is missing): restore it, or tune again with --overwrite")
+    load(wanted, storage_reader=reader, no_dist=distributed.world_size() == 1)
+
+
 def is_shared(tensor: Tensor) -> bool:
     """Whether each rank has only its rows of this tensor."""
     if distributed.world_size() == 1:
@@ -95,7 +148,7 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 
 def own_rows(count: int) -> slice:
-    """This rank's rows of `count`, as FSDP2 shares them out: as many for each, the last ranks may have fewer or none."""
+    """The rows of `count` that are this rank's, as FSDP2 shares them out: the last ranks may have fewer, or none."""
     share = -(-count // distributed.world_size())
     begin = min(count, distributed.rank() * share)
     return slice(begin, min(count, begin + share))

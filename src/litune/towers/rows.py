@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from litune.errors import TowerError
 from litune.sharding import own_rows
+from litune.towers.text import HfTextTower, TextTower
 
 
 class DrawnRows(TorchDispatchMode):
@@ -24,7 +25,7 @@ class DrawnRows(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def add(self, parameter: Tensor) -> Tensor:
@@ -34,7 +35,7 @@ class DrawnRows(TorchDispatchMode):
         return stand_in
 
     def rows(self, parameter: Tensor) -> Tensor:
-        """This rank's rows of a parameter whose stand-in was written into."""
+        """The rows of a parameter that are this rank's, by its stand-in."""
         return self._kept[_memory(parameter)][1]
 
     def write(self, written: Tensor, change: Callable[[Tensor], Any]) -> Tensor:
@@ -77,7 +78,7 @@ def without_weights(drawn: DrawnRows | None = None) -> Iterator[None]:
             return truncated(tensor, *args, **kwargs)
         return drawn.write(tensor, lambda whole: truncated(whole, *args, **kwargs))
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
     nn.init._no_grad_trunc_normal_ = draw_truncated
     try:
         with drawn or nullcontext():
@@ -91,30 +92,32 @@ class StoredRows:
     """Reads this rank's rows of a tower's parameters from safetensors files, when they are asked for."""
 
     def __init__(self, files: Sequence[Path | str], tower: nn.Module, names: Callable[[str], Sequence[str]]) -> None:
-        """The weights of `tower` in these files, where a parameter has one of its `names`."""
-        self.tower, self.names = tower, names
-        opened = [safe_open(file, framework="pt") for file in files]
+        """Files that have the parameters of `tower` under one of their `names`."""
+        opened: list[Any] = [safe_open(file, framework="pt") for file in files]
         self.at = {key: file for file in opened for key in file.keys()}  # noqa: SIM118
-        self.aliases: dict[int, list[str]] = {}  # a tied parameter may be stored under any of its names
-        for name, parameter in tower.named_parameters(remove_duplicate=False):
-            self.aliases.setdefault(id(parameter), []).append(name)
+        self.names: dict[Tensor, list[str]] = {}
+        for name, parameter in tower.named_parameters(remove_duplicate=False):  # tied ones may have any of theirs
+            self.names.setdefault(parameter, []).extend(names(name))
 
-    def __call__(self, name: str) -> Tensor:
-        """This rank's rows of a parameter, in float32. Raises `TowerError` where no file has it in its shape."""
-        parameter = self.tower.get_parameter(name)
-        for key in (key for alias in self.aliases[id(parameter)] for key in self.names(alias) if key in self.at):
+    def __call__(self, parameter: Tensor) -> Tensor:
+        """The rows of a parameter that are this rank's, in float32.
+
+        Raises `TowerError` where no file has it in its shape.
+        """
+        shape = list(parameter.shape)
+        for key in (key for key in self.names[parameter] if key in self.at):
             stored = self.at[key].get_slice(key)
-            if stored.get_shape() == list(parameter.shape):
+            if stored.get_shape() == shape:
                 rows = own_rows(len(parameter))
                 empty = rows.start == rows.stop  # safetensors refuses to read nothing
-                return torch.empty(0, *parameter.shape[1:]) if empty else stored[rows].float()
-        raise TowerError(f"the weights {name!r} of shape {list(parameter.shape)} are not in the tower's safetensors files")
+                return torch.empty(0, *shape[1:]) if empty else stored[rows].float()
+        raise TowerError(f"no safetensors file of the tower has {self.names[parameter][0]!r} in the shape {shape}")
 
 
 def hf_files(name: str) -> list[str]:
     """The safetensors files of a model of transformers: a folder, or a name on the Hub, from which they are fetched."""
-    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-    from transformers.utils.hub import get_checkpoint_shard_files
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
     for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
         found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
@@ -123,11 +126,13 @@ def hf_files(name: str) -> list[str]:
     raise TowerError(f"{name} has no weights in safetensors files: those alone can be read with --shard")
 
 
-def hf_names(prefix: str) -> Callable[[str], Sequence[str]]:
-    """By which names the files of a transformers model may have its parameters: `prefix` is that of its kind."""
+def hf_names(tower: TextTower) -> Callable[[str], Sequence[str]]:
+    """The names that files of transformers may have for a parameter of a tower: with the prefix of its kind, older."""
+    assert isinstance(tower, HfTextTower)
+    prefix = tower.model.base_model_prefix
 
     def names(name: str) -> Sequence[str]:
-        name = name.removeprefix("model.")  # of HfTextTower
+        name = name.removeprefix("model.")
         old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
         return [name, f"{prefix}.{name}", old, f"{prefix}.{old}"]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -18,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from litune.data.tokenizers import Layout
 from litune.errors import MissingExtraError, TowerError, nearest
@@ -46,6 +48,16 @@ class TextTower(nn.Module):
     def forward(self, packed: Packed) -> Float[Tensor, "N W"]:
         """Pooled float32 vectors [N, width]."""
         raise NotImplementedError
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The layers in order, each run as a module of its own: what shards and compilers work by."""
+        return []
+
+    def set_gradient_checkpointing(self) -> None:
+        """Keep the layers' inputs alone for the backward pass; the rest is computed again there, dropout alike."""
+        for layer in self.layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
     def token_table(self) -> nn.Embedding:
         """The embedding of tokens."""
@@ -156,6 +168,11 @@ class VitTextTower(TextTower):
         for block in self.blocks:
             for bias in (block.up.bias, block.down.bias):  # type: ignore[union-attr]
                 nn.init.normal_(bias, std=1e-6)  # type: ignore[arg-type]
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The blocks, in order."""
+        return list(self.blocks)
 
     def forward(self, packed: Packed) -> Float[Tensor, "N W"]:
         """Pooled float32 vectors [N, width]."""

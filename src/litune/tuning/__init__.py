@@ -10,9 +10,9 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -33,7 +33,7 @@ from litune.devices import keep_freed_memory, pick_bfloat16, processor_cores
 from litune.errors import ConfigError, RunError, StoreError
 from litune.evaluation.retrieval import retrieval
 from litune.features import FeatureStore, Selection, library_versions
-from litune.files import sweep_temporaries
+from litune.files import read_json, sweep_temporaries
 from litune.gradient_cache import Encoded, Part
 from litune.interop.card import write_card
 from litune.losses import Ids, MoreImages, sigmoid_loss, softmax_loss
@@ -44,7 +44,7 @@ from litune.pair_losses import pair_losses
 from litune.progress import say, track
 from litune.run_log import OnLog, RunLog, board_writer, drop_lines_after
 from litune.schedules import parse_duration, parse_unlock, rate_share
-from litune.sharding import Shards, all_rows, own_rows
+from litune.sharding import FACTS, Shards, drop_states, find_state, is_shared, load_state, save_state
 from litune.towers.image import is_convolutional, weights_hash
 from litune.towers.kept import KeptTexts
 from litune.towers.locking import lock, train_unlocked
@@ -153,10 +153,11 @@ class Tuning:
         for name, parameter in named.items():
             if rate_of(name, rates) == 0:
                 parameter.requires_grad_(False)
-        if isinstance(self.tokens, Tokens):  # of more captions, most tokens are in some
+        # Of more captions, most tokens are in some. With --shard all rows are shared alike.
+        if isinstance(self.tokens, Tokens) and not config.shard:
             model.text.tune_only(np.unique(self.tokens.ids))
         sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-        if config.shard and distributed.world_size() > 1:
+        if any(is_shared(parameter) for parameter in model.text.parameters()):
             self.shards = Shards(model.text)
         groups = parameter_groups(
             self._named_parameters(),
@@ -180,9 +181,10 @@ class Tuning:
         """The parameters that the ranks share, by name, of each this rank's rows."""
         return {f"text.{name}": own for name, own in self.shards.own.items()} if self.shards else {}
 
-    def _whole(self) -> AbstractContextManager[None]:
-        """Where all ranks have all weights: what is shared is lent out."""
-        return self.shards.whole() if self.shards else nullcontext()
+    @property
+    def _takes_part(self) -> bool:
+        """Whether this rank evaluates and writes: rank 0, and where a tower is shared, all together."""
+        return distributed.is_main() or self.shards is not None
 
     def announce(self) -> None:
         """Say what is about to happen."""
@@ -231,11 +233,9 @@ class Tuning:
                 task.note = f"loss {facts['loss']:.3f}" + self._recall_note()
                 if self.log_due(step):
                     log.write(self._done() | facts | {"epoch": batch.epoch, "pairs_per_second": round(task.rate, 1)})
-                if step in self.evaluate_at:
-                    with self._whole():
-                        if distributed.is_main():
-                            log.write(self._done() | {"val": self.evaluate()} | self.evaluate_sources())
-                            self._keep_best()
+                if step in self.evaluate_at and self._takes_part:
+                    log.write(self._done() | {"val": self.evaluate()} | self.evaluate_sources())
+                    self._keep_best()
                 due = time.monotonic() - saved >= self.config.checkpoint_seconds and step < self.steps
                 if distributed.broadcast_object(due) if self.shards else due:
                     self.save_state()
@@ -559,6 +559,11 @@ class Tuning:
             val = val.subset(np.linspace(0, len(val) - 1, EVALUATE_MOST).round().astype(int))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             texts = self.model.encode_text(val.captions)
+        measure = partial(self._retrieval, val, texts)
+        return distributed.from_main(measure) if self.shards else measure()
+
+    def _retrieval(self, val: Selection, texts: Tensor) -> dict[str, Any]:
+        """Retrieval among held-out pairs, given the features of their texts."""
         images, kept = self._held_out_images(val)
         # An image that several stores hold out is one image: it would tie with itself.
         first = image_ids(val) if len(val.sources) > 1 else None
@@ -595,11 +600,13 @@ class Tuning:
             return
         self.progress.best = recall
         best, new = self.config.out / BEST, self.config.out / f"{BEST}.tmp"
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
+        if distributed.is_main():
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir()
         save_model(new, self.model, self.manifest() | {"best_at_step": self.progress.step})
-        shutil.rmtree(best, ignore_errors=True)
-        new.rename(best)
+        if distributed.is_main():
+            shutil.rmtree(best, ignore_errors=True)
+            new.rename(best)
 
     def _recall_note(self) -> str:
         if self.last_evaluation is None:
@@ -612,24 +619,31 @@ class Tuning:
 
     def save_state(self) -> None:
         """Write what is needed to go on from this step."""
-        if not distributed.is_main() and not self.shards:
+        if not self._takes_part:
             return
-        tensors: dict[str, Tensor] = {}
-        shared = self._shared
-        for name, parameter in self._named_tuned():
-            for key, value in self.optimizer.state[parameter].items():
-                state = torch.as_tensor(value).detach()
-                whole = all_rows(state) if name in shared and state.ndim else state
-                tensors[f"optimizer.{name}.{key}"] = whole.cpu()
         facts = dataclasses.asdict(self.progress) | {
             "last_evaluation": self.last_evaluation,
             "about": self.about(),
             "ranks": distributed.world_size(),
         }
-        with self._whole():  # and no longer: what is lent is taken back, tensors and all
-            if distributed.is_main():
-                tensors |= {f"model.{k}": v for k, v in model_state(self.model).items()}
-                save_tensors(self.config.out / STATE, tensors, facts)
+        tensors = self._model_tensors()
+        for name, parameter in self._named_tuned():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{name}.{key}"] = self._as_shared(name, torch.as_tensor(value).detach())
+        if self.config.shard:
+            save_state(self.config.out, tensors, facts)
+        else:
+            save_tensors(self.config.out / STATE, tensors, facts)
+
+    def _model_tensors(self) -> dict[str, Tensor]:
+        return {f"model.{name}": value for name, value in model_state(self.model).items()}
+
+    def _as_shared(self, name: str, state: Tensor) -> Tensor:
+        """A tensor of the optimizer's state: of a parameter that the ranks share, the rows of all ranks as one."""
+        if name not in self._shared or state.ndim == 0:
+            return state
+        assert self.shards is not None
+        return self.shards.shared(name.removeprefix("text."), state)
 
     def about(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to be gone on from."""
@@ -653,27 +667,23 @@ class Tuning:
         if distributed.is_main():
             sweep_temporaries(self.config.out)
         distributed.barrier()
-        if not (self.config.out / STATE).exists():
+        shared = distributed.from_main(partial(find_state, self.config.out))
+        if shared is not None:
+            facts = read_json(shared / FACTS, RunError)
+        elif (self.config.out / STATE).exists():
+            tensors, facts = load_tensors(self.config.out / STATE)
+        else:
             return
-        tensors, facts = load_tensors(self.config.out / STATE)
         if facts["about"] != self.about():
             differing = [k for k, v in self.about().items() if facts["about"].get(k) != v]
             raise RunError(
                 f"{self.config.out} was begun on another store ({', '.join(differing)} differ from {self.config.store} "
                 "as it is now): give --overwrite, or another --out"
             )
-        with self._whole():
-            self.model.load_state_dict(
-                {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-            )
-        shared = self._shared
-        for name, parameter in self._named_tuned():
-            prefix = f"optimizer.{name}."
-            state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            if name in shared:
-                state = {k: own_rows(v).clone() if v.ndim else v for k, v in state.items()}
-            if state:
-                self.optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in state.items()}
+        if shared is not None:
+            load_state(shared, self._tensors_to_fill)
+        else:
+            self._take_up(tensors)
         self.progress = Progress(facts["step"], facts["seconds"], facts["best"])
         self.last_evaluation = facts["last_evaluation"]
         if distributed.is_main():
@@ -685,6 +695,27 @@ class Tuning:
                 "the same, dropout draws other random numbers, sums are rounded in another order"
             )
 
+    def _take_up(self, tensors: dict[str, Tensor]) -> None:
+        """Fill the model and the optimizer's state from what `save_state` wrote."""
+        self.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        for name, parameter in self._named_tuned():
+            prefix = f"optimizer.{name}."
+            state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            if state:
+                self.optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in state.items()}
+
+    def _tensors_to_fill(self, there: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of the model, and of the optimizer a new state, of what is `there` in a shared state."""
+        tensors = self._model_tensors()
+        for name, parameter in self._named_tuned():
+            prefix = f"optimizer.{name}."
+            for key, like in ((key, like) for key, like in there.items() if key.startswith(prefix)):
+                shape = parameter.shape if like.ndim else like.shape  # of shared parameters, this rank's rows
+                state = torch.zeros(shape, dtype=like.dtype, device=parameter.device)
+                self.optimizer.state[parameter][key.removeprefix(prefix)] = state
+                tensors[key] = self._as_shared(name, state)
+        return tensors
+
     def _named_tuned(self) -> list[tuple[str, Tensor]]:
         return [
             (name, parameter)
@@ -695,11 +726,12 @@ class Tuning:
     def finish(self) -> None:
         """Write the finished run and drop the checkpoint."""
         self.model.eval()
-        with self._whole():
-            if distributed.is_main():
-                save_model(self.config.out, self.model, self.manifest())
-                (self.config.out / STATE).unlink(missing_ok=True)
-                write_card(self.config.out)
+        if self._takes_part:
+            save_model(self.config.out, self.model, self.manifest())
+        if distributed.is_main():
+            (self.config.out / STATE).unlink(missing_ok=True)
+            drop_states(self.config.out)
+            write_card(self.config.out)
         distributed.barrier()
         say(f"wrote {self.config.out}" + self._recall_note())
 
