@@ -27,7 +27,6 @@ from litune.evaluation.set_features import ROWS
 from litune.evaluation.suite import Subject
 from litune.features import FeatureStore
 from litune.model import LiT
-from litune.towers.packing import pack
 
 
 def peak_gb() -> float:
@@ -49,7 +48,8 @@ def bare_tower(subject: Subject, texts: list[str]) -> float:
     order = sorted(texts, key=len)
     seconds = 0.0
     for start in range(0, len(order), 256):
-        packed = pack(model.tokenizer(order[start : start + 256]), torch.device("cpu"))
+        tokens = model.tokenizer(order[start : start + 256])
+        packed = model.text.pack(tokens, torch.device("cpu"), bfloat16=subject.bfloat16)
         with torch.autocast("cpu", torch.bfloat16, enabled=subject.bfloat16):
             begin = time.perf_counter()
             model.text(packed)

@@ -25,7 +25,7 @@ from bench_store import read_captions, vary, write_store
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from litune.towers.packing import pack
+from litune.towers.packing import in_rows
 from litune.towers.quiet import quiet_transformers
 from litune.towers.text import parse_text_spec
 from litune.tuning import Tuning
@@ -106,7 +106,7 @@ class Limit:
 
     def attention(self, captions: Any) -> float:
         """Seconds of attention's products on the rows that the captions are packed into."""
-        rows, width = pack(self.run.tokens.take(captions), torch.device("cpu")).ids.shape
+        rows, width = in_rows(self.run.tokens.take(captions)).ids.shape
         q, k, v, to_mixed = (self._random(rows, self.heads, width, self.head_width) for _ in range(4))
         weights = self._random(rows, self.heads, width, width)
 

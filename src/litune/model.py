@@ -19,7 +19,7 @@ from litune.data.tokenizers import Tokenizer, Tokens
 from litune.errors import DataError, TowerError
 from litune.losses import normalize, wide
 from litune.towers.image import ImageTower
-from litune.towers.packing import pack
+from litune.towers.packing import Packed
 from litune.towers.text import TextTower
 
 Picture = str | Path | Image.Image
@@ -71,9 +71,15 @@ class LiT(nn.Module):
         """The factor on the scores, exp(logit_scale)."""
         return self.logit_scale.exp()
 
-    def text_features(self, tokens: Tokens) -> Float[Tensor, "N D"]:
-        """Features of N tokenised texts, with gradients where they are on."""
-        return self.features_of_texts(self.text(pack(tokens, self.logit_scale.device)))
+    def text_features(self, texts: Tokens | Packed) -> Float[Tensor, "N D"]:
+        """Features of N tokenised texts, with gradients where they are on.
+
+        Packed texts must be on the model's device, and packed for autocast as it is.
+        """
+        device = self.logit_scale.device
+        if isinstance(texts, Tokens):
+            texts = self.text.pack(texts, device, bfloat16=torch.is_autocast_enabled(device.type)).to(device)
+        return self.features_of_texts(self.text(texts))
 
     def features_of_texts(self, raw: Float[Tensor, "N W"]) -> Float[Tensor, "N D"]:
         """Features of raw text tower output: through the head, normalised."""

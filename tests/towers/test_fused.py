@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from litune.data.tokenizers import Tokens
 from litune.towers import fused
-from litune.towers.packing import pack
 from litune.towers.text import make_text_tower, parse_text_spec
 
 ROUNDING = 2.0**-8
@@ -255,7 +254,7 @@ def test_the_tower_and_its_gradient_are_transformers_own(
     tokens = Tokens(np.random.default_rng(0).integers(5, 50, lengths.sum()), lengths)
     weight = torch.randn(len(lengths), tower.width)
     with torch.autocast("cpu", torch.bfloat16):
-        vectors = tower(pack(tokens, torch.device("cpu")))
+        vectors = tower(tower.pack(tokens, torch.device("cpu"), bfloat16=True))
     (vectors * weight).sum().backward()
     gradients = {name: p.grad.clone() for name, p in tower.named_parameters() if p.grad is not None}
     tower.zero_grad()

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from litune.data.tokenizers import Tokens
-from litune.towers.packing import attention, first_fit, pack, pool
+from litune.towers.packing import attention, first_fit, in_rows, pool
 
 
 def ragged(lengths: list[int]) -> Tokens:
@@ -16,7 +16,7 @@ def ragged(lengths: list[int]) -> Tokens:
 @pytest.mark.parametrize("lengths", [[1], [16] * 5, [12] * 9, list(range(1, 17)) * 3, [70, 3, 3, 41]])
 def test_every_text_is_whole_and_alone(lengths: list[int]) -> None:
     tokens = ragged(lengths)
-    packed = pack(tokens, torch.device("cpu"))
+    packed = in_rows(tokens)
     flat, texts = packed.ids.flatten(), packed.texts.flatten()
     for i in range(len(lengths)):
         places = range(int(packed.first[i]), int(packed.first[i]) + lengths[i])
@@ -30,7 +30,7 @@ def test_every_text_is_whole_and_alone(lengths: list[int]) -> None:
 def test_captions_fill_their_rows() -> None:
     """With lengths as captions have them, little is lost to gaps."""
     lengths = np.random.default_rng(1).normal(12, 2.5, 512).round().clip(4, 16).astype(int)
-    packed = pack(ragged(lengths.tolist()), torch.device("cpu"))
+    packed = in_rows(ragged(lengths.tolist()))
     assert lengths.sum() / packed.ids.numel() > 0.9
 
 
@@ -46,7 +46,7 @@ def test_first_fit_overfills_no_row() -> None:
 def test_attention_and_its_gradient_are_those_of_each_text_alone() -> None:
     torch.manual_seed(0)
     lengths = [5, 16, 1, 9, 9, 30]
-    packed = pack(ragged(lengths), torch.device("cpu"))
+    packed = in_rows(ragged(lengths))
     rows, width = packed.ids.shape
     qkv = torch.randn(rows, width, 36, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(rows * width, 12, dtype=torch.float64) * (packed.texts.flatten() >= 0)[:, None]
@@ -65,7 +65,7 @@ def test_attention_and_its_gradient_are_those_of_each_text_alone() -> None:
 
 def test_dropout_in_attention_is_the_same_mask_both_ways() -> None:
     """Attention is linear in its values: the gradient must use the very weights of the forward pass."""
-    packed = pack(ragged([16, 9, 4]), torch.device("cpu"))
+    packed = in_rows(ragged([16, 9, 4]))
     qkv = torch.randn(*packed.ids.shape, 24, dtype=torch.float64, requires_grad=True)
     torch.manual_seed(3)
     out = attention(qkv, 2, packed, dropout=0.4)
@@ -81,7 +81,7 @@ def test_dropout_in_attention_is_the_same_mask_both_ways() -> None:
 @pytest.mark.parametrize("how", ["first", "mean", "last"])
 def test_pool(how: str) -> None:
     lengths = [3, 1, 14, 20]
-    packed = pack(ragged(lengths), torch.device("cpu"))
+    packed = in_rows(ragged(lengths))
     hidden = torch.randn(*packed.ids.shape, 6)
     found = pool(hidden, packed, how)
     for i, length in enumerate(lengths):

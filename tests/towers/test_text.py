@@ -10,7 +10,6 @@ import torch
 
 from litune.data.tokenizers import Tokenizer, Tokens, find_tokenizer
 from litune.errors import TowerError
-from litune.towers.packing import pack
 from litune.towers.text import (
     VIT_SIZES,
     VitTextTower,
@@ -38,7 +37,7 @@ def test_bert_without_padding_is_transformers_with_padding(tiny_bert: Path, pool
     tower = make_text_tower(spec, vocab_size=tokenizer.vocab_size, max_tokens=12, pooling=pooling).eval()
     tokens = tokenizer(TEXTS)
     with torch.no_grad():
-        found = tower(pack(tokens, torch.device("cpu")))
+        found = tower(tower.pack(tokens, torch.device("cpu")))
     theirs = BertModel.from_pretrained(tiny_bert, add_pooling_layer=False, attn_implementation="eager").eval()
     rows = np.split(tokens.ids, np.cumsum(tokens.lengths)[:-1])
     padded = torch.zeros(len(rows), 12, dtype=torch.int64)
@@ -74,7 +73,7 @@ def test_roberta_is_transformers_own(tmp_path: Path) -> None:
     assert tower.max_positions == 18
     tokens = ragged([3, 5, 16, 3])
     with torch.no_grad():
-        found = tower(pack(tokens, torch.device("cpu")))
+        found = tower(tower.pack(tokens, torch.device("cpu")))
         for i in range(4):
             ids = torch.from_numpy(tokens.take(np.array([i])).ids)[None]
             assert torch.allclose(found[i], theirs(input_ids=ids).last_hidden_state[0, 0], atol=1e-6)
@@ -115,7 +114,7 @@ def test_families_are_transformers_padded_and_masked_call(family: str, tmp_path:
     tower = make_text_tower(spec, vocab_size=50, max_tokens=16, dropout=0.3).eval()
     tokens = ragged([3, 5, 16, 3, 1, 11])
     with torch.no_grad():
-        found = tower(pack(tokens, torch.device("cpu")))
+        found = tower(tower.pack(tokens, torch.device("cpu")))
     assert (tower.pooling, tower.width) == (pooling, 32)
     theirs = getattr(transformers, encoder).from_pretrained(tmp_path).eval()
     rows = np.split(tokens.ids, np.cumsum(tokens.lengths)[:-1])
@@ -131,7 +130,7 @@ def test_families_are_transformers_padded_and_masked_call(family: str, tmp_path:
     again = build_text_tower(json.loads(json.dumps(tower.architecture))).eval()
     again.load_state_dict(tower.state_dict())
     with torch.no_grad():
-        assert torch.allclose(again(pack(tokens, torch.device("cpu"))), found, atol=1e-6)
+        assert torch.allclose(again(again.pack(tokens, torch.device("cpu"))), found, atol=1e-6)
 
 
 def test_t5_tunes_only_the_rows_in_use(tmp_path: Path) -> None:
@@ -145,7 +144,7 @@ def test_t5_tunes_only_the_rows_in_use(tmp_path: Path) -> None:
     tokens = ragged([3, 5], vocab=12)
     tower.tune_only(np.unique(tokens.ids))
     for one in (tower, whole):
-        one(pack(tokens, torch.device("cpu"))).square().sum().backward()
+        one(one.pack(tokens, torch.device("cpu"))).square().sum().backward()
     used = np.union1d(np.unique(tokens.ids), [0])
     name = "model.shared.weight"
     found, expected = dict(tower.named_parameters())[name].grad, dict(whole.named_parameters())[name].grad
@@ -181,11 +180,11 @@ def test_encoders_that_are_not_read(tmp_path: Path) -> None:
 def test_bfloat16_stays_close(tiny_bert: Path) -> None:
     """In bfloat16 a text's vector points where the float32 one does."""
     tower = make_text_tower(parse_text_spec(f"hf:{tiny_bert}"), vocab_size=40, max_tokens=12).eval()
-    packed = pack(ragged([4, 2, 7, 12], 40), torch.device("cpu"))
+    tokens, cpu = ragged([4, 2, 7, 12], 40), torch.device("cpu")
     with torch.no_grad():
-        exact = tower(packed)
+        exact = tower(tower.pack(tokens, cpu))
         with torch.autocast("cpu", torch.bfloat16):
-            found = tower(packed)
+            found = tower(tower.pack(tokens, cpu, bfloat16=True))
     assert found.dtype == torch.float32
     assert torch.cosine_similarity(found, exact).min() > 0.999
 
@@ -195,11 +194,11 @@ def test_gradients_without_padding(tiny_bert: Path) -> None:
     spec = parse_text_spec(f"hf:{tiny_bert}")
     tower = make_text_tower(spec, vocab_size=40, max_tokens=12, dropout=0.0).double().train()
     tokens = ragged([4, 2, 7, 2], 40)
-    tower(pack(tokens, torch.device("cpu"))).square().sum().backward()
+    tower(tower.pack(tokens, torch.device("cpu"))).square().sum().backward()
     together = {n: p.grad.clone() for n, p in tower.named_parameters() if p.grad is not None}
     tower.zero_grad()
     for i in range(4):
-        tower(pack(tokens.take(np.array([i])), torch.device("cpu"))).square().sum().backward()
+        tower(tower.pack(tokens.take(np.array([i])), torch.device("cpu"))).square().sum().backward()
     assert together
     for name, parameter in tower.named_parameters():
         if name in together:
@@ -219,7 +218,7 @@ def test_an_architecture_that_cannot_pack(tmp_path: Path) -> None:
     tower = make_text_tower(spec, vocab_size=50, max_tokens=16, pooling="first").eval()
     tokens = ragged([3, 5, 3])
     with torch.no_grad():
-        found = tower(pack(tokens, torch.device("cpu")))
+        found = tower(tower.pack(tokens, torch.device("cpu")))
         for i in range(3):
             ids = torch.from_numpy(tokens.take(np.array([i])).ids)[None]
             assert torch.allclose(found[i], theirs(input_ids=ids).last_hidden_state[0, 0], atol=1e-6)
@@ -262,8 +261,8 @@ def test_vit_against_numpy() -> None:
     tower = VitTextTower("Ti", vocab_size=50, max_tokens=6).eval()
     tokens = ragged([6, 6, 6])
     with torch.no_grad():
-        found = tower(pack(tokens, torch.device("cpu")))
-        exact = tower.double()(pack(tokens, torch.device("cpu")))
+        found = tower(tower.pack(tokens, torch.device("cpu")))
+        exact = tower.double()(tower.pack(tokens, torch.device("cpu")))
     for i in range(3):
         expected = reference_vit(tower, tokens.take(np.array([i])).ids)
         assert np.allclose(found[i].numpy(), expected, atol=1e-4)
@@ -294,7 +293,7 @@ def test_rebuilt_from_its_architecture(tiny_bert: Path) -> None:
     tower = make_text_tower(parse_text_spec(f"hf:{tiny_bert}"), vocab_size=40, max_tokens=12, pooling="mean").eval()
     again = build_text_tower(tower.architecture).eval()
     again.load_state_dict(tower.state_dict())
-    packed = pack(ragged([4, 2], 40), torch.device("cpu"))
+    packed = tower.pack(ragged([4, 2], 40), torch.device("cpu"))
     with torch.no_grad():
         assert torch.equal(tower(packed), again(packed))
 

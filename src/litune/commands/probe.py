@@ -35,7 +35,6 @@ from litune.files import write_json
 from litune.progress import duration, say, track
 from litune.schedules import parse_duration
 from litune.towers.locking import train_unlocked
-from litune.towers.packing import pack
 from litune.towers.text import USE_M3, TextTower, make_text_tower, parse_text_spec
 from litune.tuning import Tuning, default_duration
 
@@ -124,8 +123,10 @@ class Texts:
             with track("encoding", "captions", len(new)) as task:
                 for start in range(0, len(new), BATCH):
                     part = new[start : start + BATCH]
-                    with torch.autocast(device.type, torch.bfloat16, enabled=pick_bfloat16("auto", device)):
-                        vectors = self.tower(pack(self.tokenizer(part), device))
+                    bfloat16 = pick_bfloat16("auto", device)
+                    packed = self.tower.pack(self.tokenizer(part), device, bfloat16=bfloat16)
+                    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                        vectors = self.tower(packed.to(device))
                     self.known |= dict(zip(part, vectors.float().cpu(), strict=True))
                     task.advance(len(part))
         return torch.stack([self.known[one] for one in captions])

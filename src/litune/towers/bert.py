@@ -7,6 +7,7 @@ CPUs in bfloat16 the layers are `litune.towers.fused`'s, where it can be compile
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,67 +17,95 @@ from torch.nn import functional as F
 
 from litune.towers import fused
 from litune.towers.dropout import dropout
-from litune.towers.packing import Packed, attention
+from litune.towers.packing import Line, Rows, attention, flash_fits
 
 ROBERTA_LIKE = {"roberta", "xlm-roberta", "camembert"}
 """BERT whose positions begin after the padding token's number."""
 BERT_LIKE = {"bert", *ROBERTA_LIKE}
 
 
-def bert_encode(model: Any, packed: Packed) -> Float[Tensor, "R T W"]:
+def bert_encode(model: Any, packed: Rows) -> Float[Tensor, "R T W"]:
     """The last hidden states of a transformers BERT or RoBERTa model: post-LayerNorm, absolute positions.
 
-    Where `runs_fused`, texts must lie in one row (`Packed.in_line`): between others' tokens there may be no gaps.
-
-    Under autocast (to bfloat16) the result is bfloat16, otherwise of the weights' own type.
+    Its layers must be `teach_packing`'s. Texts must lie as `reads_line` says: under autocast (to bfloat16) as it says
+    for bfloat16. The result is bfloat16 then, otherwise of the weights' own type.
     """
-    config = model.config
+    config, embeddings = model.config, model.embeddings
     device = packed.ids.device.type
-    dtype, in_c = layers_dtype(model, device), runs_fused(model, device)
+    dtype = embeddings.word_embeddings.weight.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
         positions = packed.positions
         if config.model_type in ROBERTA_LIKE:
             positions = positions + config.pad_token_id + 1
-        embeddings = model.embeddings
         x = (
             embeddings.word_embeddings(packed.ids)
             + embeddings.position_embeddings(positions)
             + embeddings.token_type_embeddings.weight[0]
         )
-        p, p_attention = config.hidden_dropout_prob, config.attention_probs_dropout_prob
         x = _norm(embeddings.LayerNorm, x)
-        if in_c:
-            assert len(packed.ids) == 1
-            return fused.encode_layers(model, x.flatten(0, 1).to(dtype), packed.first, packed.lengths).view_as(x)
-        x = dropout(x, p, embeddings.training).to(dtype)
+        p = config.hidden_dropout_prob
+        if in_c(packed):
+            assert dtype == torch.bfloat16
+            x = fused.drop(x.to(dtype), p, embeddings.training)
+        else:
+            x = dropout(x, p, embeddings.training).to(dtype)
         for layer in model.encoder.layer:
-            attend, out = layer.attention.self, layer.attention.output
-            qkv = _linear(x, attend.query, attend.key, attend.value)
-            mixed = attention(qkv, config.num_attention_heads, packed, p_attention if layer.training else 0.0)
-            mixed = _linear(mixed, out.dense)
-            x = _norm(out.LayerNorm, x + dropout(mixed, p, layer.training))
-            wide = layer.intermediate.intermediate_act_fn(_linear(x, layer.intermediate.dense))
-            x = _norm(layer.output.LayerNorm, x + dropout(_linear(wide, layer.output.dense), p, layer.training))
-    return x
+            x = layer(x, packed=packed)
+    found: Tensor = x
+    return found
 
 
-def layers_dtype(model: Any, device: str) -> torch.dtype:
-    """What the layers compute in: autocast's type, otherwise the weights' own."""
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    dtype: torch.dtype = model.embeddings.word_embeddings.weight.dtype
-    return dtype
+def teach_packing(model: Any) -> None:
+    """Let the layers of a transformers BERT read packed texts: `layer(x, packed=…)`. Names of parameters stay."""
+    for layer in model.encoder.layer:
+        theirs: Any = type(layer)
+        layer.__class__ = _packing_class(theirs)
 
 
-def runs_fused(model: Any, device: str) -> bool:
-    """Whether `litune.towers.fused` takes the layers: then texts should lie one after the other (`Packed.in_line`)."""
-    config = model.config
+class _PackedLayer:
+    """A BERT layer, post-LayerNorm. Called without `packed`, it is transformers' own."""
+
+    attention: Any
+    intermediate: Any
+    output: Any
+    training: bool
+
+    def forward(self, x: Tensor, *given: Any, packed: Rows | None = None, **named: Any) -> Any:
+        """The hidden states [R, T, W] of the next layer, of the same type."""
+        if packed is None:
+            return super().forward(x, *given, **named)  # type: ignore[misc]
+        attend, out, inner, outer = self.attention.self, self.attention.output, self.intermediate, self.output
+        heads = attend.num_attention_heads
+        p, p_attention = (outer.dropout.p, attend.dropout.p) if self.training else (0.0, 0.0)
+        if in_c(packed):
+            return fused.encode_layer(self, x.squeeze(0), packed.first, packed.lengths, heads, p, p_attention)[None]
+        mixed = attention(_linear(x, attend.query, attend.key, attend.value), heads, packed, p_attention)
+        x = _norm(out.LayerNorm, x + dropout(_linear(mixed, out.dense), p))
+        wide = inner.intermediate_act_fn(_linear(x, inner.dense))
+        return _norm(outer.LayerNorm, x + dropout(_linear(wide, outer.dense), p))
+
+
+@cache
+def _packing_class(theirs: type) -> type:
+    return type(f"Packed{theirs.__name__}", (_PackedLayer, theirs), {})
+
+
+def in_c(packed: Rows) -> bool:
+    """Whether `litune.towers.fused` takes the layers: that of a line on the CPU."""
+    return isinstance(packed, Line) and packed.ids.device.type == "cpu"
+
+
+def reads_line(model: Any, device: torch.device, bfloat16: bool) -> bool:
+    """Whether there is attention made for texts that lie one after the other, for this model there (see `Line`)."""
+    config, weights = model.config, model.embeddings.LayerNorm.weight.dtype
     depth, rest = divmod(config.hidden_size, config.num_attention_heads)
-    even = rest == 0 and depth % fused.LANES == 0 and config.intermediate_size % fused.LANES == 0
-    fits = config.hidden_act == "gelu" and even
-    weights = model.embeddings.LayerNorm.weight.dtype
-    bfloat16 = device == "cpu" and weights == torch.float32 and layers_dtype(model, device) == torch.bfloat16
-    return fits and bfloat16 and fused.library() is not None
+    if device.type == "cpu":
+        even = rest == 0 and depth % fused.LANES == 0 and config.intermediate_size % fused.LANES == 0
+        fits = config.hidden_act == "gelu" and even and weights == torch.float32
+        return bfloat16 and fits and fused.library() is not None
+    return flash_fits(device, depth, torch.bfloat16 if bfloat16 else weights)
 
 
 def _linear(x: Tensor, *layers: nn.Linear) -> Tensor:

@@ -247,31 +247,28 @@ def work_space(longest: int, depth: int) -> Tensor:
     return torch.empty(torch.get_num_threads(), needed)
 
 
-def encode_layers(model: Any, x: Float[Tensor, "S W"], first: Tensor, lengths: Tensor) -> Float[Tensor, "S W"]:
-    """The layers of a transformers BERT on the normalised embeddings of texts that lie one after the other.
+def drop(x: Float[Tensor, "1 S W"], p: float, training: bool) -> Float[Tensor, "1 S W"]:
+    """Dropout of `x`, in bfloat16."""
+    found: Tensor = _Drop.apply(x.squeeze(0), float(p))[None] if training and p > 0 else x
+    return found
 
-    With all their dropout, that of the embeddings too. Text i is the `lengths[i]` rows from `first[i]` on; rows after
-    the last text are filling.
+
+def encode_layer(
+    layer: Any, x: Float[Tensor, "S W"], first: Tensor, lengths: Tensor, heads: int, p: float, p_attention: float
+) -> Float[Tensor, "S W"]:
+    """A layer of a transformers BERT on texts that lie one after the other, with dropout `p` and `p_attention`.
+
+    Text i is the `lengths[i]` rows from `first[i]` on; rows after the last text are filling.
     """
-    config = model.config
-    if model.embeddings.training and config.hidden_dropout_prob > 0:
-        x = _Drop.apply(x, float(config.hidden_dropout_prob))
-    for layer in model.encoder.layer:
-        attend, out = layer.attention.self, layer.attention.output
-        p, p_attention = (
-            (config.hidden_dropout_prob, config.attention_probs_dropout_prob) if layer.training else (0.0, 0.0)
-        )
-        x, qkv = branch(x, attend.query.weight, attend.key.weight, attend.value.weight)
-        bias = torch.cat([attend.query.bias, attend.key.bias, attend.value.bias])
-        mixed = matmul(
-            _Attention.apply(qkv, bias, first, lengths, config.num_attention_heads, p_attention), out.dense.weight
-        )
-        x = add_norm(x, mixed, out.dense.bias, out.LayerNorm, p)
-        inner, outer = layer.intermediate.dense, layer.output.dense
-        x, wide = branch(x, inner.weight)
-        wide = _Gelu.apply(wide, inner.bias)
-        x = add_norm(x, matmul(wide, outer.weight), outer.bias, layer.output.LayerNorm, p)
-    return x
+    attend, out = layer.attention.self, layer.attention.output
+    x, qkv = branch(x, attend.query.weight, attend.key.weight, attend.value.weight)
+    bias = torch.cat([attend.query.bias, attend.key.bias, attend.value.bias])
+    mixed = matmul(_Attention.apply(qkv, bias, first, lengths, heads, p_attention), out.dense.weight)
+    x = add_norm(x, mixed, out.dense.bias, out.LayerNorm, p)
+    inner, outer = layer.intermediate.dense, layer.output.dense
+    x, wide = branch(x, inner.weight)
+    wide = _Gelu.apply(wide, inner.bias)
+    return add_norm(x, matmul(wide, outer.weight), outer.bias, layer.output.LayerNorm, p)
 
 
 def add_norm(

@@ -21,11 +21,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from litune.data.tokenizers import Layout
+from litune.data.tokenizers import Layout, Tokens
 from litune.errors import MissingExtraError, TowerError, nearest
-from litune.towers.bert import BERT_LIKE, ROBERTA_LIKE, bert_encode, runs_fused
+from litune.towers.bert import BERT_LIKE, ROBERTA_LIKE, bert_encode, reads_line, teach_packing
 from litune.towers.dropout import dropout
-from litune.towers.packing import Packed, attention, pool
+from litune.towers.packing import (
+    Groups,
+    Packed,
+    Rows,
+    attention,
+    by_length,
+    flash_fits,
+    in_line,
+    in_rows,
+    pool,
+    with_places,
+)
 from litune.towers.quiet import quiet_transformers
 from litune.towers.specs import reason
 from litune.towers.vit import VIT_SIZES, check_vit_size, vit_size
@@ -45,8 +56,22 @@ class TextTower(nn.Module):
     max_positions: int
     architecture: dict[str, Any]
 
+    def pack(self, tokens: Tokens, device: torch.device, *, bfloat16: bool = False) -> Packed:
+        """N texts as `forward` reads them, for `device`, under autocast to bfloat16 or not; all tensors on the CPU.
+
+        All that the processor has to do for a forward pass, so that a loader thread can do it. Autocast is not asked:
+        each thread has its own.
+        """
+        line = self.reads_line(device, bfloat16)
+        rows = in_line(tokens) if line else in_rows(tokens)
+        return with_places(rows) if self.pooling == "mean" and device.type != "cpu" else rows
+
+    def reads_line(self, device: torch.device, bfloat16: bool) -> bool:
+        """Whether texts should lie in one line there, not in rows."""
+        return False
+
     def forward(self, packed: Packed) -> Float[Tensor, "N W"]:
-        """Pooled float32 vectors [N, width]."""
+        """Pooled float32 vectors [N, width] of `pack`'s texts, sent to the tower's device."""
         raise NotImplementedError
 
     @property
@@ -84,6 +109,9 @@ class HfTextTower(TextTower):
         config = model.config
         self.width = int(config.hidden_size)
         self.layout = _hf_layout(config.model_type)
+        self._packs = config.model_type in BERT_LIKE
+        if self._packs:
+            teach_packing(model)
         self.max_positions = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
         if config.model_type in ROBERTA_LIKE:
             self.max_positions -= config.pad_token_id + 1
@@ -91,22 +119,34 @@ class HfTextTower(TextTower):
         settings.pop("_name_or_path", None)
         self.architecture = {"kind": "hf", "config": settings, "pooling": pooling}
 
+    def pack(self, tokens: Tokens, device: torch.device, *, bfloat16: bool = False) -> Packed:
+        """N texts as `forward` reads them (see `TextTower.pack`)."""
+        return super().pack(tokens, device, bfloat16=bfloat16) if self._packs else by_length(tokens)
+
+    def reads_line(self, device: torch.device, bfloat16: bool) -> bool:
+        """Whether texts should lie in one line there, not in rows."""
+        return reads_line(self.model, device, bfloat16)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The modules of transformers, in order."""
+        depth = self.model.config.num_hidden_layers
+        lists = (part for part in self.model.modules() if isinstance(part, nn.ModuleList) and len(part) == depth)
+        return list(next(lists, []))
+
     def forward(self, packed: Packed) -> Float[Tensor, "N W"]:
         """Pooled float32 vectors [N, width]."""
-        if self.model.config.model_type in BERT_LIKE:
-            if runs_fused(self.model, packed.ids.device.type):
-                packed = packed.in_line()
+        if isinstance(packed, Rows):
             return pool(bert_encode(self.model, packed), packed, self.pooling)
         # One call per length: no architecture needs to know of packing, and none sees padding.
-        flat = packed.ids.flatten()
-        order, vectors = [], []
-        for numbers, places in packed.by_length():
-            hidden = self.model(input_ids=flat[places]).last_hidden_state.float()
-            order.append(numbers)
+        assert isinstance(packed, Groups)
+        vectors = []
+        for ids in packed.ids:
+            hidden = self.model(input_ids=ids).last_hidden_state.float()
             vectors.append(
                 hidden.mean(1) if self.pooling == "mean" else hidden[:, {"first": 0, "last": -1}[self.pooling]]
             )
-        return torch.cat(vectors)[torch.cat(order).argsort()]
+        return torch.cat(vectors)[packed.order]
 
     def token_table(self) -> nn.Embedding:
         """The embedding of tokens."""
@@ -169,6 +209,11 @@ class VitTextTower(TextTower):
             for bias in (block.up.bias, block.down.bias):  # type: ignore[union-attr]
                 nn.init.normal_(bias, std=1e-6)  # type: ignore[arg-type]
 
+    def reads_line(self, device: torch.device, bfloat16: bool) -> bool:
+        """Whether texts should lie in one line there, not in rows."""
+        weight, heads = self.position_embedding, vit_size(self.architecture["size"])[3]
+        return flash_fits(device, self.width // heads, torch.bfloat16 if bfloat16 else weight.dtype)
+
     @property
     def layers(self) -> list[nn.Module]:
         """The blocks, in order."""
@@ -176,6 +221,7 @@ class VitTextTower(TextTower):
 
     def forward(self, packed: Packed) -> Float[Tensor, "N W"]:
         """Pooled float32 vectors [N, width]."""
+        assert isinstance(packed, Rows)
         positions: Tensor = self.position_embedding
         if self.second_position_embedding is not None:
             positions = positions + self.second_position_embedding
@@ -203,7 +249,7 @@ class _Block(nn.Module):
         self.out = nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, mlp), nn.Linear(mlp, width)
 
-    def forward(self, x: Tensor, packed: Packed) -> Tensor:
+    def forward(self, x: Tensor, packed: Rows) -> Tensor:
         drop = self.dropout if self.training else 0.0
         y = self.norm1(x)
         qkv = torch.cat([self.query(y), self.key(y), self.value(y)], dim=-1)

@@ -6,6 +6,7 @@ parameters here: what is tuned is the head on top of it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,8 @@ from tokenizers import processors
 from torch import Tensor, nn
 
 from litune.data.pieces import convert
+from litune.data.tokenizers import Tokens
+from litune.devices import send
 from litune.errors import MissingExtraError, TowerError
 from litune.towers.packing import Packed
 from litune.towers.text import TextTower
@@ -44,12 +47,15 @@ class UseTextTower(TextTower):
         # Its matrices are small: a second thread adds little, and on a busy machine most of the time is spent waiting.
         return NumpyBackend(str(use_files() / "weights.npz"), _Ids(), threads=1)
 
+    def pack(self, tokens: Tokens, device: torch.device, *, bfloat16: bool = False) -> Packed:
+        """N texts as `forward` reads them; they stay on the CPU."""
+        rows = np.split(tokens.ids, np.cumsum(tokens.lengths)[:-1])
+        return _Listed([row.tolist() for row in rows], device)
+
     def forward(self, packed: Packed) -> Float[Tensor, "N W"]:
         """Vectors [N, 512], float32."""
-        ids = packed.ids.flatten().cpu().numpy()
-        first, lengths = packed.first.cpu().numpy(), packed.lengths.cpu().numpy()
-        rows = [ids[begin : begin + length].tolist() for begin, length in zip(first, lengths, strict=True)]
-        return torch.from_numpy(self.encoder.encode(rows)).to(packed.ids.device)
+        assert isinstance(packed, _Listed)
+        return send(torch.from_numpy(self.encoder.encode(packed.ids)), packed.device)
 
     def token_table(self) -> nn.Embedding:
         """There is none to tune."""
@@ -57,6 +63,18 @@ class UseTextTower(TextTower):
 
     def tune_only(self, used: np.ndarray) -> None:
         """Nothing: no row is tuned."""
+
+
+@dataclass(frozen=True)
+class _Listed(Packed):
+    """N texts as lists of ids, and where their vectors belong."""
+
+    ids: list[list[int]]
+    device: torch.device
+
+    def to(self, device: torch.device) -> _Listed:
+        """The same texts, their vectors on `device`."""
+        return _Listed(self.ids, device)
 
 
 class _Ids:

@@ -48,7 +48,6 @@ from litune.sharding import FACTS, Shards, drop_states, find_state, is_shared, l
 from litune.towers.image import is_convolutional, weights_hash
 from litune.towers.kept import KeptTexts
 from litune.towers.locking import lock, train_unlocked
-from litune.towers.packing import pack
 
 EVALUATE_MOST = 1000
 KEPT_MOST = 2**32
@@ -265,7 +264,8 @@ class Tuning:
 
         def encode(rows: np.ndarray) -> Tensor:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-                vectors: Tensor = model.text(pack(tokens.take(first[rows]), self.device))
+                packed = model.text.pack(tokens.take(first[rows]), self.device, bfloat16=self.bfloat16)
+                vectors: Tensor = model.text(packed.to(self.device))
             return vectors
 
         self.kept_texts = KeptTexts(tokens.lengths[first], captions.indices.to_numpy(), encode, self.device)
