@@ -349,6 +349,7 @@ def shared_text_tower(
         with without_weights(drawn):
             tower = make(spec)
         rows = drawn.rows
+    tower.set_token_table(tower.token_table())  # T5 has two modules with one table: FSDP2 shares modules
     # Layers on the CPU take float32 weights for some of what they do in bfloat16.
     bfloat16 = pick_bfloat16(config.precision, device) and device.type != "cpu"
     share(tower, [tower.token_table(), *tower.layers], rows, device, bfloat16=bfloat16)
