@@ -118,22 +118,17 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         duration="1000000steps",
     )
     opened = time.perf_counter() - begin
-    batches = run._coming(0)
-    first, _ = next(batches)
+    batches = run.inputs(0)
+    first = next(batches)
     to_first = time.perf_counter() - begin
     seen, begin = 0, time.perf_counter()
     while time.perf_counter() - begin < options.seconds:
-        batch, _ = next(batches)
-        run.train.features(batch.images)
-        run._ids(batch.images, batch.captions[0])
-        tokens = batch.tokens or run.tokens.take(batch.all_captions)
-        assert len(tokens) == len(batch.images)
-        seen += len(batch.images)
+        seen += len(next(batches).batch.images)
     loader = (time.perf_counter() - begin) / seen
     batches.close()
     run.batches._passes.clear()
     begin = time.perf_counter()
-    again = run._coming(run.batches.per_epoch // 2)
+    again = run.inputs(run.batches.per_epoch // 2)
     next(again)
     to_resume = opened + time.perf_counter() - begin
     again.close()

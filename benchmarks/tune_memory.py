@@ -39,7 +39,6 @@ def prepare(options: argparse.Namespace, store: Path) -> None:
 
 def measure(options: argparse.Namespace, store: Path, size: int) -> dict[str, Any]:
     """One size's figures, from a process that has done nothing else."""
-    import numpy as np
     import torch
     from bench_run import machine, start_run
 
@@ -50,15 +49,13 @@ def measure(options: argparse.Namespace, store: Path, size: int) -> dict[str, An
         store, text_tower=options.text_tower, batch_size=size, precision=options.precision, duration="1000steps"
     )
     loaded = peak_gb()
-    batches = run._coming(0)
-    batch, _ = next(batches)
-    run.step(batch.take(np.arange(min(WARM_UP, size))))  # makes the optimizer's moments, which every later step has
+    batches = run.inputs(0)
+    run.step(next(batches))  # makes the optimizer's moments, which every later step has
     seconds = []
     for _ in range(options.steps):
         run.progress.step += 1
         begin = time.perf_counter()
-        batch, pixels = next(batches)
-        run.step(batch, pixels)
+        run.step(next(batches))
         seconds.append(time.perf_counter() - begin)
     return {
         "peak_gb": peak_gb(),
@@ -66,7 +63,7 @@ def measure(options: argparse.Namespace, store: Path, size: int) -> dict[str, An
         "loaded_gb": loaded,
         "seconds_per_step": sorted(seconds)[len(seconds) // 2],
         "precision": "bfloat16" if run.bfloat16 else "float32",
-        "micro_batch": run.text_micro,
+        "micro_batch": run.micro.texts,
         **machine(),
     }
 

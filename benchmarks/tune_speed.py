@@ -33,22 +33,22 @@ from litune.tuning import Tuning
 WARM_UP = 2
 PROFILED = 3
 PHASES = {
-    "_encode_images": "encode images",
-    "_encode_texts": "texts forward",
-    "_loss": "loss",
-    "_sum_gradients": "backward",
+    "encode_images": "encode images",
+    "encode_texts": "texts forward",
+    "loss": "loss",
+    "sum_gradients": "backward",
 }
-"""The parts of Tuning.step that end where these methods return; what follows is the optimizer's."""
+"""The parts of a step that end where these methods return; what follows is the optimizer's."""
 
 
 class LituneSteps:
     """litune's own steps, loader included, with the seconds of each phase."""
 
     def __init__(self, run: Tuning) -> None:
-        self.run, self.batches = run, run._coming(0)
+        self.run, self.batches = run, run.inputs(0)
         self.marks: dict[str, float] = {}
         for method, phase in PHASES.items():
-            setattr(run, method, partial(self._marking, getattr(run, method), phase))
+            setattr(run.take, method, partial(self._marking, getattr(run.take, method), phase))
 
     def _marking(self, method: Callable[..., Any], phase: str, *args: Any, **options: Any) -> Any:
         found = method(*args, **options)
@@ -58,14 +58,14 @@ class LituneSteps:
     def __call__(self) -> dict[str, float]:
         """Take a step; returns the seconds of its phases."""
         self.marks = {"begin": time.perf_counter()}
-        batch, pixels = next(self.batches)
+        inputs = next(self.batches)
         self.marks["loader"] = time.perf_counter()
-        self.run.step(batch, pixels)
+        self.run.step(inputs)
         self.run.progress.step += 1
         self.marks["optimizer"] = time.perf_counter()
         ends = list(self.marks.values())
         seconds = (end - begin for begin, end in pairwise(ends))
-        self.captions = batch.captions[0]
+        self.captions = inputs.batch.captions[0]
         return dict(zip(list(self.marks)[1:], seconds, strict=True))
 
 

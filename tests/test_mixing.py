@@ -94,7 +94,7 @@ def test_interrupted_in_an_epoch(
 ) -> None:
     monkeypatch.setattr("litune.data.batches.BLOCK", 4)
     monkeypatch.setattr("litune.data.batches.WINDOW", 3)
-    monkeypatch.setattr("litune.tuning.TOKENIZED_MOST", 0 if shuffle == "window" else 10**6)
+    monkeypatch.setattr("litune.tuning.run.TOKENIZED_MOST", 0 if shuffle == "window" else 10**6)
     config = dataclasses.replace(config, mix=mix, shuffle=shuffle, checkpoint_seconds=0.0, evaluations=1)
     tune.run(config)
     broken = dataclasses.replace(config, out=tmp_path / "broken")
@@ -114,7 +114,7 @@ def test_ranks_share_the_same_batch(config: TuneConfig, mix: tuple[str, ...], mo
         with monkeypatch.context() as patch:
             patch.setattr(distributed, "world_size", lambda: 2)
             patch.setattr(distributed, "rank", lambda rank=rank: rank)
-            parts.append([batch for batch, _ in run._coming(0)])
+            parts.append([inputs.batch for inputs in run.inputs(0)])
     for batch, one, two in zip(whole, *parts, strict=True):
         assert np.array_equal(batch.images, np.concatenate([one.images, two.images]))
         assert np.array_equal(batch.captions[0], np.concatenate([one.captions[0], two.captions[0]]))
@@ -149,7 +149,7 @@ def test_metrics_of_sources(config: TuneConfig, mix: tuple[str, ...], loss: Any)
 
 
 def test_both_sources_of_turns_are_logged(config: TuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("litune.tuning.LOG_LINES", 4)
+    monkeypatch.setattr("litune.tuning.run.LOG_LINES", 4)
     tune.run(dataclasses.replace(config, mix=("alternate",), duration="16steps"))
     lines = log_of(config.out)
     assert len(lines) < 16
@@ -164,7 +164,7 @@ def test_the_same_file_in_two_stores_is_one_image(config: TuneConfig) -> None:
     same = np.array([file_of(key) for key in keys])
     assert np.array_equal(run.image_ids[:, None] == run.image_ids, same[:, None] == same)
     captions = np.arange(len(run.train.captions))
-    ids = run._ids(np.zeros(len(captions), np.int64), captions)
+    ids = run.prepare.ids(np.zeros(len(captions), np.int64), captions)
     assert ids is not None
     words = np.array(run.train.captions)
     assert np.array_equal((ids.texts[:, None] == ids.texts).numpy(), words[:, None] == words)
@@ -373,7 +373,7 @@ def test_wrong_texts(config: TuneConfig, tmp_path: Path) -> None:
 def test_tokens_made_ahead_change_nothing(config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokenised before the first step or ahead of each: the same losses, and the same weights to rounding."""
     tune.run(config)
-    monkeypatch.setattr("litune.tuning.TOKENIZED_MOST", 10)
+    monkeypatch.setattr("litune.tuning.run.TOKENIZED_MOST", 10)
     later = dataclasses.replace(config, out=tmp_path / "later")
     tune.run(later)
     losses = [[line["loss"] for line in log_of(out)] for out in (config.out, later.out)]

@@ -38,6 +38,8 @@ from litune.towers.locking import train_unlocked
 from litune.towers.text import HfTextTower, TextTower
 from litune.towers.vocabulary import TunedRows
 from litune.tuning import Tuning, evaluation_steps
+from litune.tuning.inputs import Inputs
+from litune.tuning.step import Reading
 
 
 @pytest.fixture
@@ -74,10 +76,19 @@ def first_batch(run: Tuning) -> Batch:
     return next(run.batches.from_step(0, 1))
 
 
+def first_inputs(run: Tuning) -> Inputs:
+    return run.prepare(0, first_batch(run), run.micro)
+
+
+def facts_of(reading: Reading | None) -> dict[str, Any]:
+    assert reading is not None
+    return reading.facts()
+
+
 def take_steps(run: Tuning, count: int) -> list[dict[str, float]]:
     facts = []
-    for batch, pixels in run._coming(run.progress.step):
-        facts.append(run.step(batch, pixels))
+    for inputs in run.inputs(run.progress.step):
+        facts.append(facts_of(run.step(inputs)))
         run.progress.step += 1
         if len(facts) == count:
             break
@@ -333,7 +344,7 @@ def test_softmax_loss(short: TuneConfig, masked: bool, weight: float) -> None:
     same = same_text_or_image(run, captions, batch.images)
     assert same.any()
     expected = cross_entropy(scores_of(run, batch, captions, batch.images), same & masked, weight)
-    assert run.step(batch)["loss"] == pytest.approx(expected, rel=1e-5)
+    assert facts_of(run.step(first_inputs(run)))["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_sigmoid_loss(short: TuneConfig) -> None:
@@ -341,7 +352,7 @@ def test_sigmoid_loss(short: TuneConfig) -> None:
     run = start(config)
     batch = first_batch(run)
     signed = (scores_of(run, batch, batch.captions[0], batch.images) - 5.0) * (2 * np.eye(6) - 1)
-    facts = run.step(batch)
+    facts = facts_of(run.step(first_inputs(run)))
     assert facts["loss"] == pytest.approx(np.log1p(np.exp(-signed)).sum() / 6, rel=1e-5)
     assert facts["bias"] != -5.0
     model = tune.run(config)
@@ -356,15 +367,15 @@ def test_image_negatives(short: TuneConfig, more: int, masked: bool) -> None:
     run = start(dataclasses.replace(short, image_negatives=more, mask_duplicates=masked))
     batch = first_batch(run)
     (captions,) = batch.captions
-    found = run._more_images(batch)
+    found = first_inputs(run).more_images
     assert found is not None
     drawn = found.images.numpy()  # no two pictures are equal: their ids are their numbers
     assert len(set(drawn)) == min(more, 12)
     assert not set(drawn) & set(batch.images)
-    assert torch.equal(found.features, run.model.image_features(torch.from_numpy(run.train.features(drawn))))
-    run.progress.step = 1
-    assert more == 1000 or set(run._more_images(batch).images.tolist()) != set(drawn)  # type: ignore[union-attr]
-    run.progress.step = 0
+    assert torch.equal(found.features, torch.from_numpy(run.train.features(drawn)))
+    later = run.prepare(1, batch, run.micro).more_images
+    assert later is not None
+    assert more == 1000 or set(later.images.tolist()) != set(drawn)
 
     scores = scores_of(run, batch, captions, np.concatenate([batch.images, drawn]))
     first = np.concatenate([[0], np.cumsum(run.train.counts)])
@@ -378,7 +389,7 @@ def test_image_negatives(short: TuneConfig, more: int, masked: bool) -> None:
     own = np.diag(scores)
     there = np.log(np.exp(scores[:6]).sum(1)) - own
     back = np.log(np.exp(scores).sum(0)) - own
-    assert run.step(batch)["loss"] == pytest.approx((there + back).mean() / 2, rel=1e-5)
+    assert facts_of(run.step(first_inputs(run)))["loss"] == pytest.approx((there + back).mean() / 2, rel=1e-5)
 
 
 @pytest.fixture
@@ -416,7 +427,7 @@ def test_fields(fields_store: FeatureStore, short: TuneConfig) -> None:
         assert np.array_equal(owners, batch.images[there])
         scores = scores_of(run, batch, captions[there], owners)
         expected += cross_entropy(scores, np.zeros_like(scores, dtype=bool))
-    assert run.step(batch)["loss"] == pytest.approx(expected, rel=1e-5)
+    assert facts_of(run.step(first_inputs(run)))["loss"] == pytest.approx(expected, rel=1e-5)
     assert tune.run(config).encode_text("a").shape == (1, 48)
 
     one = start(dataclasses.replace(config, fields=("tags",)))
@@ -429,7 +440,7 @@ def test_fields(fields_store: FeatureStore, short: TuneConfig) -> None:
 
 def test_not_finite_stops_with_the_step(tune_config: TuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = torch.tensor(float("nan"), requires_grad=True)
-    monkeypatch.setattr("litune.tuning.softmax_loss", lambda *_, **__: broken)
+    monkeypatch.setattr("litune.tuning.step.softmax_loss", lambda *_, **__: broken)
     with pytest.raises(RunError, match=r"the loss is nan at step 0 \(images .*\.png.*lower --learning-rate"):
         tune.run(tune_config)
 
@@ -518,7 +529,7 @@ def test_a_run_with_the_whole_table(short: TuneConfig, optimizer: str, monkeypat
     assert isinstance(table, TunedRows)
     joined: list[Any] = []
     monkeypatch.setattr(torch, "cat", lambda *args, cat=torch.cat, **more: (joined.append(args), cat(*args, **more))[1])
-    run._encode_texts(first_batch(run).captions[0])
+    run.take.encode_texts(first_inputs(run).texts)
     monkeypatch.undo()
     assert not any(table.rest is part for args in joined for part in args[0]), "tuning reads only the rows in use"
     rows = tune.run(config)

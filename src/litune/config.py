@@ -247,8 +247,10 @@ class TuneConfig:
     batch_size: int = 256
     """Pairs in a batch, over all processes; each is contrasted with all others."""
     micro_batch: int | None = None
-    """Pairs that pass through a tower at once; by default 512 on CPUs, 4096 on GPUs. A larger batch is encoded
-    twice (gradient caching): the same gradient, in a micro-batch's memory."""
+    """Texts that pass through their tower at once; by default 512 on CPUs, on GPUs as many as fit. A larger batch is
+    encoded twice (gradient caching): the same gradient, in a micro-batch's memory."""
+    image_micro_batch: int | None = None
+    """The same for the pictures of an unlocked image tower; by default 64 on CPUs, on GPUs as many as fit."""
     gradient_checkpointing: bool = False
     """Keep few activations of the text tower, and of an unlocked image tower, for the backward pass and compute the
     others again: the same gradient in less memory, a third more time."""
@@ -278,6 +280,9 @@ class TuneConfig:
     """The decay of the second moment; by default 0.999, for lion 0.99."""
     clip_norm: float = 1.0
     """Clip the gradient to this global norm."""
+    not_finite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is not finite: stop with its number, or skip it (10 in a row stop the run; a GPU
+    is waited for in every step, to know it in time)."""
     schedule: Literal["cosine", "constant", "rsqrt"] = "cosine"
     """The learning rate after its warm-up: a cosine to zero, constant, or the reciprocal square root."""
     warmup: str = "5%"
@@ -331,6 +336,7 @@ class TuneConfig:
             ("image-negatives", self.image_negatives, 0),
             ("workers", self.workers, 0),
             ("micro-batch", 1 if self.micro_batch is None else self.micro_batch, 1),
+            ("image-micro-batch", 1 if self.image_micro_batch is None else self.image_micro_batch, 1),
             ("dim", 1 if self.dim is None else self.dim, 1),
         ):
             _at_least(name, value, least)

@@ -42,7 +42,7 @@ class Encoded:
         gradient = self.features.grad
         if gradient is None:
             return
-        with _still_statistics(self._modules):
+        with still_statistics(self._modules):
             if self._whole is not None:
                 self._whole.backward(gradient)  # computes again where the tower has gradient checkpointing
                 return
@@ -53,7 +53,7 @@ class Encoded:
                 start += len(features)
 
 
-class _still_statistics:  # noqa: N801
+class still_statistics:  # noqa: N801
     """Batch norm's running statistics are afterwards as before: the first pass has moved them."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:

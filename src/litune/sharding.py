@@ -8,6 +8,7 @@ nothing of it.
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -35,6 +36,8 @@ def share(
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    # It warns of layers that return views, which could be changed in place: those of text towers are not.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
     filled = {name: rows(parameter).to(device) for name, parameter in tower.named_parameters()}
     # Without a mesh FSDP2 takes the machine's GPUs, whatever was asked for.
     mesh = init_device_mesh(device.type, (distributed.world_size(),))

@@ -166,7 +166,7 @@ def test_locked_is_locked(store: FeatureStore, tune_config: TuneConfig) -> None:
     first = tower.encode(pixels)
     text_before = weights_hash(model.text)
     for batch in run.batches.from_step(0, 3):
-        run.step(batch)
+        run.step(run.prepare(0, batch, run.micro))
         images = model.image_features(tower.encode(pixels))
         loss = softmax_loss(images, model.text_features(run.tokens.take(batch.captions[0])), model.scale)
         loss.backward()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -234,14 +236,19 @@ def tuning_time(store: FeatureStore, train: Selection, settings: TuneConfig) -> 
     device = pick_device(settings.device)
     tokenizer = make_tokenizer(spec, settings, sample.captions)
     model = make_model(store, spec, tokenizer, sample, settings).to(device)
+    settings = dataclasses.replace(settings, duration="1000000steps")  # until time is up
     run = Tuning(settings, store, sample, None, model, device)
     train_unlocked(model)
-    batches = run.batches.from_step(0, 1 << 30)
-    run.step(next(batches))  # the first one compiles and allocates
-    began, pairs = time.monotonic(), 0
-    while time.monotonic() - began < MEASURE_SECONDS:
-        run.step(next(batches))
-        pairs += run.size
+    pairs = 0
+    with closing(run.inputs(0)) as coming:
+        run.step(next(coming))  # the first one compiles and allocates
+        began = time.monotonic()
+        for inputs in coming:
+            run.step(inputs)
+            pairs += run.size
+            if time.monotonic() - began >= MEASURE_SECONDS:
+                break
+    run.check()
     rate = pairs / (time.monotonic() - began)
     steps = parse_duration(default_duration(len(train)), "duration").steps(
         batch_size=run.size, images=len(train), total=None

@@ -34,6 +34,7 @@ from litune.towers.rows import DrawnRows, StoredRows, hf_files, hf_names, withou
 from litune.towers.text import USE_M3, TextSpec, TextTower, make_text_tower, parse_text_spec, text_layout
 from litune.towers.use_m3 import use_tokenizer
 from litune.tuning import Tuning
+from litune.tuning.state import go_on
 
 CPU = torch.device("cpu")
 HOLDOUT_MOST = 1000
@@ -70,7 +71,7 @@ def tune(config: TuneConfig, on_log: OnLog | None = None) -> LiT:
             distributed.from_main(lambda: prepare_run(config))
         run.announce()
         if goes_on:
-            run.go_on()
+            go_on(run)
         run.fit()
     if run.shards is not None:
         model.find_image_tower = image_tower_finder(model, None)
@@ -353,6 +354,7 @@ def shared_text_tower(
     # Layers on the CPU take float32 weights for some of what they do in bfloat16.
     bfloat16 = pick_bfloat16(config.precision, device) and device.type != "cpu"
     share(tower, [tower.token_table(), *tower.layers], rows, device, bfloat16=bfloat16)
+    tower.shared = True
     return tower
 
 

@@ -13,8 +13,6 @@ from typing import Literal
 
 import numpy as np
 
-from litune.data.tokenizers import Tokens
-
 Shuffle = Literal["full", "window"]
 Mix = Literal["proportional", "alternate"] | tuple[Fraction, ...]
 
@@ -36,8 +34,6 @@ class Batch:
     """Positions [B] of the images among the tuned ones."""
     captions: tuple[np.ndarray, ...]
     """For each text field, positions [B] of their captions among all captions; −1 for an image without the field."""
-    tokens: Tokens | None = None
-    """The tokens of the captions that there are, field after field, where they were made ahead."""
 
     def take(self, rows: np.ndarray) -> Batch:
         """Some of the pairs, by number or by mask."""

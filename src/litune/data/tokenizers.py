@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,9 +32,15 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """Where each text begins among all tokens."""
+        found: np.ndarray = np.cumsum(self.lengths) - self.lengths
+        return found
+
     def take(self, texts: np.ndarray) -> Tokens:
         """The texts at these positions, in this order."""
-        starts = np.concatenate([[0], np.cumsum(self.lengths)])[texts]
+        starts = self.starts[texts]
         lengths = self.lengths[texts]
         ends = np.cumsum(lengths)
         within = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - lengths, lengths)

@@ -26,7 +26,6 @@ class KeptTexts:
         lengths: Int[np.ndarray, " U"],
         numbers: Int[np.ndarray, " N"],
         encode: Callable[[np.ndarray], Tensor],
-        device: torch.device,
     ) -> None:
         """Encode U distinct texts.
 
@@ -40,8 +39,7 @@ class KeptTexts:
                 task.advance(len(parts[-1]))
         self.vectors = torch.cat(parts)
         self.places = np.argsort(order)[numbers]
-        self.device = device
 
     def __call__(self, captions: Int[np.ndarray, " n"]) -> Float[Tensor, "n W"]:
-        """The vectors of these captions."""
-        return self.vectors[torch.from_numpy(self.places[captions])].to(self.device)
+        """The vectors of these captions, on the processor."""
+        return self.vectors[torch.from_numpy(self.places[captions])]

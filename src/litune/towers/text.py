@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from litune import distributed
 from litune.data.tokenizers import Layout, Tokens
 from litune.errors import MissingExtraError, TowerError, nearest
 from litune.towers.bert import BERT_LIKE, ROBERTA_LIKE, bert_encode, reads_line, teach_packing
@@ -55,6 +56,8 @@ class TextTower(nn.Module):
     pooling: str
     max_positions: int
     architecture: dict[str, Any]
+    shared = False
+    """Whether each rank has only its rows of the parameters (see `litune.sharding`)."""
 
     def pack(self, tokens: Tokens, device: torch.device, *, bfloat16: bool = False) -> Packed:
         """N texts as `forward` reads them, for `device`, under autocast to bfloat16 or not; all tensors on the CPU.
@@ -140,8 +143,10 @@ class HfTextTower(TextTower):
             return pool(bert_encode(self.model, packed), packed, self.pooling)
         # One call per length: no architecture needs to know of packing, and none sees padding.
         assert isinstance(packed, Groups)
-        vectors = []
-        for ids in packed.ids:
+        vectors, calls = [], list(packed.ids)
+        if self.shared:  # each rank brings its rows of a layer to every call: those with fewer calls repeat one
+            calls += calls[:1] * (max(distributed.gather_objects(len(calls))) - len(calls))
+        for ids in calls:
             hidden = self.model(input_ids=ids).last_hidden_state.float()
             vectors.append(
                 hidden.mean(1) if self.pooling == "mean" else hidden[:, {"first": 0, "last": -1}[self.pooling]]

@@ -1,0 +1,77 @@
+"""Retrieval on the held-out pairs as tuning goes, in tuning's own precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from litune import distributed
+from litune.data.pixels import PixelLoader
+from litune.evaluation.retrieval import retrieval
+from litune.features import Selection
+from litune.model import LiT
+from litune.tuning.inputs import image_ids
+
+EVALUATE_MOST = 1000
+
+
+class HeldOut:
+    """Evaluates a model, as it is now, on held-out pairs (at most 1,000 images)."""
+
+    def __init__(
+        self,
+        model: LiT,
+        device: torch.device,
+        pictures: Callable[[Selection], PixelLoader],
+        *,
+        bfloat16: bool,
+        image_bfloat16: bool,
+        image_micro: int,
+        shared: bool,
+    ) -> None:
+        """`shared`: ranks share the text tower, so that all run it; what is left is rank 0's."""
+        self.model, self.device, self.pictures = model, device, pictures
+        self.bfloat16, self.image_bfloat16, self.image_micro = bfloat16, image_bfloat16, image_micro
+        self.shared = shared
+
+    def __call__(self, val: Selection) -> dict[str, Any]:
+        """Recalls of the held-out pairs, both ways."""
+        if len(val) > EVALUATE_MOST:
+            val = val.subset(np.linspace(0, len(val) - 1, EVALUATE_MOST).round().astype(int))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            texts = self.model.encode_text(val.captions)
+        return distributed.from_main(partial(self._recalls, val, texts)) if self.shared else self._recalls(val, texts)
+
+    def _recalls(self, val: Selection, texts: Tensor) -> dict[str, Any]:
+        images, kept = self._images(val)
+        # An image that several stores hold out is one image: it would tie with itself.
+        first = image_ids(val) if len(val.sources) > 1 else None
+        if first is not None:
+            once = first[kept] == kept
+            images, kept = images[torch.from_numpy(once)], kept[once]
+        owner = np.full(len(val), -1)
+        owner[kept] = np.arange(len(kept))
+        owner = owner if first is None else owner[first]
+        there = owner[val.owner] >= 0
+        return retrieval(images, texts[torch.from_numpy(there)], torch.from_numpy(owner[val.owner][there]))
+
+    def _images(self, val: Selection) -> tuple[Tensor, np.ndarray]:
+        """Features of the held-out images, and the positions of those that could be read."""
+        if not self.model.image_tuned:
+            return self.model.encode_features(val.features()), np.arange(len(val))
+        tower = self.model.image
+        assert tower is not None
+        was = tower.training
+        tower.eval()
+        parts, kept = [], []
+        for positions, pixels in self.pictures(val).in_order(self.image_micro):
+            raw = tower.encode(torch.from_numpy(pixels), bfloat16=self.image_bfloat16)
+            parts.append(self.model.encode_features(raw))
+            kept.append(positions)
+        tower.train(was)
+        return torch.cat(parts), np.concatenate(kept)
