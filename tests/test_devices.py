@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from litune.devices import receive, send
+from litune.devices import deterministic, receive, send
 
 FAULTS = """
 import resource, torch
@@ -31,6 +31,19 @@ def test_freed_memory_is_kept() -> None:
     without, kept = map(int, done.stdout.split())
     assert kept < 100
     assert without > 10_000
+
+
+def test_sums_in_one_order_on_a_gpu_and_afterwards_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    with deterministic(torch.device("cpu")):
+        assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(ZeroDivisionError), deterministic(torch.device("cuda")):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+        raise ZeroDivisionError
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
 
 
 EXACT = """

@@ -5,9 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.utils.deterministic
 from torch import Tensor
 
 from litune.errors import ConfigError
@@ -63,6 +66,29 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+@contextmanager
+def deterministic(device: torch.device, *, strict: bool = True) -> Iterator[None]:
+    """Inside, a GPU's operations add in one order, so that the same seed gives the same bytes; elsewhere they do anyway.
+
+    What litune's own towers, losses and optimizers call has such a form: sums by sorted indices, attention without
+    atomics. An operation that has none raises RuntimeError, or, where it is not `strict`, runs as it does, with a
+    warning: of pooling and resizing in image towers some have none.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it, or matrix products raise
+    memory: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=not strict)
+    memory.fill_uninitialized_memory = False  # no memory is read that wasn't written
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        memory.fill_uninitialized_memory = before[1]
 
 
 def receive(tensor: Tensor) -> Callable[[], Tensor]:

@@ -23,7 +23,7 @@ from litune.config import TuneConfig, parse_rates
 from litune.data.pixels import PixelLoader
 from litune.data.texts import TOKENIZED_MOST, LaterTokens, tokenize
 from litune.data.tokenizers import Tokens
-from litune.devices import keep_freed_memory, pick_bfloat16, processor_cores, send
+from litune.devices import deterministic, keep_freed_memory, pick_bfloat16, processor_cores, send
 from litune.errors import ConfigError, RunError
 from litune.features import FeatureStore, Selection
 from litune.files import replace_folder
@@ -39,6 +39,7 @@ from litune.sharding import Shards
 from litune.towers.image import is_convolutional
 from litune.towers.kept import KeptTexts
 from litune.towers.locking import lock, train_unlocked
+from litune.towers.packing import Rows
 from litune.tuning.batching import default_duration, evaluation_steps, make_batches
 from litune.tuning.held_out import HeldOut
 from litune.tuning.inputs import Inputs, Micro, Preparation, on_device, sent
@@ -227,12 +228,15 @@ class Tuning:
         self._keep_texts()
         if self.progress.step == 0:
             self.micro = self._choose_micro()
+        if self.device.type == "cuda" and self.shards is None:
+            self._compile()
         done = self.progress.step
         with (
             RunLog(self.config, done, self.on_log) as log,
             track("tuning", "pairs", self.steps * self.size, done * self.size) as task,
             after_the_step() as interrupted,
             closing(Checkpoints(self)) as checkpoints,
+            deterministic(self.device, strict=not self.model.image_tuned and self._packs()),
         ):
             self._take_steps(log, task, interrupted, checkpoints)
         self.finish()
@@ -299,6 +303,18 @@ class Tuning:
             self.micro = halved(self.micro, self.take.at, self.size)
             self.optimizer.zero_grad()
             torch.cuda.empty_cache()
+
+    def _packs(self) -> bool:
+        """Whether litune runs the text tower's layers itself, and not an architecture that it doesn't know inside."""
+        return isinstance(self.model.text.pack(self.tokens.take(np.zeros(1, int)), self.device), Rows)
+
+    def _compile(self) -> None:
+        """Compile the text tower's layers, where it pays in this run."""
+        rows = min(self.micro.texts, -(-self.size // distributed.world_size()))
+        tokens = self.tokens.take(np.linspace(0, self.train.offsets[-1] - 1, rows).astype(np.int64))
+        packed = self.model.text.pack(tokens, self.device, bfloat16=self.bfloat16).to(self.device)
+        total = self.steps * rows * float(tokens.lengths.mean())
+        self.model.text.compile_layers(packed, total, bfloat16=self.bfloat16)
 
     def _choose_micro(self) -> Micro:
         """How much passes through the towers at once; on a GPU it is measured, and said."""
