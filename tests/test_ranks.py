@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,8 +28,9 @@ from litune.commands.embed import embed
 from litune.commands.evaluate import evaluate
 from litune.commands.tune import prepare_run, tune
 from litune.config import TuneConfig
-from litune.errors import LituneError, StoreError
-from litune.evaluation import suite
+from litune.data.sets import EvalSet
+from litune.errors import DataError, LituneError, StoreError
+from litune.evaluation import set_features, suite
 from litune.features import FeatureStore
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -58,8 +60,15 @@ EMBED = {"pairs": "photos", "image_tower": "python:colortower:make", "batch_size
 TASKS = {"tasks": "sets.yaml", "kshot": 2, "by_lang": True, "max_damaged": 0.1, "device": "cpu"}
 SETS = """
 - {name: colors, folder: classes, train: training}
+- {name: rotten, folder: rotten}
+- {name: torn, folder: torn}
 - {name: pairs, table: photos/captions.csv, split: val}
 """
+FAILED = {
+    "rotten": r"2 of 8 images can't be read .*damaged\.jsonl names them",
+    "torn": "the cable of rank [01] is torn",
+}
+"""The sets that fail: one on all ranks alike, one on the last rank alone."""
 WRONG: list[dict[str, Any]] = [
     {"store": "nowhere", "out": "new"},
     {"out": "two/softmax"},
@@ -100,7 +109,16 @@ def work(out: str) -> dict[str, Any]:
     found["rows"] = len(store)
     found["eval"] = evaluate(f"{out}/softmax", store="store", classes="classes", json=f"{out}/eval.json", device="cpu")
     # The same run in both, as weights differ in their last bits.
-    found["tasks"] = evaluate("two/softmax", **TASKS, features=f"{out}/features", out=f"{out}/report")["tasks"]
+    encode = set_features._encode
+
+    def torn(found: EvalSet, part: range, *args: Any) -> float:
+        if found.path.name == "torn" and part.stop == len(found):
+            raise DataError(f"the cable of rank {distributed.rank()} is torn")
+        return encode(found, part, *args)
+
+    set_features._encode = torn
+    measured = evaluate("two/softmax", **TASKS, features=f"{out}/features", out=f"{out}/report")
+    found |= {"tasks": measured["tasks"], "failed": measured["failed"]}
     if distributed.world_size() > 1:
         for settings in WRONG:
             try:
@@ -133,6 +151,12 @@ def place(photos: Path, tower_module: str, tiny_bert: Path, tmp_path: Path) -> P
         (tmp_path / "training" / color).mkdir(parents=True)
         for shape in SHAPES:
             draw(color, shape).save(tmp_path / "training" / color / f"{shape}.png")
+        for name in ("rotten", "torn"):
+            (tmp_path / name / color).mkdir(parents=True)
+            for size in (40, 50):
+                draw(color, "box", size).save(tmp_path / name / color / f"{size}.png")
+    for size in (40, 50):
+        (tmp_path / "rotten" / "red" / f"{size}.png").write_bytes(b"<html>")
     (tmp_path / "sets.yaml").write_text(SETS)
     return tmp_path
 
@@ -157,6 +181,10 @@ def test_two_ranks_are_as_one(place: Path) -> None:
     assert one["eval"]["retrieval"]["captions"] == 72
     assert json.loads((place / "two" / "eval.json").read_text()) == two["eval"]
     check_tasks(place, one["tasks"], two["tasks"])
+    for failed, rank in ((one["failed"], 0), (two["failed"], 1)):
+        assert [one["task"] for one in failed] == [*FAILED]
+        for why, expected in zip(failed, FAILED.values(), strict=True):
+            assert re.search(expected.replace("[01]", str(rank)), why["reason"])
     no_store, finished, differing, no_lang = two["errors"]
     assert no_store.startswith("StoreError: there is no feature store at nowhere")
     assert finished.startswith("OutputExistsError: two/softmax holds a finished run")
@@ -187,7 +215,8 @@ def check_runs(one: Path, two: Path) -> None:
 
 def check_tasks(place: Path, one: list[dict[str, Any]], two: list[dict[str, Any]]) -> None:
     """Equal figures of named sets, from stores that are equal, too; one report."""
-    stores = [sorted((place / out / "features").iterdir()) for out in ("one", "two")]
+    whole = [(place / out / "features").glob("[!t]*") for out in ("one", "two")]  # but for that of "torn"
+    stores = [sorted(found) for found in whole]
     assert [store.name for store in stores[0]] == [store.name for store in stores[1]]
     for a, b in zip(*stores, strict=True):
         check_stores(FeatureStore(a), FeatureStore(b))

@@ -86,11 +86,12 @@ def tf32_products(device: torch.device, bfloat16: bool) -> Iterator[None]:
 
 
 @contextmanager
-def deterministic(device: torch.device) -> Iterator[None]:
-    """Inside, a GPU adds in one order, so that the same seed gives the same bytes; elsewhere that is so anyway.
+def deterministic(device: torch.device, *, strict: bool = True) -> Iterator[None]:
+    """Inside, a GPU's operations add in one order, so that one seed gives the same bytes; elsewhere they do anyway.
 
     What litune's own towers, losses and optimizers call has such a form: sums by sorted indices, attention without
-    atomics. An operation that has none raises RuntimeError: of pooling and resizing in image towers some haven't.
+    atomics. An operation that has none raises RuntimeError, or, where it is not `strict`, runs as it does, with a
+    warning: of pooling and resizing in image towers some have none.
     """
     if device.type != "cuda":
         yield
@@ -98,7 +99,7 @@ def deterministic(device: torch.device) -> Iterator[None]:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it, or matrix products raise
     memory: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=not strict)
     memory.fill_uninitialized_memory = False  # no memory is read that wasn't written
     try:
         yield
@@ -120,6 +121,12 @@ def receive(tensor: Tensor) -> Callable[[], Tensor]:
         return copy.clone()  # so that the pinned memory is free for the next
 
     return wait
+
+
+def free_memory(device: torch.device) -> int:
+    """The bytes that a CUDA device has for new tensors: those that nobody has, and those that torch keeps unused."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
 
 
 def keep_freed_memory() -> None:

@@ -67,6 +67,9 @@ def test_a_named_set(run: Path, sets: Path, tmp_path: Path) -> None:
     assert one["chance"]["accuracy"] == 0.25
     assert "Ties count against the model" in one["definition"]
     assert json.loads((tmp_path / "e.json").read_text())["tasks"] == json.loads(json.dumps(found["tasks"]))
+    for kept, option in (("e.json", "json"), ("f", "out")):
+        with pytest.raises(OutputExistsError, match=f"choose another --{option}"):  # before anything is read
+            evaluate("nowhere", tasks="cifar10", data=sets, **{option: tmp_path / kept})
 
 
 def test_templates_of_the_set(run: Path, sets: Path, tmp_path: Path) -> None:
@@ -293,8 +296,8 @@ def test_settings_that_contradict(run: Path, sets: Path, tmp_path: Path) -> None
         evaluate(run)
     with pytest.raises(ConfigError, match="as a task in YAML"):
         evaluate(run, classes=sets, out=tmp_path / "o")
-    (tmp_path / "o").mkdir()
-    with pytest.raises(OutputExistsError, match="--overwrite"):
+    (tmp_path / "o" / "report").mkdir(parents=True)
+    with pytest.raises(OutputExistsError, match="choose another --out"):
         evaluate(run, tasks="cifar10", data=sets, out=tmp_path / "o")
     with pytest.raises(StoreError, match="embed the images with"):
         module = tmp_path / "othertower.py"
