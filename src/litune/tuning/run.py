@@ -22,7 +22,7 @@ from litune.config import TuneConfig, parse_rates
 from litune.data.pixels import PixelLoader
 from litune.data.texts import TOKENIZED_MOST, LaterTokens, tokenize
 from litune.data.tokenizers import Tokens
-from litune.devices import deterministic, keep_freed_memory, pick_bfloat16, processor_cores, send
+from litune.devices import deterministic, keep_freed_memory, pick_bfloat16, processor_cores, send, tf32_products
 from litune.errors import ConfigError, RunError
 from litune.features import FeatureStore, Selection
 from litune.files import replace_folder
@@ -229,8 +229,6 @@ class Tuning:
         self._keep_texts()
         if self.progress.step == 0:
             self.micro = self._choose_micro()
-        if self.device.type == "cuda" and self.shards is None:
-            self._compile()
         done = self.progress.step
         with (
             RunLog(self.config, done, self.on_log) as log,
@@ -238,7 +236,10 @@ class Tuning:
             after_the_step() as interrupted,
             closing(Checkpoints(self)) as checkpoints,
             deterministic(self.device, strict=not self.model.image_tuned and self._packs()),
+            tf32_products(self.device, self.bfloat16),
         ):
+            if self.device.type == "cuda" and self.shards is None:
+                self._compile()  # in here, since what is compiled is compiled for these two settings
             self._take_steps(log, task, interrupted, checkpoints)
         self.finish()
         if interrupted():  # in the last step: the run is whole, what was to follow it is not to begin
