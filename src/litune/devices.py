@@ -70,7 +70,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 @contextmanager
 def deterministic(device: torch.device, *, strict: bool = True) -> Iterator[None]:
-    """Inside, a GPU's operations add in one order, so that the same seed gives the same bytes; elsewhere they do anyway.
+    """Inside, a GPU's operations add in one order, so that one seed gives the same bytes; elsewhere they do anyway.
 
     What litune's own towers, losses and optimizers call has such a form: sums by sorted indices, attention without
     atomics. An operation that has none raises RuntimeError, or, where it is not `strict`, runs as it does, with a

@@ -160,6 +160,12 @@ class LiT(nn.Module):
         return ZeroShot(self, class_names, read_templates(templates))
 
 
+def scoring_device(model: object) -> torch.device:
+    """Where features are compared: on the GPU that the model is on, else on the processor."""
+    device = model.logit_scale.device if isinstance(model, LiT) else torch.device("cpu")
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
 class ZeroShot:
     """A zero-shot classifier: one weight vector per class.
 

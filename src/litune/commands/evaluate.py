@@ -19,6 +19,7 @@ from litune.commands.tune import choose_mixture
 from litune.config import EvalConfig, TuneConfig, command
 from litune.data.names import prompted_name, read_templates
 from litune.data.pairs import class_folders
+from litune.devices import send
 from litune.encoding import encode_images, pick_runtime
 from litune.errors import DataError, LituneError, StoreError
 from litune.evaluation import retrieval as retrieval_metrics
@@ -31,7 +32,7 @@ from litune.evaluation.suite import Protocol, Subject, retrieval_result, run_tas
 from litune.evaluation.tasks import Task, find_tasks, group_means
 from litune.features import MANIFEST, FeatureStore, Selection, library_versions
 from litune.files import cache_folder, check_file, read_json, write_json
-from litune.model import LiT
+from litune.model import LiT, scoring_device
 from litune.progress import say, track
 from litune.towers.image import differences
 
@@ -216,7 +217,10 @@ def evaluate_retrieval(
     reported: list[Result] = []
 
     def measured(lang: str) -> dict[str, Any]:
-        found, result = rank_pairs(images, texts, pairs, lang, {**about, "temperature": float(model.scale.detach())})
+        where = scoring_device(model)
+        found, result = rank_pairs(
+            send(images, where), send(texts, where), pairs, lang, {**about, "temperature": float(model.scale.detach())}
+        )
         reported.append(result)
         return found
 

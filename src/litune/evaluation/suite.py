@@ -23,12 +23,13 @@ from litune import distributed
 from litune.checkpoint import check_store
 from litune.data.names import prompted_name, write_prompts
 from litune.data.sets import EvalSet, picture_path
+from litune.devices import send
 from litune.errors import LituneError
 from litune.evaluation import prompts, published, retrieval, tasks, zero_shot
 from litune.evaluation.result import Result
 from litune.evaluation.set_features import Embedded, embed_set, stored_set
 from litune.features import MANIFEST, FeatureStore
-from litune.model import LiT
+from litune.model import LiT, scoring_device
 from litune.progress import say, track
 
 TEXTS = 8192  # captions that are encoded at once
@@ -336,6 +337,7 @@ def retrieve(
     def measure() -> Result:
         with _timed(seconds, "scores"):
             images = torch.cat([torch.empty(0, subject.model.dim), *embedded.blocks(subject.model)])
+            images = send(images, scoring_device(subject.model))
             ranks = retrieval.rank(images, texts, torch.from_numpy(owner))
         keys, pictures = _described(found, embedded)
         facts = _protocol(task, found, embedded, subject, protocol) | {"captions": len(flat)}

@@ -35,16 +35,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from litune.devices import free_memory
+from litune.devices import free_memory, send
 from litune.errors import DataError, StoreError
 from litune.features import FeatureStore
 from litune.files import atomic
 from litune.index.cells import BLOCK, Cells, blocks, make_cells, usual_cells
 from litune.index.codes import Codes, open_codes, write_codes
-from litune.index.exact import SHARE, best_of, block_rows, scoring_device, top_positions
+from litune.index.exact import SHARE, best_of, block_rows, top_positions
 from litune.index.filters import select_rows
 from litune.losses import normalize
-from litune.model import LiT, Picture
+from litune.model import LiT, Picture, scoring_device
 from litune.progress import track
 
 FORMAT = 1
@@ -289,7 +289,7 @@ class Index:
         """
         keep = self.there if mask is None else self.there & mask
         count = int(keep.sum())
-        queries = queries.to(scoring_device(model), torch.float32)
+        queries = send(queries.float(), scoring_device(model))
         if self.cells is None or (count <= EXACT_ROWS if exact is None else exact):
             return best_of(self._all(model, keep, len(queries)), queries, top)
         share = max(count, 1) / max(len(self), 1)
@@ -307,7 +307,7 @@ class Index:
                 yield rows, self._compared(model, rows)
             else:
                 whole = rows[-1] - rows[0] + 1 == len(rows)  # without gaps no copy is needed
-                yield rows, kept[rows[0] : rows[-1] + 1] if whole else kept[torch.from_numpy(rows).to(kept.device)]
+                yield rows, kept[rows[0] : rows[-1] + 1] if whole else kept[send(torch.from_numpy(rows), kept.device)]
 
     def _block_rows(self, model: Encoder, queries: int = 0) -> int:
         width = self.store.width

@@ -14,9 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from litune.devices import free_memory
+from litune.devices import free_memory, send
 from litune.index.cells import BLOCK
-from litune.model import LiT
 
 SHARE = 0.25
 """The share of a GPU's free memory that a block takes, and that features which are kept may take."""
@@ -25,12 +24,6 @@ MOST_ROWS = 1 << 17
 QUERIES = 16
 """Queries whose best images are picked at once: what that takes stays in a processor's cache."""
 ROWS = 1 << 32
-
-
-def scoring_device(model: object) -> torch.device:
-    """Where features are compared: on the GPU that the model is on, else on the processor."""
-    device = model.logit_scale.device if isinstance(model, LiT) else torch.device("cpu")
-    return device if device.type == "cuda" else torch.device("cpu")
 
 
 def block_rows(device: torch.device, width: int, dim: int, queries: int) -> int:
@@ -50,7 +43,7 @@ def best_of(
     """
     best = [torch.empty(len(some), 0, dtype=torch.int64, device=queries.device) for some in queries.split(QUERIES)]
     for rows, features in parts:
-        places = torch.from_numpy(rows).to(queries.device)
+        places = send(torch.from_numpy(rows), queries.device)
         for i, scores in enumerate((queries @ features.T).split(QUERIES)):
             both = torch.cat([best[i], _keys(scores, places)], dim=1)
             best[i] = both.topk(min(top, both.shape[1]), dim=1).values

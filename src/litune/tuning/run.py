@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from litune import distributed
 from litune.checkpoint import MANIFEST, STATE, save_model
@@ -35,7 +34,7 @@ from litune.optim import make_optimizer, parameter_groups, rate_of, set_rate
 from litune.progress import Task, say, track
 from litune.run_log import OnLog, RunLog, board_writer
 from litune.schedules import parse_duration, parse_unlock, rate_share
-from litune.sharding import Shards
+from litune.sharding import Shards, drop_states, is_shared
 from litune.towers.image import is_convolutional
 from litune.towers.kept import KeptTexts
 from litune.towers.locking import lock, train_unlocked
@@ -89,7 +88,7 @@ class Tuning:
         if device.type == "cpu":
             keep_freed_memory()
         # Libraries may draw and round otherwise on each machine: all ranks begin with what rank 0 has.
-        distributed.broadcast_([t for t in (*model.parameters(), *model.buffers()) if not isinstance(t, DTensor)])
+        distributed.broadcast_([t for t in (*model.parameters(), *model.buffers()) if not is_shared(t)])
         captions = int(train.offsets[-1])
         self.tokens: Tokens | LaterTokens = (
             tokenize(model.tokenizer, train, captions)
@@ -165,10 +164,11 @@ class Tuning:
         for name, parameter in named.items():
             if rate_of(name, rates) == 0:
                 parameter.requires_grad_(False)
-        if isinstance(self.tokens, Tokens):  # of more captions, most tokens are in some
+        # Of more captions, most tokens are in some. With --shard all rows of the table are shared alike.
+        if isinstance(self.tokens, Tokens) and not config.shard:
             model.text.tune_only(np.unique(self.tokens.ids))
         sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-        if config.shard and distributed.world_size() > 1:
+        if model.text.shared:
             self.shards = Shards(model.text)
         groups = parameter_groups(
             self._named_parameters(),
@@ -192,9 +192,10 @@ class Tuning:
         """The parameters that the ranks share, by name, of each this rank's rows."""
         return {f"text.{name}": own for name, own in self.shards.own.items()} if self.shards else {}
 
-    def whole(self) -> AbstractContextManager[None]:
-        """Where all ranks have all weights: what is shared is lent out."""
-        return self.shards.whole() if self.shards else nullcontext()
+    @property
+    def takes_part(self) -> bool:
+        """Whether this rank evaluates and writes: rank 0, and where a tower is shared, all together."""
+        return distributed.is_main() or self.shards is not None
 
     def announce(self) -> None:
         """Say what is about to happen."""
@@ -286,10 +287,9 @@ class Tuning:
 
     def _evaluate_and_log(self, log: RunLog) -> None:
         self.check()
-        with self.whole():
-            if distributed.is_main():
-                log.write(self._done() | {"val": self.evaluate()} | self.evaluate_sources())
-                self._keep_best()
+        if self.takes_part:
+            log.write(self._done() | {"val": self.evaluate()} | self.evaluate_sources())
+            self._keep_best()
 
     def _step_in_memory(self, inputs: Inputs) -> Reading | None:
         """The step; where the GPU's memory runs out, it is taken again in smaller micro-batches."""
@@ -337,7 +337,7 @@ class Tuning:
         reserved = sum(8 * p.numel() for group in self.optimizer.param_groups for p in group["params"])
         with still_statistics([model]):
             found = choose_micro(self.config, self.device, rows, texts, images if model.image_tuned else None, reserved)
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         torch.cuda.empty_cache()
         if found.texts < rows:
             say(f"{found.texts:,} texts pass the tower at once (--micro-batch), twice each: gradient caching")
@@ -457,6 +457,7 @@ class Tuning:
             bfloat16=self.bfloat16,
             image_bfloat16=self.image_bfloat16,
             image_micro=self.micro.images,
+            shared=self.shards is not None,
         )
 
     def evaluate_sources(self) -> dict[str, dict[str, Any]]:
@@ -481,9 +482,11 @@ class Tuning:
             return
         self.progress.best = recall
         best, new = self.config.out / BEST, self.config.out / f"{BEST}.tmp"
-        new.mkdir()
+        if distributed.is_main():
+            new.mkdir()
         save_model(new, self.model, manifest(self) | {"best_at_step": self.progress.step})
-        replace_folder(new, best, last=MANIFEST)
+        if distributed.is_main():
+            replace_folder(new, best, last=MANIFEST)
 
     def _recall_note(self) -> str:
         if self.last_evaluation is None:
@@ -498,11 +501,12 @@ class Tuning:
         """Write the finished run and drop the checkpoint."""
         self.check()
         self.model.eval()
-        with self.whole():
-            if distributed.is_main():
-                save_model(self.config.out, self.model, manifest(self))
-                (self.config.out / STATE).unlink(missing_ok=True)
-                write_card(self.config.out)
+        if self.takes_part:
+            save_model(self.config.out, self.model, manifest(self))
+        if distributed.is_main():
+            (self.config.out / STATE).unlink(missing_ok=True)
+            drop_states(self.config.out)
+            write_card(self.config.out)
         distributed.barrier()
         say(f"wrote {self.config.out}" + self._recall_note())
 
