@@ -428,7 +428,7 @@ class Tuning:
         """Skip a step, if that is asked for and does not happen again and again; else stop with its step and keys."""
         images = next(self.batches.from_step(step, step + 1)).images
         keys = ", ".join(self.train.keys[i] for i in images[:3])
-        what = f"{describe_bad(loss, norm)} at step {step} (images {keys}, …)"
+        what = f"{describe_bad(step, loss, norm)} (images {keys}, …)"
         self.skipped_in_a_row += 1
         if self.config.not_finite == "skip" and self.skipped_in_a_row <= SKIPPED_MOST:
             say(f"{what}: the step is skipped")
