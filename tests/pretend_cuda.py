@@ -134,12 +134,13 @@ class Block:
     """A piece of the card's memory, for as long as a tensor is in it: who wrote it last, and who reads it."""
 
     def __init__(self, gpu: PretendGPU, size: int) -> None:
-        self.gpu, self.size, self.stream = gpu, size, gpu.stream
+        self.gpu, self.size, self.stream = gpu, 0, gpu.stream
         self.stream.launched += 1  # what writes into it first
         self.writer, self.written = self.stream, self.stream.launched
         self.readers: dict[Stream, int] = {}
         self.recorded: set[Stream] = set()
         gpu.allocate(size, self.stream)
+        self.size = size  # not before: what was refused is not given back
 
     def __del__(self) -> None:
         self.gpu.allocated -= self.size
