@@ -22,7 +22,8 @@ What the figures mean (limits and goals, with their reasons, stand in README.md 
     fast:search    queries_per_second of an exact search, many queries at once; seconds_first is the first time, from
                    disk; same_as_processor: the share of the nearest images in common
     fast:open_clip pairs_per_second of open_clip's training step, image tower locked, pictures on the card
-    peak_…gb       the most memory, in 10⁹ bytes: allocated and reserved by torch on a card; without one, of the process
+    peak_…gb       the most memory, in 10⁹ bytes: allocated and reserved by torch on a card, else of the process; of
+                   tuning, by batch size
     seconds        of the whole part, its process's start included
 """
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from litune.devices import deterministic, receive, send
+from litune.devices import deterministic, receive, send, tf32_products
 
 FAULTS = """
 import resource, torch
@@ -81,3 +81,12 @@ def test_nothing_is_to_be_done_on_the_processor() -> None:
     values = torch.ones(3)
     assert send(values, torch.device("cpu")) is values
     assert receive(values)() is values
+
+
+@pytest.mark.parametrize(
+    ("device", "bfloat16", "inside"), [("cuda", True, "high"), ("cuda", False, "highest"), ("cpu", True, "highest")]
+)
+def test_tf32_is_for_runs_in_bfloat16_on_a_gpu(device: str, bfloat16: bool, inside: str) -> None:
+    with tf32_products(torch.device(device), bfloat16):
+        assert torch.get_float32_matmul_precision() == inside
+    assert torch.get_float32_matmul_precision() == "highest"

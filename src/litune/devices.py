@@ -69,8 +69,25 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 @contextmanager
+def tf32_products(device: torch.device, bfloat16: bool) -> Iterator[None]:
+    """Inside, GPUs round what float32 matrix products multiply to TF32's ten bits, where towers compute in bfloat16.
+
+    These are the products of the loss, of whitening and of heads that no autocast takes to bfloat16. Sums are float32.
+    What it does to a loss and its gradients is measured by benchmarks/loss_precision.py (docs/method.md has the table):
+    less than what bfloat16 did to the features before.
+    """
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda" and bfloat16:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
 def deterministic(device: torch.device, *, strict: bool = True) -> Iterator[None]:
-    """Inside, a GPU's operations add in one order, so that the same seed gives the same bytes; elsewhere they do anyway.
+    """Inside, a GPU's operations add in one order, so that one seed gives the same bytes; elsewhere they do anyway.
 
     What litune's own towers, losses and optimizers call has such a form: sums by sorted indices, attention without
     atomics. An operation that has none raises RuntimeError, or, where it is not `strict`, runs as it does, with a

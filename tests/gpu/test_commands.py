@@ -84,7 +84,8 @@ def test_classify(world: World) -> None:
 
 @pytest.mark.parametrize("settings", [
     {"query": "a red box"}, {"query": "at night", "image": "picture"}, {"query": "a blue ring", "captions": True},
-    {"query": "a red box", "index": "approximate"}, {"query": "a red box", "where": ("split=val",), "sheet": "sheet.png"},
+    {"query": "a red box", "index": "approximate"},
+    {"query": "a red box", "where": ("split=val",), "sheet": "sheet.png"},
 ])  # fmt: skip
 def test_search(settings: dict[str, Any], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if settings.get("index"):

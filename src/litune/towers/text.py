@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -19,7 +20,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from litune import distributed
 from litune.data.tokenizers import Layout, Tokens
 from litune.errors import MissingExtraError, TowerError, nearest
 from litune.towers.bert import BERT_LIKE, ROBERTA_LIKE, bert_encode, reads_line, teach_packing
@@ -60,6 +63,8 @@ class TextTower(nn.Module):
     max_positions: int
     architecture: dict[str, Any]
     _compiled = False
+    shared = False
+    """Whether each rank has only its rows of the parameters (see `litune.sharding`)."""
 
     def pack(self, tokens: Tokens, device: torch.device, *, bfloat16: bool = False) -> Packed:
         """N texts as `forward` reads them, for `device`, under autocast to bfloat16 or not; all tensors on the CPU.
@@ -109,6 +114,11 @@ class TextTower(nn.Module):
     def compiled_in_training(self) -> AbstractContextManager[Any]:
         """Where the layers run: as they are compiled, but in evaluation, which has each batch in another shape."""
         return nullcontext() if self.training or not self._compiled else torch.compiler.set_stance("force_eager")
+
+    def set_gradient_checkpointing(self) -> None:
+        """Keep the layers' inputs alone for the backward pass; the rest is computed again there, dropout alike."""
+        for layer in self.layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
     def token_table(self) -> nn.Embedding:
         """The embedding of tokens."""
@@ -167,8 +177,10 @@ class HfTextTower(TextTower):
                 return pool(bert_encode(self.model, packed), packed, self.pooling)
         # One call per length: no architecture needs to know of packing, and none sees padding.
         assert isinstance(packed, Groups)
-        vectors = []
-        for ids in packed.ids:
+        vectors, calls = [], list(packed.ids)
+        if self.shared:  # each rank brings its rows of a layer to every call: those with fewer calls repeat one
+            calls += calls[:1] * (max(distributed.gather_objects(len(calls))) - len(calls))
+        for ids in calls:
             hidden = self.model(input_ids=ids).last_hidden_state.float()
             vectors.append(
                 hidden.mean(1) if self.pooling == "mean" else hidden[:, {"first": 0, "last": -1}[self.pooling]]

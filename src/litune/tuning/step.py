@@ -246,8 +246,8 @@ def nothing() -> None:
     """Do nothing."""
 
 
-def describe_bad(loss: float, norm: float) -> str:
-    """What is not finite, the loss or its gradient."""
+def describe_bad(step: int, loss: float, norm: float) -> str:
+    """What is not finite at a step, the loss or its gradient."""
     return (
-        f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm} (the loss is {loss:.4g})"
+        f"the gradient's norm is {norm} at step {step}" if math.isfinite(loss) else f"the loss is {loss} at step {step}"
     )
