@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from litune.devices import receive, send
+from litune.devices import deterministic, receive, send, tf32_products
 
 FAULTS = """
 import resource, torch
@@ -31,6 +31,19 @@ def test_freed_memory_is_kept() -> None:
     without, kept = map(int, done.stdout.split())
     assert kept < 100
     assert without > 10_000
+
+
+def test_sums_in_one_order_on_a_gpu_and_afterwards_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    with deterministic(torch.device("cpu")):
+        assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(ZeroDivisionError), deterministic(torch.device("cuda")):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+        raise ZeroDivisionError
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
 
 
 EXACT = """
@@ -68,3 +81,12 @@ def test_nothing_is_to_be_done_on_the_processor() -> None:
     values = torch.ones(3)
     assert send(values, torch.device("cpu")) is values
     assert receive(values)() is values
+
+
+@pytest.mark.parametrize(
+    ("device", "bfloat16", "inside"), [("cuda", True, "high"), ("cuda", False, "highest"), ("cpu", True, "highest")]
+)
+def test_tf32_is_for_runs_in_bfloat16_on_a_gpu(device: str, bfloat16: bool, inside: str) -> None:
+    with tf32_products(torch.device(device), bfloat16):
+        assert torch.get_float32_matmul_precision() == inside
+    assert torch.get_float32_matmul_precision() == "highest"

@@ -7,6 +7,7 @@
     metrics.jsonl       one JSON object per logged step and per evaluation
     README.md           the model card
     state.safetensors   weights, optimizer moments and step while tuning goes on; gone when it is done
+    state-STEP/         the same with --shard, each rank's part in files of its own (see litune.sharding)
     best/               a run folder of its own: the model as it was best on the held-out pairs
 
 Every file is written under a temporary name and renamed. There is no pickle.
@@ -15,26 +16,27 @@ Every file is written under a temporary name and renamed. There is no pickle.
 from __future__ import annotations
 
 import json
-import os
-import re
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from litune import distributed
 from litune.data.tokenizers import load_tokenizer
 from litune.devices import pick_device
 from litune.errors import RunError, StoreError, TowerError
 from litune.files import atomic, read_json, write_json
 from litune.model import LiT
+from litune.sharding import is_shared, own_part, whole_tensor
 from litune.towers.heads import make_head
 from litune.towers.image import ImageTower, differences, load_image_tower, with_random_weights
 from litune.towers.locking import lock
-from litune.towers.text import build_text_tower
+from litune.towers.rows import DrawnRows, without_weights
+from litune.towers.text import TextTower, build_text_tower
 
 FORMAT = 1
 MANIFEST, CONFIG, MODEL, TOKENIZER = "manifest.json", "config.json", "model.safetensors", "tokenizer.json"
@@ -44,29 +46,54 @@ METRICS, STATE = "metrics.jsonl", "state.safetensors"
 def model_state(model: LiT) -> dict[str, Tensor]:
     """What a run keeps of a model: all but a locked image tower. Tied weights are one tensor by several names."""
     kept = {n: v for n, v in model.state_dict().items() if model.image_tuned or not n.startswith("image.")}
-    held = {_place(value): value.detach().cpu().contiguous() for value in kept.values()}
-    return {name: held[_place(value)] for name, value in kept.items()}
+    return {name: value.detach() for name, value in kept.items()}
 
 
 def _place(value: Tensor) -> tuple[Any, ...]:
-    return value.device, value.data_ptr(), value.shape, value.stride(), value.dtype
+    return value.device, own_part(value).data_ptr(), value.shape, value.stride(), value.dtype
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Write tensors and JSON facts as one safetensors file, atomically; what has several names is written once."""
+DTYPES = {
+    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
+    torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+"""What safetensors calls the types of tensors, in the order in which its own writer lays tensors out."""
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+    """Write tensors and JSON facts as one safetensors file, atomically; what has several names is written once.
+
+    The bytes are those of `safetensors.torch.save_file`, but tensors are copied and written one by one. Those that
+    ranks share are gathered one by one, too: where there are any, all ranks call this, and rank 0 writes.
+    """
     first: dict[tuple[Any, ...], str] = {}
     also = {k: name for k, v in tensors.items() if v.numel() and (name := first.setdefault(_place(v), k)) != k}
+    shared = any(is_shared(value) for value in tensors.values())
+    if shared:
+        also = distributed.broadcast_object(also)  # rank 0 has rows of every tensor, others may have none
+    types = list(DTYPES)
+    names = sorted(tensors.keys() - also.keys(), key=lambda name: (types.index(tensors[name].dtype), name))
+    whole = (whole_tensor(tensors[name]) for name in names)
+    if shared and not distributed.is_main():
+        deque(whole, maxlen=0)
+        return
     about = {"litune": json.dumps(facts | ({"also": also} if also else {}))}
-    with atomic(path) as temporary:
-        try:
-            # Views of one memory that are not the same tensor safetensors refuses: hence the clones.
-            save_file({k: v.clone() for k, v in tensors.items() if k not in also}, temporary, about)
-        except SafetensorError as why:
-            # safetensors hides the system's error in its message: a full disk should say so.
-            code = re.search(r"os error (\d+)", str(why))
-            if code is None:
-                raise
-            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        file.write(_header({name: tensors[name] for name in names}, about))
+        for value in whole:
+            file.write(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def _header(tensors: dict[str, Tensor], about: dict[str, str]) -> bytes:
+    """What a safetensors file begins with: where each tensor lies, in this order, as JSON padded to eight bytes."""
+    places: dict[str, Any] = {"__metadata__": about}
+    end = 0
+    for name, value in tensors.items():
+        begin, end = end, end + value.numel() * value.itemsize
+        places[name] = {"dtype": DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [begin, end]}
+    text = json.dumps(places, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -83,8 +110,13 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def save_model(folder: Path, model: LiT, manifest: dict[str, Any]) -> None:
-    """Write a run folder's model, tokenizer and manifest; the manifest last, so that it vouches for the rest."""
+    """Write a run folder's model, tokenizer and manifest; the manifest last, so that it vouches for the rest.
+
+    Where ranks share a tower, all call this, and rank 0 writes.
+    """
     save_tensors(folder / MODEL, model_state(model), {"format": FORMAT})
+    if not distributed.is_main():
+        return
     model.tokenizer.save(folder / TOKENIZER)
     write_json(folder / MANIFEST, {"format": FORMAT, **manifest, "model": describe_model(model)})
 
@@ -119,6 +151,35 @@ def load(run: Path | str, *, image_tower: str | None = None, device: str = "auto
     Raises `RunError` where the folder is missing, unfinished, damaged or of another version.
     """
     folder = Path(run)
+    model = _model_of(folder, build_text_tower)
+    tensors, _ = load_tensors(folder / MODEL)
+    try:
+        model.load_state_dict(tensors, strict=True)
+    except RuntimeError as why:
+        raise RunError(f"{folder / MODEL} does not fit its manifest: {str(why).splitlines()[-1].strip()}") from None
+    if model.image_tuned and image_tower is not None:
+        raise TowerError(f"{folder} has trained its own image tower: leave out --image-tower")
+    model.find_image_tower = image_tower_finder(model, image_tower)
+    return model.eval().to(pick_device(device))
+
+
+def load_without_text(run: Path | str) -> LiT:
+    """The model of a run folder, the parameters of its text tower on the meta device: still to be filled in."""
+    folder = Path(run)
+
+    def build(architecture: dict[str, Any]) -> TextTower:
+        with without_weights(DrawnRows()):  # as many random numbers are drawn as by `load`
+            return build_text_tower(architecture)
+
+    model = _model_of(folder, build)
+    with safe_open(folder / MODEL, framework="pt") as file:
+        others = {name: file.get_tensor(name) for name in file.keys() if not name.startswith("text.")}  # noqa: SIM118
+    model.load_state_dict(others, strict=False)
+    return model.eval()
+
+
+def _model_of(folder: Path, build: Callable[[dict[str, Any]], TextTower]) -> LiT:
+    """The model of a run folder, its weights still to be filled in."""
     if not folder.is_dir():
         raise RunError(f"there is no run at {folder}: make one with litune tune")
     if not (folder / MANIFEST).exists():
@@ -130,7 +191,7 @@ def load(run: Path | str, *, image_tower: str | None = None, device: str = "auto
         raise RunError(f"{folder} has the run format {manifest.get('format')!r}, this litune reads {FORMAT}")
     made = manifest["model"]
     tokenizer = load_tokenizer(folder / TOKENIZER, made["tokenizer"]["layout"], made["tokenizer"]["max_tokens"])
-    text = build_text_tower(made["text_tower"])
+    text = build(made["text_tower"])
     model = LiT(
         text,
         make_head(made["text_head"], text.width, made["dim"]),
@@ -145,15 +206,7 @@ def load(run: Path | str, *, image_tower: str | None = None, device: str = "auto
         image=_tuned_tower(made["image_tower"]) if made.get("image_tuned") else None,
     )
     model.origin = made.get("origin")
-    tensors, _ = load_tensors(folder / MODEL)
-    try:
-        model.load_state_dict(tensors, strict=True)
-    except RuntimeError as why:
-        raise RunError(f"{folder / MODEL} does not fit its manifest: {str(why).splitlines()[-1].strip()}") from None
-    if model.image_tuned and image_tower is not None:
-        raise TowerError(f"{folder} has trained its own image tower: leave out --image-tower")
-    model.find_image_tower = image_tower_finder(model, image_tower)
-    return model.eval().to(pick_device(device))
+    return model
 
 
 def _tuned_tower(provenance: dict[str, Any]) -> ImageTower:

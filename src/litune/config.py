@@ -252,9 +252,13 @@ class TuneConfig:
     encoded twice (gradient caching): the same gradient, in a micro-batch's memory."""
     image_micro_batch: int | None = None
     """The same for the pictures of an unlocked image tower; by default 64 on CPUs, on GPUs as many as fit."""
+    gradient_checkpointing: bool = False
+    """Keep few activations of the text tower, and of an unlocked image tower, for the backward pass and compute the
+    others again: the same gradient in less memory, a third more time."""
     shard: bool = False
-    """Share the text tower's weights, gradients and optimizer states among the processes (FSDP2): for towers of which
-    one device can't hold all of these. The result is the same, steps take longer."""
+    """Share the text tower's weights, gradients and optimizer states among the processes (FSDP2), none of which ever
+    holds the whole tower: for towers of which one device can't hold all of these. The result is the same, steps take
+    longer."""
     optimizer: Literal["adamw", "adafactor", "lion"] = "adamw"
     """adamw; adafactor as in "Scaling Vision Transformers"; lion, with about a tenth of adamw's learning rate."""
     learning_rate: float = 1e-3
@@ -299,8 +303,6 @@ class TuneConfig:
     """Of the pictures of an unlocked image tower: random parts of them (the Inception crop), or all of each."""
     flip: bool = False
     """Mirror half of the pictures. Captions that speak of left and right become wrong."""
-    gradient_checkpointing: bool = False
-    """Keep few activations of an unlocked image tower for the backward pass and compute the others again."""
     workers: int = 0
     """Threads that decode pictures; 0: one per processor core."""
     max_damaged: float = 0.01
@@ -397,7 +399,7 @@ class TuneConfig:
 
     def _refuse_pixel_settings(self) -> None:
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        for name in ("image_tower", "image_rate", "unlock", "augment", "flip", "gradient_checkpointing"):
+        for name in ("image_tower", "image_rate", "unlock", "augment", "flip"):
             if getattr(self, name) != defaults[name]:
                 raise ConfigError(
                     f"--{name.replace('_', '-')} is for an unlocked image tower: the locked one's features are stored; "
@@ -477,7 +479,7 @@ class EvalConfig:
     """The templates of --tasks: clip takes the set's own (80 for ImageNet), lit these and the bare name, as the LiT
     paper; short eight for all sets; bare the name alone."""
     canonical: bool = True
-    """Write class names in lower case and without punctuation before they go into templates."""
+    """Write class names and templates in lower case and without punctuation, as big_vision does."""
     text_precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the text tower for --tasks. bfloat16 is faster where the processor has units for it, and moves a
     few images of a thousand."""

@@ -125,19 +125,21 @@ def row_counts(rows: Shaped[Tensor, "n D"]) -> list[int]:
     """The n of every rank, in rank order; raises `ValueError` on every rank where they differ in D."""
     if not _grouped():
         return [len(rows)]
-    shapes = torch.empty(world_size() * 2, dtype=torch.int64, device=rows.device)
-    dist.all_gather_into_tensor(shapes, torch.tensor(rows.shape, device=rows.device))
-    counts, widths = shapes.view(-1, 2).T.tolist()
+    # From processor to processor: over NCCL each would wait for its GPU to read them.
+    counts, widths = zip(*gather_objects(tuple(rows.shape)), strict=True)
     if len(set(widths)) > 1:
-        raise ValueError(f"rows are {widths} wide on the ranks: they must be of one width to be gathered")
+        raise ValueError(f"rows are {list(widths)} wide on the ranks: they must be of one width to be gathered")
     return list(counts)
 
 
-def gather_rows(rows: Shaped[Tensor, "n D"]) -> Shaped[Tensor, "N D"]:
-    """The rows of all ranks, in rank order; n may differ from rank to rank. Gradients do not flow through it."""
+def gather_rows(rows: Shaped[Tensor, "n D"], counts: Sequence[int] | None = None) -> Shaped[Tensor, "N D"]:
+    """The rows of all ranks, in rank order; n may differ from rank to rank. Gradients do not flow through it.
+
+    `counts` are their `row_counts`, where these are known.
+    """
     if not _grouped():
         return rows.detach()
-    counts = row_counts(rows)
+    counts = row_counts(rows) if counts is None else counts
     most = max(counts)
     padded = F.pad(rows.detach(), (0, 0, 0, most - len(rows))).contiguous()
     found = padded.new_empty(len(counts) * most, rows.shape[1])

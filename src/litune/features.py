@@ -145,15 +145,20 @@ class FeatureStore:
         lists = [[c] if isinstance(c, str) and c.strip() else [] for c in captions]
         return table.append_column("captions", pa.array(lists, pa.list_(pa.string())))
 
-    def features(self, rows: Sequence[int] | np.ndarray | slice) -> np.ndarray:
-        """Raw float32 features [len(rows), D] of these rows, in the order asked for.
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type of the features: float16, or float32 where they are wider."""
+        return np.dtype(np.float16 if all(part.dtype == np.float16 for part in self._parts) else np.float32)
+
+    def features(self, rows: Sequence[int] | np.ndarray | slice, dtype: np.dtype[Any] | None = None) -> np.ndarray:
+        """Raw features [len(rows), D] of these rows, in the order asked for; float32 by default.
 
         Raises `IndexError` for a row below 0 or past the last.
         """
         if isinstance(rows, slice):
             rows = np.arange(*rows.indices(len(self)))
         index = np.asarray(rows, dtype=np.int64)
-        found = np.empty((len(index), self.width), dtype=np.float32)
+        found = np.empty((len(index), self.width), dtype=dtype or np.float32)
         for part, places, own in self._by_part(index):
             found[places] = part[own]
         return found

@@ -1,89 +1,165 @@
 """A tower whose weights, gradients and optimizer states are shared by the ranks (FSDP2, arXiv 2304.11277).
 
-Each rank holds its rows of every parameter. While the tower runs, the ranks lend each other theirs; going backward,
-each gets the gradient of its own. The optimizer sees plain tensors, a rank's own rows, and knows nothing of it.
+Each rank holds its rows of every parameter. A layer is whole on a rank only while it runs, forward or backward; going
+backward, each rank gets the gradient of its own rows. The optimizer sees plain tensors, a rank's own rows, and knows
+nothing of it.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from litune import distributed
+from litune.errors import RunError
+from litune.files import write_json
+
+Rows = Callable[[Tensor], Tensor]
+"""For a parameter on the meta device, this rank's rows of it (see `own_rows`), in float32."""
+
+
+def share(
+    tower: nn.Module, parts: Sequence[nn.Module], rows: Rows, device: torch.device, *, bfloat16: bool = False
+) -> None:
+    """Fill the parameters of `tower`, which are on the meta device, with each rank's rows, and share it from here on.
+
+    Of its `parts`, the table of tokens and every layer, one at a time is whole, and so is what lies outside of them.
+    Every rank must run the tower equally often, forward and backward. With `bfloat16` the layers compute in it, from
+    weights that are sent in it; gradients are summed in float32.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    # It warns of layers that return views, which could be changed in place: those of text towers are not.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
+    filled = {name: rows(parameter).to(device) for name, parameter in tower.named_parameters()}
+    # Without a mesh FSDP2 takes the machine's GPUs, whatever was asked for.
+    mesh = init_device_mesh(device.type, (distributed.world_size(),))
+    # Autocast decides what a layer's inputs are cast to. Tables are float32, as in a tower that is not shared.
+    low = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for part in (*parts, tower):
+        layer = part is not tower and not isinstance(part, nn.Embedding)
+        policy = low if bfloat16 and layer else MixedPrecisionPolicy()
+        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    tower.load_state_dict(
+        {name: _shared(own, tower.get_parameter(name)) for name, own in filled.items()}, strict=False, assign=True
+    )
+    for module in tower.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
 
 
 class Shards:
-    """A module shared by all ranks, from here on. Every rank must run it equally often, forward and backward."""
+    """The optimizer's view of a tower that the ranks share."""
 
-    def __init__(self, module: nn.Module) -> None:
-        """Share `module`, which is equal on all ranks."""
-        from torch.distributed.fsdp import fully_shard
-
-        # Whole from the first forward pass to the end of the backward pass, or to `release`.
-        fully_shard(module, reshard_after_forward=False)
-        self.module: Any = module
+    def __init__(self, tower: nn.Module) -> None:
+        self.parameters: dict[str, Any] = dict(tower.named_parameters())
         self.own = {
-            name: nn.Parameter(cast(Any, p).to_local().detach(), requires_grad=p.requires_grad)
-            for name, p in module.named_parameters()
+            name: nn.Parameter(own_part(p).detach(), requires_grad=p.requires_grad)
+            for name, p in self.parameters.items()
         }
         """This rank's rows of every parameter, by name: what an optimizer steps."""
 
     def take_gradients(self) -> None:
         """After the backward passes: the sum over ranks of their gradients, as gradients of `own`."""
-        self.release()
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self.parameters.items():
             if parameter.grad is not None:
                 # FSDP2 gives the mean.
-                self.own[name].grad = parameter.grad.to_local() * distributed.world_size()
+                self.own[name].grad = parameter.grad.to_local().mul_(distributed.world_size())
                 parameter.grad = None
 
-    def release(self) -> None:
-        """Keep no more than this rank's rows."""
-        self.module.reshard()
-
-    @contextmanager
-    def whole(self) -> Iterator[None]:
-        """The module with all its weights, on every rank; all ranks must come here. What is written is kept."""
-        self.module.unshard()
-        with _state_dicts_as_they_are(self.module):
-            yield
-        with torch.no_grad():
-            for name, parameter in self.module.named_parameters():
-                self.own[name].copy_(own_rows(parameter.detach()))
-        self.release()
+    def shared(self, name: str, own: Tensor) -> Tensor:
+        """Rows like those of the parameter `name`, of which each rank brings its own, as one tensor."""
+        return _shared(own, self.parameters[name])
 
 
-@contextmanager
-def _state_dicts_as_they_are(module: nn.Module) -> Iterator[None]:
-    """FSDP2 would share the weights out again before it reads or fills a state dict."""
-    hooks = [
-        hooks
-        for part in module.modules()
-        for hooks in (part._state_dict_pre_hooks, part._load_state_dict_pre_hooks, part._load_state_dict_post_hooks)
-    ]
-    before = [dict(one) for one in hooks]
-    for one in hooks:
-        one.clear()
-    try:
-        yield
-    finally:
-        for one, saved in zip(hooks, before, strict=True):
-            one.update(cast(Any, saved))
+STATES, FACTS = "state-*", "facts.json"
+"""A state's folder and what is written into it last: without, the writing did not end."""
 
 
-def own_rows(whole: Tensor) -> Tensor:
-    """A rank's rows of a tensor, as FSDP2 shares them out: as many for each, the last ranks may have fewer or none."""
-    share = -(-len(whole) // distributed.world_size())
-    begin = distributed.rank() * share
-    return whole[begin : begin + share]
+def save_state(run: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Write the state of a run at `facts["step"]`, each rank the rows that it holds, and drop the one before.
+
+    A folder of safetensors files, written by torch.distributed.checkpoint: any number of ranks can read it.
+    """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    folder = run / STATES.replace("*", str(facts["step"]))
+    if distributed.from_main((folder / FACTS).exists):
+        return
+    if distributed.is_main():
+        shutil.rmtree(folder, ignore_errors=True)
+    distributed.barrier()
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    save(tensors, storage_writer=writer, no_dist=distributed.world_size() == 1)
+    if distributed.is_main():
+        write_json(folder / FACTS, facts)
+        drop_states(run, but=folder)
 
 
-def all_rows(own: Tensor) -> Tensor:
-    """The rows of all ranks [n, ...], which each has in part."""
-    found = distributed.gather_rows(own.reshape(len(own), math.prod(own.shape[1:])))
-    return found.view(-1, *own.shape[1:])
+def drop_states(run: Path, but: Path | None = None) -> None:
+    """Remove the states of a run, whole or not, but one."""
+    for folder in run.glob(STATES):
+        if folder != but:
+            shutil.rmtree(folder)
+
+
+def find_state(run: Path) -> Path | None:
+    """The folder of a run's state, if it has one."""
+    found = (path.parent for path in run.glob(f"{STATES}/{FACTS}"))
+    return max(found, key=lambda folder: int(folder.name.partition("-")[2]), default=None)
+
+
+def load_state(folder: Path, tensors: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]) -> None:
+    """Read a state into the tensors, shared or not, that `tensors` names, given what is there, on the meta device."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    reader = HuggingFaceStorageReader(str(folder))
+    sizes: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
+    there = {name: torch.empty(one.size, dtype=one.properties.dtype, device="meta") for name, one in sizes.items()}
+    wanted = tensors(there)
+    if missing := sorted(wanted.keys() - there.keys()):
+        raise RunError(f"{folder} is damaged ({missing[0]} is missing): restore it, or tune again with --overwrite")
+    load(wanted, storage_reader=reader, no_dist=distributed.world_size() == 1)
+
+
+def is_shared(tensor: Tensor) -> bool:
+    """Whether each rank has only its rows of this tensor."""
+    if distributed.world_size() == 1:
+        return False
+    from torch.distributed.tensor import DTensor  # slow to import
+
+    return isinstance(tensor, DTensor)
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """The rows of a tensor that are this rank's; all of one that is not shared."""
+    return cast(Any, tensor).to_local() if is_shared(tensor) else tensor
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """All rows of a tensor, on every rank; all ranks must come here."""
+    return cast(Any, tensor).full_tensor() if is_shared(tensor) else tensor
+
+
+def own_rows(count: int) -> slice:
+    """The rows of `count` that are this rank's, as FSDP2 shares them out: the last ranks may have fewer, or none."""
+    share = -(-count // distributed.world_size())
+    begin = min(count, distributed.rank() * share)
+    return slice(begin, min(count, begin + share))
+
+
+def _shared(own: Tensor, like: Any) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        own, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )

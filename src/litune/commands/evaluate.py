@@ -17,8 +17,9 @@ from litune.checkpoint import CONFIG, check_store, load
 from litune.checkpoint import MANIFEST as RUN_MANIFEST
 from litune.commands.tune import choose_mixture
 from litune.config import EvalConfig, TuneConfig, command
-from litune.data.names import canonicalize, read_templates
+from litune.data.names import prompted_name, read_templates
 from litune.data.pairs import class_folders
+from litune.devices import send
 from litune.encoding import encode_images, pick_runtime
 from litune.errors import DataError, LituneError, StoreError
 from litune.evaluation import retrieval as retrieval_metrics
@@ -31,7 +32,7 @@ from litune.evaluation.suite import Protocol, Subject, retrieval_result, run_tas
 from litune.evaluation.tasks import Task, find_tasks, group_means
 from litune.features import MANIFEST, FeatureStore, Selection, library_versions
 from litune.files import cache_folder, check_file, read_json, write_json
-from litune.model import LiT
+from litune.model import LiT, scoring_device
 from litune.progress import say, track
 from litune.towers.image import differences
 
@@ -216,7 +217,10 @@ def evaluate_retrieval(
     reported: list[Result] = []
 
     def measured(lang: str) -> dict[str, Any]:
-        found, result = rank_pairs(images, texts, pairs, lang, {**about, "temperature": float(model.scale.detach())})
+        where = scoring_device(model)
+        found, result = rank_pairs(
+            send(images, where), send(texts, where), pairs, lang, {**about, "temperature": float(model.scale.detach())}
+        )
         reported.append(result)
         return found
 
@@ -302,7 +306,7 @@ def evaluate_classes(model: LiT, config: EvalConfig, run: Path, where: Path) -> 
 
     return distributed.from_main(measure) | {
         "classes_at": str(where),
-        "class_names": [canonicalize(name) for name in names],
+        "class_names": [prompted_name(name) for name in names],
         "damaged": damaged,
         "definition": zero_shot_metrics.DEFINITION,
     }

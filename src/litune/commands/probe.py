@@ -123,15 +123,16 @@ class Texts:
         device = next((p.device for p in self.tower.parameters()), torch.device("cpu"))
         new = sorted((one for one in dict.fromkeys(captions) if one not in self.known), key=len)
         if new:
+            vectors = []
             with track("encoding", "captions", len(new)) as task:
                 for start in range(0, len(new), BATCH):
                     part = new[start : start + BATCH]
                     bfloat16 = pick_bfloat16("auto", device)
                     packed = self.tower.pack(self.tokenizer(part), device, bfloat16=bfloat16)
                     with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                        vectors = self.tower(packed.to(device))
-                    self.known |= dict(zip(part, vectors.float().cpu(), strict=True))
+                        vectors.append(self.tower(packed.to(device)).float())
                     task.advance(len(part))
+            self.known |= dict(zip(new, torch.cat(vectors).cpu(), strict=True))
         return torch.stack([self.known[one] for one in captions])
 
 

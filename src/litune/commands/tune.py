@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ import pyarrow as pa
 import torch
 
 from litune import distributed
-from litune.checkpoint import CONFIG, MANIFEST, load
+from litune.checkpoint import CONFIG, MANIFEST, MODEL, image_tower_finder, load, load_without_text
 from litune.config import TuneConfig, command, to_json
 from litune.data.text_shards import Images, read_texts
 from litune.data.texts import Captions, integers, join_texts
 from litune.data.tokenizers import Tokenizer, find_tokenizer, train_tokenizer
-from litune.devices import pick_device
+from litune.devices import pick_bfloat16, pick_device
 from litune.errors import ConfigError, OutputExistsError, RunError, StoreError
 from litune.features import FeatureStore, Selection
 from litune.files import clear_output, read_json, write_json
@@ -27,13 +27,16 @@ from litune.mixture import Mixture, check_one_tower, known_store, source_names
 from litune.model import LiT
 from litune.progress import say
 from litune.run_log import OnLog
+from litune.sharding import Rows, share
 from litune.towers.heads import make_head
 from litune.towers.image import ImageTower, load_image_tower, with_random_weights
-from litune.towers.text import USE_M3, TextSpec, make_text_tower, parse_text_spec, text_layout
+from litune.towers.rows import DrawnRows, StoredRows, hf_files, hf_names, without_weights
+from litune.towers.text import USE_M3, TextSpec, TextTower, make_text_tower, parse_text_spec, text_layout
 from litune.towers.use_m3 import use_tokenizer
 from litune.tuning import Tuning
 from litune.tuning.state import go_on
 
+CPU = torch.device("cpu")
 HOLDOUT_MOST = 1000
 LOG_10 = math.log(10)
 """The paper's start of the temperature."""
@@ -44,7 +47,8 @@ def tune(config: TuneConfig, on_log: OnLog | None = None) -> LiT:
     """Tune a text tower on a feature store's pairs, write a run folder, and return the model.
 
     Goes on with an unfinished run of the same config. `on_log`, from Python, is called with every line of
-    metrics.jsonl, as a dict. Under torchrun every process calls it alike. Raises `StoreError`,
+    metrics.jsonl, as a dict. Under torchrun every process calls it alike; with --shard the model that they return is
+    shared by them, and all must run it alike. Raises `StoreError`,
     `TowerError` or `ConfigError` for what can't be used, `OutputExistsError` where the run at `config.out` is
     finished, `OutputBusyError` where another process tunes it, `RunError` where it has another config or the loss stops
     being finite.
@@ -61,7 +65,7 @@ def tune(config: TuneConfig, on_log: OnLog | None = None) -> LiT:
         torch.manual_seed(config.seed)
         start = started_from(spec, config)
         tokenizer = make_tokenizer(spec, config, train.iterate_captions(), start)
-        model = make_model(store, spec, tokenizer, train, config, start).to(device)
+        model = make_model(store, spec, tokenizer, train, config, start, device).to(device)
         run = Tuning(config, store, train, val, model, device, on_log)
         if not goes_on:
             distributed.from_main(lambda: prepare_run(config))
@@ -69,6 +73,9 @@ def tune(config: TuneConfig, on_log: OnLog | None = None) -> LiT:
         if goes_on:
             go_on(run)
         run.fit()
+    if run.shards is not None:
+        model.find_image_tower = image_tower_finder(model, None)
+        return model
     return load(config.out, device=config.device)
 
 
@@ -225,7 +232,7 @@ def _config_at(out: Path) -> dict[str, Any] | None:
 
 def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """The settings of `now` that are others in `before`, but for those that leave the result as it is."""
-    neutral = ("overwrite", "out", "checkpoint_seconds", "shard")
+    neutral = ("overwrite", "out", "checkpoint_seconds")
     # A setting that an older litune did not have was as it is by default.
     before = to_json(TuneConfig(Path(), "", Path())) | before
     return {k: v for k, v in now.items() if before[k] != v and k not in neutral}
@@ -240,7 +247,7 @@ def started_from(spec: TextSpec, config: TuneConfig) -> LiT | None:
     """The run whose text tower is tuned further; None where none is named."""
     if spec.kind != "run":
         return None
-    start = load(spec.name, device="cpu")
+    start = load_without_text(spec.name) if shares(spec, config) else load(spec.name, device="cpu")
     if config.pooling not in ("auto", start.text.pooling) or config.dropout is not None:
         raise ConfigError(f"{spec.spec} keeps its pooling and its dropout: leave out --pooling and --dropout")
     if config.max_tokens > start.text.max_positions:
@@ -270,22 +277,26 @@ def make_model(
     train: Selection,
     config: TuneConfig,
     start: LiT | None = None,
+    device: torch.device = CPU,
 ) -> LiT:
     """The model to tune: both towers' parts, their heads, and the fixed map of a locked tower's features.
 
-    The text tower of the run `start`, where there is one, and those of its heads that fit.
+    The text tower of the run `start`, where there is one, and those of its heads that fit. With --shard the text tower
+    is on `device` and shared by the ranks.
     """
-    text = (
-        start.text
-        if start is not None
-        else make_text_tower(
-            spec,
-            vocab_size=tokenizer.vocab_size,
-            max_tokens=config.max_tokens,
-            pooling=config.pooling,
-            dropout=config.dropout,
-        )
+    make_text = partial(
+        make_text_tower,
+        vocab_size=tokenizer.vocab_size,
+        max_tokens=config.max_tokens,
+        pooling=config.pooling,
+        dropout=config.dropout,
     )
+    if shares(spec, config):
+        text = shared_text_tower(spec, make_text, config, start, device)
+    else:
+        text = start.text if start is not None else make_text(spec)
+    if config.gradient_checkpointing:
+        text.set_gradient_checkpointing()
     image = None if config.locked else unlocked_tower(store, config)
     image_width = store.width if image is None else output_width(image)
     image_head = ("none" if config.locked else "linear") if config.image_head == "auto" else config.image_head
@@ -312,6 +323,39 @@ def make_model(
         if model.whitening is not None:
             model.whitening.copy_(torch.from_numpy(whitening(covariance, config.shrinkage)))
     return model
+
+
+def shares(spec: TextSpec, config: TuneConfig) -> bool:
+    """Whether the ranks share the text tower, so that none has all of it."""
+    return config.shard and distributed.world_size() > 1 and spec.kind != USE_M3
+
+
+def shared_text_tower(
+    spec: TextSpec, make: Callable[[TextSpec], TextTower], config: TuneConfig, start: LiT | None, device: torch.device
+) -> TextTower:
+    """The text tower of `spec`, or of the run `start`, which is shared by the ranks on `device` and never whole.
+
+    Weights are those of a tower that is not shared: each rank reads its rows, or draws as for the whole tower.
+    """
+    rows: Rows
+    if start is not None:
+        tower = start.text
+        rows = StoredRows([Path(spec.name) / MODEL], tower, lambda name: [f"text.{name}"])
+    elif spec.pretrained:
+        with without_weights():
+            tower = make(dataclasses.replace(spec, pretrained=False))
+        rows = StoredRows(hf_files(spec.name), tower, hf_names(tower))
+    else:
+        drawn = DrawnRows()
+        with without_weights(drawn):
+            tower = make(spec)
+        rows = drawn.rows
+    tower.set_token_table(tower.token_table())  # T5 has two modules with one table: FSDP2 shares modules
+    # Layers on the CPU take float32 weights for some of what they do in bfloat16.
+    bfloat16 = pick_bfloat16(config.precision, device) and device.type != "cpu"
+    share(tower, [tower.token_table(), *tower.layers], rows, device, bfloat16=bfloat16)
+    tower.shared = True
+    return tower
 
 
 def _start_of_scale(config: TuneConfig, start: LiT | None) -> float:

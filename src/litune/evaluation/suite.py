@@ -21,13 +21,15 @@ from torch import Tensor
 
 from litune import distributed
 from litune.checkpoint import check_store
+from litune.data.names import prompted_name, write_prompts
 from litune.data.sets import EvalSet, picture_path
+from litune.devices import send
 from litune.errors import LituneError
 from litune.evaluation import prompts, published, retrieval, tasks, zero_shot
 from litune.evaluation.result import Result
 from litune.evaluation.set_features import Embedded, embed_set, stored_set
 from litune.features import MANIFEST, FeatureStore
-from litune.model import LiT
+from litune.model import LiT, scoring_device
 from litune.progress import say, track
 
 TEXTS = 8192  # captions that are encoded at once
@@ -204,10 +206,10 @@ def embed_classes(
     own = protocol.templates or (task.templates if isinstance(task.templates, tuple) else ())
     templates = own or prompts.pick_templates(protocol.template_set, tasks.task_templates(task, found))
     before = subject.vectors.texts
-    joined = [name for name in truth.names if re.search(r"\w[^\w\s]+\w", name.replace("_", " "))]
+    joined = [name for name in truth.names if re.search(r"\w[^\w\s,]+\w", name.replace("_", " "))]
     if joined and protocol.canonical and task.name.partition(":")[0] not in tasks.TASKS:  # somebody typed the names
         say(
-            f"{task.name}: {joined[0]!r} is asked for as {prompts.asked(joined[0])!r}, in the field's canonical form: "
+            f"{task.name}: {joined[0]!r} is asked for as {prompted_name(joined[0])!r}, in the field's canonical form: "
             "write a space, or give --no-canonical"
         )
     with _timed(seconds, "texts"):
@@ -265,7 +267,7 @@ def classify(
         | {
             "templates": len(prompted.templates),
             "template_set": prompted.template_set,
-            "example": prompted.templates[0].replace("{}", prompts.asked(truth.names[0], protocol.canonical)),
+            "example": write_prompts(truth.names[:1], prompted.templates[:1], protocol.canonical)[0],
             "canonical_names": protocol.canonical,
             "classes": len(truth.names),
             "classes_with_equal_prompts": _equal(weights),
@@ -335,6 +337,7 @@ def retrieve(
     def measure() -> Result:
         with _timed(seconds, "scores"):
             images = torch.cat([torch.empty(0, subject.model.dim), *embedded.blocks(subject.model)])
+            images = send(images, scoring_device(subject.model))
             ranks = retrieval.rank(images, texts, torch.from_numpy(owner))
         keys, pictures = _described(found, embedded)
         facts = _protocol(task, found, embedded, subject, protocol) | {"captions": len(flat)}

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from litune.devices import receive
+from litune.devices import free_memory, receive
 from litune.errors import TowerError
 from litune.progress import say
 
@@ -123,7 +123,7 @@ def fitting_batch(encode: Encode, pixels: Tensor, device: torch.device, most: in
 
     def rate(size: int) -> float | None:
         nonlocal bytes_of_one
-        if size * bytes_of_one > ROOM * _free_bytes(device):
+        if size * bytes_of_one > ROOM * free_memory(device):
             return None
         before, found = torch.cuda.memory_allocated(device), None
         torch.cuda.reset_peak_memory_stats(device)
@@ -136,9 +136,3 @@ def fitting_batch(encode: Encode, pixels: Tensor, device: torch.device, most: in
         return found
 
     return best_batch(rate, most)
-
-
-def _free_bytes(device: torch.device) -> int:
-    """The bytes that are left for tensors: those that no process has, and those that this one keeps unused."""
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + unused

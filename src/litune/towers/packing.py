@@ -12,6 +12,7 @@ for architectures that litune does not know from the inside. All are equal to ru
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from litune.data.tokenizers import Tokens
@@ -193,6 +194,16 @@ def first_fit(lengths: np.ndarray, width: int) -> tuple[np.ndarray, int]:
         first[text] = row * width + width - free
         open_rows[free - length].append(row)
     return first, rows
+
+
+def through(layers: Iterable[nn.Module], x: Float[Tensor, "R T W"], packed: Rows) -> Float[Tensor, "R T W"]:
+    """The hidden states of packed texts after these layers."""
+    if not isinstance(packed, Line):
+        # What a layer reads must be there: how it is made once, and kept, is nothing that torch.compile can follow.
+        _ = packed.together
+    for layer in layers:
+        x = layer(x, packed=packed)
+    return x
 
 
 def attention(qkv: Float[Tensor, "R T W3"], heads: int, packed: Rows, dropout: float = 0.0) -> Float[Tensor, "R T W"]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from litune import distributed
 from litune.data.pixels import PixelLoader
 from litune.evaluation.retrieval import retrieval
 from litune.features import Selection
@@ -30,9 +32,12 @@ class HeldOut:
         bfloat16: bool,
         image_bfloat16: bool,
         image_micro: int,
+        shared: bool,
     ) -> None:
+        """`shared`: ranks share the text tower, so that all run it; what is left is rank 0's."""
         self.model, self.device, self.pictures = model, device, pictures
         self.bfloat16, self.image_bfloat16, self.image_micro = bfloat16, image_bfloat16, image_micro
+        self.shared = shared
 
     def __call__(self, val: Selection) -> dict[str, Any]:
         """Recalls of the held-out pairs, both ways."""
@@ -40,6 +45,9 @@ class HeldOut:
             val = val.subset(np.linspace(0, len(val) - 1, EVALUATE_MOST).round().astype(int))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             texts = self.model.encode_text(val.captions)
+        return distributed.from_main(partial(self._recalls, val, texts)) if self.shared else self._recalls(val, texts)
+
+    def _recalls(self, val: Selection, texts: Tensor) -> dict[str, Any]:
         images, kept = self._images(val)
         # An image that several stores hold out is one image: it would tie with itself.
         first = image_ids(val) if len(val.sources) > 1 else None

@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from litune import distributed
 from litune.checkpoint import MANIFEST, STATE, save_model
@@ -23,7 +22,7 @@ from litune.config import TuneConfig, parse_rates
 from litune.data.pixels import PixelLoader
 from litune.data.texts import TOKENIZED_MOST, LaterTokens, tokenize
 from litune.data.tokenizers import Tokens
-from litune.devices import keep_freed_memory, pick_bfloat16, processor_cores, send
+from litune.devices import deterministic, keep_freed_memory, pick_bfloat16, processor_cores, send, tf32_products
 from litune.errors import ConfigError, RunError
 from litune.features import FeatureStore, Selection
 from litune.files import replace_folder
@@ -35,10 +34,11 @@ from litune.optim import make_optimizer, parameter_groups, rate_of, set_rate
 from litune.progress import Task, say, track
 from litune.run_log import OnLog, RunLog, board_writer
 from litune.schedules import parse_duration, parse_unlock, rate_share
-from litune.sharding import Shards
+from litune.sharding import Shards, drop_states, is_shared
 from litune.towers.image import is_convolutional
 from litune.towers.kept import KeptTexts
 from litune.towers.locking import lock, train_unlocked
+from litune.towers.packing import Rows
 from litune.tuning.batching import default_duration, evaluation_steps, make_batches
 from litune.tuning.held_out import HeldOut
 from litune.tuning.inputs import Inputs, Micro, Preparation, on_device, sent
@@ -88,7 +88,7 @@ class Tuning:
         if device.type == "cpu":
             keep_freed_memory()
         # Libraries may draw and round otherwise on each machine: all ranks begin with what rank 0 has.
-        distributed.broadcast_([t for t in (*model.parameters(), *model.buffers()) if not isinstance(t, DTensor)])
+        distributed.broadcast_([t for t in (*model.parameters(), *model.buffers()) if not is_shared(t)])
         captions = int(train.offsets[-1])
         self.tokens: Tokens | LaterTokens = (
             tokenize(model.tokenizer, train, captions)
@@ -164,10 +164,11 @@ class Tuning:
         for name, parameter in named.items():
             if rate_of(name, rates) == 0:
                 parameter.requires_grad_(False)
-        if isinstance(self.tokens, Tokens):  # of more captions, most tokens are in some
+        # Of more captions, most tokens are in some. With --shard all rows of the table are shared alike.
+        if isinstance(self.tokens, Tokens) and not config.shard:
             model.text.tune_only(np.unique(self.tokens.ids))
         sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-        if config.shard and distributed.world_size() > 1:
+        if model.text.shared:
             self.shards = Shards(model.text)
         groups = parameter_groups(
             self._named_parameters(),
@@ -191,9 +192,10 @@ class Tuning:
         """The parameters that the ranks share, by name, of each this rank's rows."""
         return {f"text.{name}": own for name, own in self.shards.own.items()} if self.shards else {}
 
-    def whole(self) -> AbstractContextManager[None]:
-        """Where all ranks have all weights: what is shared is lent out."""
-        return self.shards.whole() if self.shards else nullcontext()
+    @property
+    def takes_part(self) -> bool:
+        """Whether this rank evaluates and writes: rank 0, and where a tower is shared, all together."""
+        return distributed.is_main() or self.shards is not None
 
     def announce(self) -> None:
         """Say what is about to happen."""
@@ -233,7 +235,11 @@ class Tuning:
             track("tuning", "pairs", self.steps * self.size, done * self.size) as task,
             after_the_step() as interrupted,
             closing(Checkpoints(self)) as checkpoints,
+            deterministic(self.device, strict=not self.model.image_tuned and self._packs()),
+            tf32_products(self.device, self.bfloat16),
         ):
+            if self.device.type == "cuda" and self.shards is None:
+                self._compile()  # in here, since what is compiled is compiled for these two settings
             self._take_steps(log, task, interrupted, checkpoints)
         self.finish()
         if interrupted():  # in the last step: the run is whole, what was to follow it is not to begin
@@ -282,10 +288,9 @@ class Tuning:
 
     def _evaluate_and_log(self, log: RunLog) -> None:
         self.check()
-        with self.whole():
-            if distributed.is_main():
-                log.write(self._done() | {"val": self.evaluate()} | self.evaluate_sources())
-                self._keep_best()
+        if self.takes_part:
+            log.write(self._done() | {"val": self.evaluate()} | self.evaluate_sources())
+            self._keep_best()
 
     def _step_in_memory(self, inputs: Inputs) -> Reading | None:
         """The step; where the GPU's memory runs out, it is taken again in smaller micro-batches."""
@@ -299,6 +304,18 @@ class Tuning:
             self.micro = halved(self.micro, self.take.at, self.size)
             self.optimizer.zero_grad()
             torch.cuda.empty_cache()
+
+    def _packs(self) -> bool:
+        """Whether litune runs the text tower's layers itself, and not an architecture that it doesn't know inside."""
+        return isinstance(self.model.text.pack(self.tokens.take(np.zeros(1, int)), self.device), Rows)
+
+    def _compile(self) -> None:
+        """Compile the text tower's layers, where it pays in this run."""
+        rows = min(self.micro.texts, -(-self.size // distributed.world_size()))
+        tokens = self.tokens.take(np.linspace(0, self.train.offsets[-1] - 1, rows).astype(np.int64))
+        packed = self.model.text.pack(tokens, self.device, bfloat16=self.bfloat16).to(self.device)
+        total = self.steps * rows * float(tokens.lengths.mean())
+        self.model.text.compile_layers(packed, total, bfloat16=self.bfloat16)
 
     def _choose_micro(self) -> Micro:
         """How much passes through the towers at once; on a GPU it is measured, and said."""
@@ -321,7 +338,7 @@ class Tuning:
         reserved = sum(8 * p.numel() for group in self.optimizer.param_groups for p in group["params"])
         with still_statistics([model]):
             found = choose_micro(self.config, self.device, rows, texts, images if model.image_tuned else None, reserved)
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         torch.cuda.empty_cache()
         if found.texts < rows:
             say(f"{found.texts:,} texts pass the tower at once (--micro-batch), twice each: gradient caching")
@@ -441,6 +458,7 @@ class Tuning:
             bfloat16=self.bfloat16,
             image_bfloat16=self.image_bfloat16,
             image_micro=self.micro.images,
+            shared=self.shards is not None,
         )
 
     def evaluate_sources(self) -> dict[str, dict[str, Any]]:
@@ -465,9 +483,11 @@ class Tuning:
             return
         self.progress.best = recall
         best, new = self.config.out / BEST, self.config.out / f"{BEST}.tmp"
-        new.mkdir()
+        if distributed.is_main():
+            new.mkdir()
         save_model(new, self.model, manifest(self) | {"best_at_step": self.progress.step})
-        replace_folder(new, best, last=MANIFEST)
+        if distributed.is_main():
+            replace_folder(new, best, last=MANIFEST)
 
     def _recall_note(self) -> str:
         if self.last_evaluation is None:
@@ -482,11 +502,12 @@ class Tuning:
         """Write the finished run and drop the checkpoint."""
         self.check()
         self.model.eval()
-        with self.whole():
-            if distributed.is_main():
-                save_model(self.config.out, self.model, manifest(self))
-                (self.config.out / STATE).unlink(missing_ok=True)
-                write_card(self.config.out)
+        if self.takes_part:
+            save_model(self.config.out, self.model, manifest(self))
+        if distributed.is_main():
+            (self.config.out / STATE).unlink(missing_ok=True)
+            drop_states(self.config.out)
+            write_card(self.config.out)
         distributed.barrier()
         say(f"wrote {self.config.out}" + self._recall_note())
 

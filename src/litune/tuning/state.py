@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,10 +18,10 @@ from litune.checkpoint import MANIFEST, STATE, load_tensors, model_state, save_t
 from litune.data.text_shards import shards
 from litune.errors import RunError
 from litune.features import library_versions
-from litune.files import replace_folder, sweep_temporaries
+from litune.files import read_json, replace_folder, sweep_temporaries
 from litune.progress import say
 from litune.run_log import drop_lines_after
-from litune.sharding import all_rows, own_rows
+from litune.sharding import FACTS, find_state, load_state, save_state
 from litune.towers.image import weights_hash
 from litune.tuning.inputs import Micro
 
@@ -52,19 +54,23 @@ class Checkpoints:
         run = self.run
         run.check()
         self.wait()
-        if not distributed.is_main() and not run.shards:
+        if not run.takes_part:
             return
-        tensors = _optimizer_state(run)
-        with run.whole():  # and no longer: what is lent is taken back, tensors and all
-            if distributed.is_main():
-                tensors |= {f"model.{k}": _copy(v) for k, v in model_state(run.model).items()}
-                facts = dataclasses.asdict(run.progress) | {
-                    "last_evaluation": run.last_evaluation,
-                    "about": about(run),
-                    "ranks": distributed.world_size(),
-                    "micro": dataclasses.asdict(run.micro),
-                }
-                self.written = self.pool.submit(save_tensors, run.config.out / STATE, tensors, facts)
+        tensors = _model_tensors(run)
+        for name, parameter in named_tuned(run):
+            for key, value in run.optimizer.state[parameter].items():
+                tensors[f"optimizer.{name}.{key}"] = _of_all_ranks(run, name, torch.as_tensor(value).detach())
+        facts = dataclasses.asdict(run.progress) | {
+            "last_evaluation": run.last_evaluation,
+            "about": about(run),
+            "ranks": distributed.world_size(),
+            "micro": dataclasses.asdict(run.micro),
+        }
+        if run.config.shard:  # all ranks write: what they tell each other meanwhile would cross that of the next step
+            save_state(run.config.out, tensors, facts)
+            return
+        copies = {name: value.to("cpu", copy=True) for name, value in tensors.items()}
+        self.written = self.pool.submit(save_tensors, run.config.out / STATE, copies, facts)
 
     def wait(self) -> None:
         """Return when all is written. Raises what kept a checkpoint from being written."""
@@ -77,20 +83,16 @@ class Checkpoints:
         self.pool.shutdown()
 
 
-def _optimizer_state(run: Tuning) -> dict[str, Tensor]:
-    """The optimizer's state by name, whole; of several ranks all must come here."""
-    tensors = {}
-    shared = run.shared
-    for name, parameter in named_tuned(run):
-        for key, value in run.optimizer.state[parameter].items():
-            state = torch.as_tensor(value).detach()
-            whole = all_rows(state) if name in shared and state.ndim else state
-            tensors[f"optimizer.{name}.{key}"] = _copy(whole)
-    return tensors
+def _model_tensors(run: Tuning) -> dict[str, Tensor]:
+    return {f"model.{name}": value for name, value in model_state(run.model).items()}
 
 
-def _copy(value: Tensor) -> Tensor:
-    return value.to("cpu", copy=True)
+def _of_all_ranks(run: Tuning, name: str, state: Tensor) -> Tensor:
+    """A tensor of the optimizer's state; of a parameter that ranks share, one that has the rows of all."""
+    if name not in run.shared or state.ndim == 0:
+        return state
+    assert run.shards is not None
+    return run.shards.shared(name.removeprefix("text."), state)
 
 
 def about(run: Tuning) -> dict[str, Any]:
@@ -118,18 +120,24 @@ def go_on(run: Tuning) -> None:
         sweep_temporaries(out)
         replace_folder(out / f"{BEST}.tmp", out / BEST, last=MANIFEST)  # if it was begun
     distributed.barrier()
-    if not (out / STATE).exists():
+    shared = distributed.from_main(partial(find_state, out))
+    tensors: dict[str, Tensor] = {}
+    if shared is not None:
+        facts = read_json(shared / FACTS, RunError)
+    elif (out / STATE).exists():
+        tensors, facts = load_tensors(out / STATE)
+    else:
         return
-    tensors, facts = load_tensors(out / STATE)
     if facts["about"] != about(run):
         differing = [k for k, v in about(run).items() if facts["about"].get(k) != v]
         raise RunError(
             f"{out} was begun on another store ({', '.join(differing)} differ from {run.config.store} "
             "as it is now): give --overwrite, or another --out"
         )
-    with run.whole():
-        run.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-    _load_optimizer(run, tensors)
+    if shared is not None:
+        load_state(shared, partial(_to_fill, run))
+    else:
+        _fill(run, tensors)
     run.progress = Progress(facts["step"], facts["seconds"], facts["best"])
     run.last_evaluation = facts["last_evaluation"]
     if "micro" in facts:  # dropout's seeds follow from it
@@ -144,15 +152,26 @@ def go_on(run: Tuning) -> None:
         )
 
 
-def _load_optimizer(run: Tuning, tensors: dict[str, Tensor]) -> None:
-    shared = run.shared
+def _fill(run: Tuning, tensors: dict[str, Tensor]) -> None:
+    run.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
     for name, parameter in named_tuned(run):
         prefix = f"optimizer.{name}."
         state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        if name in shared:
-            state = {k: own_rows(v).clone() if v.ndim else v for k, v in state.items()}
         if state:
             run.optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in state.items()}
+
+
+def _to_fill(run: Tuning, there: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the model, and new ones of the optimizer, for those that are `there` in a shared state."""
+    tensors = _model_tensors(run)
+    for name, parameter in named_tuned(run):
+        prefix = f"optimizer.{name}."
+        for key, like in ((key, like) for key, like in there.items() if key.startswith(prefix)):
+            shape = parameter.shape if name in run.shared and like.ndim else like.shape
+            state = torch.zeros(shape, dtype=like.dtype, device=parameter.device)
+            run.optimizer.state[parameter][key.removeprefix(prefix)] = state
+            tensors[key] = _of_all_ranks(run, name, state)
+    return tensors
 
 
 def named_tuned(run: Tuning) -> list[tuple[str, Tensor]]:
