@@ -198,3 +198,20 @@ def test_interrupted(store: FeatureStore, tiny_bert: Path, tmp_path: Path) -> No
     assert "Traceback" not in message
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_gpu_that_is_too_small_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("litune.cli.find_command", full)
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", "anything"])
+    assert stop.value.code == 2
+    assert "memory is too small for this model: end what else is on the GPU, or give --device cpu" in (
+        capsys.readouterr().err
+    )

@@ -127,6 +127,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if why.errno is None:
             raise
         fail(explain(why))
+    except RuntimeError as why:
+        if type(why).__name__ != "OutOfMemoryError":  # torch's: it is not imported here
+            raise
+        fail("the GPU's memory is too small for this model: end what else is on the GPU, or give --device cpu")
 
 
 def explain(why: OSError) -> str:
