@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import tempfile
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_open_clip import OpenClipSteps
 from bench_options import add_options
 from bench_run import machine, start_run
 from bench_store import read_captions, vary, write_store
@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from litune.towers.packing import in_rows
-from litune.towers.quiet import quiet_transformers
 from litune.towers.text import parse_text_spec
 from litune.tuning import Tuning
 
@@ -123,56 +122,6 @@ class Limit:
 
     def _random(self, *shape: int) -> Tensor:
         return torch.randn(shape).to(self.dtype)
-
-
-class OpenClipSteps:
-    """open_clip's training step with a locked image tower, as open_clip_train's train_one_epoch takes it.
-
-    The pictures are random pixels that lie in memory: reading, decoding and resizing them is not counted.
-    """
-
-    def __init__(self, folder: str, captions: list[str], batch_size: int, context: int, bfloat16: bool) -> None:
-        from open_clip import ClipLoss, CustomTextCLIP
-        from open_clip.tokenizer import HFTokenizer
-        from open_clip_train.precision import get_autocast
-
-        torch.manual_seed(0)
-        vision = {"timm_model_name": "vit_small_patch16_224", "timm_model_pretrained": False, "timm_proj": "linear"}
-        text = {"hf_model_name": folder, "hf_pooler_type": "mean_pooler", "hf_proj_type": "linear"}
-        with quiet_transformers():
-            self.model = CustomTextCLIP(384, vision, text, output_dict=True)
-        self.model.lock_image_tower()
-        self.model.train()
-        self.loss = ClipLoss()
-        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for n, p in named if _exempt(n, p)], "weight_decay": 0.0},
-            {"params": [p for n, p in named if not _exempt(n, p)], "weight_decay": 0.2},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=5e-4, betas=(0.9, 0.98), eps=1e-6)
-        self.autocast = get_autocast("amp_bf16" if bfloat16 else "fp32", device_type="cpu")
-        self.tokens = HFTokenizer(folder, context_length=context)(captions)
-        self.pixels = torch.rand(batch_size, 3, 224, 224)
-        self.size, self.step = batch_size, 0
-
-    def __call__(self) -> float:
-        """Take a step; returns its seconds."""
-        begin = time.perf_counter()
-        rows = torch.arange(self.step * self.size, (self.step + 1) * self.size) % len(self.tokens)
-        self.optimizer.zero_grad()
-        with self.autocast():
-            losses = self.loss(**self.model(self.pixels, self.tokens[rows]), output_dict=True)
-            loss = sum(losses.values())
-        loss.backward()
-        self.optimizer.step()
-        with torch.no_grad():
-            self.model.logit_scale.clamp_(0, math.log(100))
-        self.step += 1
-        return time.perf_counter() - begin
-
-
-def _exempt(name: str, parameter: nn.Parameter) -> bool:
-    return parameter.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
 
 
 def seconds_of(work: Callable[[], object]) -> float:

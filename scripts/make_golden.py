@@ -10,14 +10,18 @@ The tests only read the files. To write them anew, from the repository's root:
 
 from __future__ import annotations
 
+import ast
 import base64
 import hashlib
 import io
 import json
+import re
+import string
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import flax.linen as nn
 import jax
@@ -29,8 +33,10 @@ import tensorflow as tf
 import tensorflow_text
 from tests.golden.cases import (
     CASES,
+    NAMES,
     SHAPES,
     STEPS,
+    TEMPLATES,
     TEXTS,
     WARMUP,
     WIDTHS,
@@ -43,6 +49,8 @@ from tests.golden.cases import (
     token_ids,
 )
 
+BIG_VISION = "0127fb6b337ee2a27bf4e54dea79cff176527356"
+PROMPTS = "big_vision/evaluators/proj/image_text/prompt_engineering.py"
 HERE = Path(__file__).parents[1] / "tests" / "golden"
 
 
@@ -92,6 +100,21 @@ def resize() -> None:
         scaled = tf.image.resize(tf.constant(picture(height, width)), [size, size], method="bilinear", antialias=False)
         found[f"{height}x{width}to{size}"] = hashlib.sha256(tf.cast(scaled, tf.uint8).numpy().tobytes()).hexdigest()
     write("resize.json", f"tensorflow {tf.__version__}", sha256=found)
+
+
+def prompts() -> None:
+    """Class names and templates by big_vision's canonicalize_text, kept as its zero-shot evaluator calls it."""
+    with urlopen(f"https://raw.githubusercontent.com/google-research/big_vision/{BIG_VISION}/{PROMPTS}") as answer:
+        module = ast.parse(answer.read())
+    # The function alone: the module imports tensorflow_datasets and more.
+    module.body = [one for one in module.body if isinstance(one, ast.FunctionDef) and one.name == "canonicalize_text"]
+    space: dict[str, Any] = {"re": re, "string": string}
+    exec(compile(module, PROMPTS, "exec"), space)
+    written = {
+        "names": [space["canonicalize_text"](one, keep_punctuation_exact_string=",") for one in NAMES],
+        "templates": [space["canonicalize_text"](one, keep_punctuation_exact_string="{}") for one in TEMPLATES],
+    }
+    write("prompts.json", f"big_vision {BIG_VISION[:12]}, {PROMPTS}", **written)
 
 
 def adafactor() -> Any:
@@ -302,7 +325,7 @@ def flax_version() -> str:
     return version("flax")
 
 
-MAKERS: tuple[Callable[[], None], ...] = (wordpiece, pieces, resize, optimizers, few_shots, released)
+MAKERS: tuple[Callable[[], None], ...] = (wordpiece, pieces, resize, prompts, optimizers, few_shots, released)
 
 if __name__ == "__main__":
     jax.config.update("jax_default_matmul_precision", "highest")

@@ -46,6 +46,13 @@ def test_tune_speed(tiny_bert: Path, captions: Path) -> None:
     assert found["threads"] == 1
 
 
+def test_loss_precision() -> None:
+    found = run("loss_precision.py", "--batch", "64", "--width", "32", "--scale", "20")["loss_precision"]
+    assert [row["products"] for row in found] == ["float32", "TF32", "bfloat16"] * 2
+    for exact, ten_bits, seven_bits in (found[:3], found[3:]):
+        assert exact["to_texts"] < 1e-5 < ten_bits["to_texts"] < seven_bits["to_texts"] / 4 < 1e-2
+
+
 def test_tune_memory(tiny_bert: Path, captions: Path) -> None:
     small = ["--text-tower", f"hf:{tiny_bert}", "--dim", "16", "--batch-sizes", "32", "--threads", "1"]
     found = run("tune_memory.py", *small, "--captions", str(captions))

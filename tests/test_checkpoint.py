@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
-from litune.checkpoint import load_tensors, save_tensors
+from litune.checkpoint import MANIFEST, load, load_tensors, save_model, save_tensors
+from litune.commands.tune import tune
+from litune.config import TuneConfig
+from litune.errors import RunError
+from litune.files import read_json, replace_folder
 
 
 def test_tied_weights_are_written_once(tmp_path: Path) -> None:
@@ -28,6 +35,36 @@ def test_tied_weights_are_written_once(tmp_path: Path) -> None:
     assert found.keys() == tensors.keys()
     for name, value in tensors.items():
         assert torch.equal(found[name], value), name
+
+
+def test_a_run_that_is_replaced_can_be_read_at_every_moment(tune_config: TuneConfig, tmp_path: Path) -> None:
+    """As `best/` while tuning goes on: each model that a reader finds is one that was written, and none is older."""
+    model = tune.run(replace(tune_config, duration="2steps", evaluations=0))
+    manifest = read_json(tune_config.out / MANIFEST, RunError)
+    best, new, seen, done = tmp_path / "best", tmp_path / "best.tmp", [], threading.Event()
+
+    def write(number: int) -> None:
+        new.mkdir()
+        model.logit_scale.data.fill_(number)
+        save_model(new, model, manifest)
+        replace_folder(new, best, last=MANIFEST)
+
+    def read() -> None:
+        while not done.is_set():
+            seen.append(load(best, device="cpu").logit_scale.item())
+        seen.append(load(best, device="cpu").logit_scale.item())
+
+    write(0)
+    with ThreadPoolExecutor() as pool:
+        reader = pool.submit(read)
+        for number in range(1, 30):
+            write(number)
+        done.set()
+        reader.result()
+    assert len(set(seen)) > 2
+    assert set(seen) <= set(range(30))
+    assert seen == sorted(seen)
+    assert seen[-1] == 29
 
 
 def test_a_t5_run_has_its_token_table_once(tmp_path: Path) -> None:

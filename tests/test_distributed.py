@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from litune import distributed
-from litune.errors import ConfigError
+from litune.errors import ConfigError, MissingExtraError
 from litune.losses import Ids, MoreImages, normalize, sigmoid_loss, softmax_loss
 
 ROWS = {2: [5, 2], 3: [4, 0, 3]}  # pairs of each rank
@@ -74,6 +74,9 @@ def work(rank: int, folder: Path, ports: dict[int, int]) -> None:
             "rows": distributed.gather_rows(torch.full((ROWS[size][rank], 2), float(rank), requires_grad=True)),
             "own rows": distributed.sum_own_rows(torch.arange(14.0).view(7, 2) + rank, ROWS[size]),
             "sums": summed(rank),
+            "first": broadcast(rank),
+            "gradients": gradients(rank, size),
+            "told": [told(rank, size, where) for where in range(size + 1)],
         }
         try:
             distributed.gather_rows(torch.zeros(1, 2 + rank))
@@ -94,6 +97,83 @@ def summed(rank: int) -> list[Tensor]:
     tensors = [whole.T, torch.tensor(rank), torch.tensor(2.0), wide, torch.zeros(0)]
     distributed.sum_(tensors)
     return [whole, *(tensor.detach() for tensor in tensors[1:])]
+
+
+def broadcast(rank: int) -> list[Tensor]:
+    tensors = [torch.full((2, 3), float(rank)).T, torch.tensor(rank), torch.full((9,), 1.0 + rank, requires_grad=True)]
+    distributed.broadcast_(tensors)
+    return [tensor.detach() for tensor in tensors]
+
+
+class Net(nn.Module):
+    """Parameters of several sizes and dtypes; the second is used by even ranks alone, the last by none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weights = nn.ParameterList(torch.randn(5, 5) for _ in range(4))
+        self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+        self.unused = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor, rank: int) -> Tensor:
+        for i, weight in enumerate(self.weights):
+            x = (x @ weight).tanh() if i != 1 or rank % 2 == 0 else x
+        return (x.double() * self.scale).square().sum()
+
+
+def gradients(rank: int, size: int) -> list[Any]:
+    """In each of three steps, the gradients that `GradientSums` makes, and what `sum_` makes of them, by name.
+
+    Of two backward passes the last one alone is armed. In the last step, rank 1 has none at all.
+    """
+    distributed.AHEAD = 30  # so that there are several buckets
+    sums = distributed.GradientSums(list((summed := Net()).parameters()))
+    plain, found = Net(), []
+    for step in range(3):
+        torch.manual_seed(size * step + rank)
+        inputs = [torch.randn(3, 5) for _ in range(2)]
+        for net in (summed, plain):
+            net.zero_grad()
+            last = [] if (step, rank) == (2, 1) else inputs
+            for number, x in enumerate(last):
+                if net is summed and number == 1:
+                    sums.arm()
+                net(x, rank).backward()
+            if net is summed and not last:
+                sums.arm()
+        sums.wait()
+        had = distributed.gather_objects({name for name, p in plain.named_parameters() if p.grad is not None})
+        having = {name: p for name, p in plain.named_parameters() if any(name in one for one in had)}
+        for p in having.values():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        distributed.sum_([p.grad for p in having.values()])
+        found.append(
+            tuple({k: p.grad for k, p in net.named_parameters() if p.grad is not None} for net in (summed, plain))
+        )
+    summed.zero_grad()
+    loss = summed(inputs[0], rank)
+    sums.arm()
+    loss.backward(retain_graph=True)
+    try:
+        loss.backward()
+    except RuntimeError as why:
+        found.append(str(why))
+    sums.wait()
+    return found
+
+
+def told(rank: int, size: int, where: int) -> str:
+    """What a rank hears where rank `where` raises an error; where none does, what it found itself."""
+
+    def work() -> str:
+        if rank == where:
+            raise MissingExtraError(f"rank {rank}", "package", "extra")
+        return f"done by {rank}"
+
+    try:
+        return distributed.together(work)
+    except MissingExtraError as why:
+        return str(why)
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +224,64 @@ def test_sums(seen: dict[int, list[dict[str, Any]]], size: int) -> None:
 
 
 @pytest.mark.parametrize("size", ROWS)
+def test_broadcast(seen: dict[int, list[dict[str, Any]]], size: int) -> None:
+    for found in seen[size]:
+        whole, count, wide = found["first"]
+        assert whole.equal(torch.zeros(3, 2))
+        assert (count.item(), count.dtype) == (0, torch.int64)
+        assert wide.equal(torch.ones(9))
+
+
+@pytest.mark.parametrize("size", ROWS)
+def test_gradients_summed_during_the_backward_pass(seen: dict[int, list[dict[str, Any]]], size: int) -> None:
+    for found in seen[size]:
+        *steps, refused = found["gradients"]
+        assert "second backward pass after GradientSums.arm" in refused
+        for ahead, afterwards in steps:
+            assert ahead.keys() == afterwards.keys() == {*(f"weights.{i}" for i in range(4)), "scale"}
+            for name, gradient in ahead.items():
+                if size == 2:  # of more, the order of additions depends on the place in a message
+                    assert gradient.equal(afterwards[name]), name
+                torch.testing.assert_close(gradient, afterwards[name])
+        assert steps[0][0]["scale"] != steps[1][0]["scale"]
+
+
+@pytest.mark.parametrize("size", ROWS)
+def test_an_error_of_one_is_raised_on_all(seen: dict[int, list[dict[str, Any]]], size: int) -> None:
+    for rank, found in enumerate(seen[size]):
+        *errors, done = found["told"]
+        assert done == f"done by {rank}"
+        for where, message in enumerate(errors):
+            assert message.startswith(f"rank {where} needs the package 'package'")
+
+
+@pytest.mark.parametrize(
+    ("device", "cards", "shared", "backend", "own"),
+    [
+        ("auto", 2, "0", "cpu:gloo,cuda:nccl", 1),
+        ("cpu", 2, "0", "gloo", None),
+        ("cuda", 1, "1", "gloo", 0),
+        ("cuda", 1, "0", None, None),
+    ],
+)
+def test_what_carries_tensors(
+    device: str, cards: int, shared: str, backend: str | None, own: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL where each of two ranks has a GPU, gloo alone on the CPU and where they share one."""
+    chosen: list[int] = []
+    monkeypatch.setenv(distributed.SHARE_GPU, shared)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    if backend is None:
+        with pytest.raises(ConfigError, match="LOCAL_RANK=1, but there are 1 GPUs: one rank per GPU .LITUNE_SHARE_GPU"):
+            distributed._pick_backend(device, 1)
+        return
+    assert distributed._pick_backend(device, 1) == backend
+    assert chosen == ([] if own is None else [own])
+
+
+@pytest.mark.parametrize("size", ROWS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_are_those_of_one_rank(seen: dict[int, list[dict[str, Any]]], size: int, name: str) -> None:
     expected = loss_and_gradients(name, slice(None), slice(None))
@@ -176,6 +314,7 @@ def check(ranks: list[dict[str, Any]], key: str, expected: tuple[Tensor, ...]) -
 def test_one_process_has_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
+    error = MissingExtraError("what", "package", "extra")
     distributed.start()
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
     rows = torch.rand(3, 2, requires_grad=True)
@@ -188,6 +327,17 @@ def test_one_process_has_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows.equal(before)
     assert distributed.gather_objects("a") == ["a"]
     assert distributed.broadcast_object("a") == "a"
+    distributed.broadcast_([rows])
+    sums = distributed.GradientSums([parameter := nn.Parameter(torch.ones(2))])
+    sums.arm()
+    parameter.sum().backward()
+    sums.wait()
+    assert parameter.grad is not None
+    assert parameter.grad.equal(torch.ones(2))
+    assert distributed.together(lambda: "a") == "a"
+    with pytest.raises(MissingExtraError) as caught:
+        distributed.from_main(lambda: (_ for _ in ()).throw(error))
+    assert caught.value is error
     distributed.barrier()
     distributed.stop()
 

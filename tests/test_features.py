@@ -196,3 +196,19 @@ def test_a_full_disk_is_an_error_that_says_so(tmp_path: Path) -> None:
         signal.signal(signal.SIGXFSZ, handler)
     assert why.value.errno == errno.EFBIG
     assert not list(tmp_path.rglob("*.npy"))
+
+
+@pytest.mark.parametrize("row", [-1, 6, 10**9])
+def test_rows_that_there_are_none_of(tmp_path: Path, row: int) -> None:
+    store = random_store(tmp_path, 6, 3, captions=2)
+    for rows in ([row], [0, row, 1], np.array([5, row])):
+        with pytest.raises(IndexError, match=rf"{row} is out of range: there are 6 rows, from 0"):
+            store.features(rows)
+    some = store.select().subset(np.array([4, 1]))
+    wrong = np.array([row])
+    for function in (some.features, some.subset):
+        with pytest.raises(IndexError, match=rf"{row} is out of range: there are 2 images"):
+            function(wrong)
+    with pytest.raises(IndexError, match=rf"{row} is out of range: there are 4 captions"):
+        some.take_captions(wrong)
+    assert store.features([]).shape == (0, 3)

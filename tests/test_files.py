@@ -1,13 +1,21 @@
 from __future__ import annotations
 
-import multiprocessing
-from multiprocessing.connection import Connection
+import os
 from pathlib import Path
 
 import pytest
 
-from litune.errors import OutputBusyError, OutputExistsError, RunError
-from litune.files import atomic, claim, clear_output, read_json, sweep_temporaries, write_json, write_text
+from litune.errors import OutputExistsError, RunError
+from litune.files import (
+    atomic,
+    check_file,
+    clear_output,
+    read_json,
+    replace_folder,
+    sweep_temporaries,
+    write_json,
+    write_text,
+)
 
 
 def test_atomic_leaves_the_old_file_on_an_error(tmp_path: Path) -> None:
@@ -55,30 +63,69 @@ def test_sweep(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["keep"]
 
 
-def _claim_and_wait(folder: Path, there: Connection) -> None:
-    with claim(folder):
-        there.send("claimed")
-        there.recv()
+def test_atomic_flushes_the_file_and_then_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[tuple[Path, bool]] = []
+
+    def fsync(descriptor: int) -> None:
+        flushed.append((Path(f"/proc/self/fd/{descriptor}").readlink(), (tmp_path / "a" / "b.txt").exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_text(tmp_path / "a" / "b.txt", "text")
+    (file, before), (folder, renamed) = flushed
+    assert (file.parent, before) == (tmp_path / "a", False)
+    assert (folder, renamed) == (tmp_path / "a", True)
 
 
-def test_a_folder_is_claimed_until_its_process_ends_or_is_killed(
+def make_folder(folder: Path, word: str, *names: str) -> Path:
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text(word)
+    return folder
+
+
+def words(folder: Path) -> list[str]:
+    return [file.read_text() for file in sorted(folder.iterdir())]
+
+
+def test_replace_folder_killed_anywhere_is_finished_by_the_next_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    here, there = multiprocessing.Pipe()
-    other = multiprocessing.get_context("spawn").Process(target=_claim_and_wait, args=(tmp_path / "out", there))
-    other.start()
-    assert here.recv() == "claimed"
-    with (
-        pytest.raises(OutputBusyError, match=f"out is being written by process {other.pid}: wait"),
-        claim(tmp_path / "out"),
-    ):
-        pass
-    with claim(tmp_path / "another"):
-        pass
-    other.kill()
-    other.join()
-    for _ in range(2):  # and whoever lets go leaves nothing behind
-        with claim(tmp_path / "out"):
-            pass
-    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    names = ("a", "manifest", "z")
+    make_folder(tmp_path / "best", "old", *names)
+    rename = Path.replace
+    for moved in range(3):
+        make_folder(tmp_path / "new", f"new {moved}", *names)
+        left = [*range(moved)]
+
+        def replace(file: Path, target: Path, left: list[int] = left) -> Path:
+            if not left:
+                raise SystemExit("killed")
+            left.pop()
+            return rename(file, target)
+
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(Path, "replace", replace)
+            replace_folder(tmp_path / "new", tmp_path / "best", last="manifest")
+        assert len(words(tmp_path / "best")) == 3
+        assert (tmp_path / "new" / "manifest").exists()  # it goes last
+        replace_folder(tmp_path / "new", tmp_path / "best", last="manifest")
+        assert words(tmp_path / "best") == [f"new {moved}"] * 3
+    make_folder(tmp_path / "new", "half", "a")  # killed while it was written
+    replace_folder(tmp_path / "new", tmp_path / "best", last="manifest")
+    assert words(tmp_path / "best") == ["new 2"] * 3
+    make_folder(tmp_path / "new", "first", *names)
+    replace_folder(tmp_path / "new", tmp_path / "another", last="manifest")
+    assert words(tmp_path / "another") == ["first"] * 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["another", "best"]
+
+
+def test_check_file(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    check_file(None, "--json", overwrite=False)
+    check_file(file, "--json", overwrite=False)
+    file.write_text("{}")
+    check_file(file, "--json", overwrite=True)
+    with pytest.raises(OutputExistsError, match="results.json exists: choose another --json, or give --overwrite"):
+        check_file(file, "--json", overwrite=False)
+    with pytest.raises(OutputExistsError, match="exists"):
+        check_file(tmp_path, "--json", overwrite=True)

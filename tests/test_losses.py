@@ -261,13 +261,13 @@ def test_no_whole_matrix_is_made() -> None:
         assert n * 4 < watch.largest <= chunk * (n + m)
 
 
-@pytest.mark.parametrize(("chunk", "directions"), [(8, 1), (4, 4)])
-def test_locked_images_cost_no_gradient(chunk: int, directions: int) -> None:
-    # Scores and the texts' gradient: two products for all of a batch, or for each direction and chunk.
+@pytest.mark.parametrize(("chunk", "products"), [(8, 2), (4, 3 * 2)])
+def test_locked_images_cost_no_gradient(chunk: int, products: int) -> None:
+    # Scores and the texts' gradient for both directions; of each of several chunks, scores twice.
     images, texts = (x.float() for x in features(8))
     with Watch() as watch:
         softmax_loss(images, texts.requires_grad_(), torch.tensor(3.0, requires_grad=True), chunk=chunk).backward()
-    assert watch.products == 2 * directions
+    assert watch.products == products
 
 
 def test_only_one_backward() -> None:

@@ -159,10 +159,10 @@ def test_both_sources_of_turns_are_logged(config: TuneConfig, monkeypatch: pytes
 def test_the_same_file_in_two_stores_is_one_image(config: TuneConfig) -> None:
     """Of all pairs in the batch, only those of equal texts or of equal files are no negatives."""
     run = start(config)
-    assert run.image_ids is not None
+    assert run.prepare.image_ids is not None
     keys = [int(key.split(".")[0]) for key in run.train.keys]
     same = np.array([file_of(key) for key in keys])
-    assert np.array_equal(run.image_ids[:, None] == run.image_ids, same[:, None] == same)
+    assert np.array_equal(run.prepare.image_ids[:, None] == run.prepare.image_ids, same[:, None] == same)
     captions = np.arange(len(run.train.captions))
     ids = run.prepare.ids(np.zeros(len(captions), np.int64), captions)
     assert ids is not None

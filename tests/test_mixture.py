@@ -127,3 +127,12 @@ def test_a_selection_of_captions(tmp_path: Path) -> None:
     assert english.owner.tolist() == [0, 1, 1]
     assert store.select().keys == ["a", "c", "d"]
     assert isinstance(english, Selection)
+
+
+@pytest.mark.parametrize("number", [-1, 100])
+def test_images_that_there_are_none_of(tmp_path: Path, number: int) -> None:
+    stores = [random_store(tmp_path / name, 5, 3) for name in "ab"]
+    both = Mixture([store.select() for store in stores])
+    for function, what in ((both.features, "images"), (both.subset, "images"), (both.take_captions, "captions")):
+        with pytest.raises(IndexError, match=rf"{number} is out of range: there are 10 {what}"):
+            function(np.array([2, number]))

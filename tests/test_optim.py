@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from litune.errors import ConfigError
 from litune.optim import decays, make_optimizer, parameter_groups, set_rate, stepping
@@ -248,3 +249,28 @@ def test_what_decays() -> None:
 def test_unknown_optimizer() -> None:
     with pytest.raises(ConfigError, match="no optimizer 'adafactr': perhaps you meant 'adafactor'"):
         make_optimizer("adafactr", [])
+
+
+class Reads(TorchDispatchMode):
+    """Counts what a processor would wait for a GPU for: the value of a tensor."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_reads_no_value(kind: str) -> None:
+    matrix, vector = (nn.Parameter(torch.ones(shape)) for shape in ((40, 48), (7,)))
+    groups = parameter_groups([("a", matrix), ("b", vector)], learning_rate=1e-3, weight_decay=1e-4)
+    optimizer = make_optimizer(kind, groups)
+    set_rate(optimizer, 0.5)
+    for _ in range(2):
+        for parameter in (matrix, vector):
+            parameter.grad = torch.full_like(parameter, 0.1)
+        with Reads() as reads:
+            optimizer.step()
+        assert reads.count == 0
+    assert (matrix < 1).all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,10 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-
 from tests.conftest import COLORS, SHAPES, draw
 
-from litune import distributed
+from litune import distributed, encoding
 from litune.checkpoint import load_tensors
 from litune.cli import main
 from litune.commands import evaluate as evaluation
@@ -28,7 +28,8 @@ from litune.commands.embed import embed
 from litune.commands.evaluate import evaluate
 from litune.commands.tune import prepare_run, tune
 from litune.config import TuneConfig
-from litune.errors import LituneError, StoreError
+from litune.data.sets import EvalSet
+from litune.errors import DataError, LituneError, StoreError
 from litune.evaluation import set_features, suite
 from litune.features import FeatureStore
 
@@ -59,8 +60,15 @@ EMBED = {"pairs": "photos", "image_tower": "python:colortower:make", "batch_size
 TASKS = {"tasks": "sets.yaml", "kshot": 2, "by_lang": True, "max_damaged": 0.1, "device": "cpu"}
 SETS = """
 - {name: colors, folder: classes, train: training}
+- {name: rotten, folder: rotten}
+- {name: torn, folder: torn}
 - {name: pairs, table: photos/captions.csv, split: val}
 """
+FAILED = {
+    "rotten": r"2 of 8 images can't be read .*damaged\.jsonl names them",
+    "torn": "the cable of rank [01] is torn",
+}
+"""The sets that fail: one on all ranks alike, one on the last rank alone."""
 WRONG: list[dict[str, Any]] = [
     {"store": "nowhere", "out": "new"},
     {"out": "two/softmax"},
@@ -93,15 +101,24 @@ def work(out: str) -> dict[str, Any]:
     """What is done alike by one process and by each of two."""
     torch.set_num_threads(1)  # of a few cores, two processes spin for none
     evaluation.CHUNK = 4
-    suite.CHUNK, set_features.BATCH = 3, 5
+    suite.CHUNK, encoding.BATCH = 3, 5
     found: dict[str, Any] = {"errors": []}
     for name, settings in VARIANTS.items():
         tune(**{"store": "store", "text_tower": "hf:bert", **COMMON, **settings, "out": f"{out}/{name}"})
     store = embed(**EMBED, out=f"{out}/store")
     found["rows"] = len(store)
-    found["eval"] = evaluate(f"{out}/softmax", store="store", classes="classes", json=f"{out}/eval.json", device="cpu")
     # The same run in both, as weights differ in their last bits.
-    found["tasks"] = evaluate("two/softmax", **TASKS, features=f"{out}/features", out=f"{out}/report")["tasks"]
+    found["eval"] = evaluate("two/softmax", store="store", classes="classes", json=f"{out}/eval.json", device="cpu")
+    encode = set_features._encode
+
+    def torn(found: EvalSet, part: range, *args: Any) -> float:
+        if found.path.name == "torn" and part.stop == len(found):
+            raise DataError(f"the cable of rank {distributed.rank()} is torn")
+        return encode(found, part, *args)
+
+    set_features._encode = torn
+    measured = evaluate("two/softmax", **TASKS, features=f"{out}/features", out=f"{out}/report")
+    found |= {"tasks": measured["tasks"], "failed": measured["failed"]}
     if distributed.world_size() > 1:
         for settings in WRONG:
             try:
@@ -134,6 +151,12 @@ def place(photos: Path, tower_module: str, tiny_bert: Path, tmp_path: Path) -> P
         (tmp_path / "training" / color).mkdir(parents=True)
         for shape in SHAPES:
             draw(color, shape).save(tmp_path / "training" / color / f"{shape}.png")
+        for name in ("rotten", "torn"):
+            (tmp_path / name / color).mkdir(parents=True)
+            for size in (40, 50):
+                draw(color, "box", size).save(tmp_path / name / color / f"{size}.png")
+    for size in (40, 50):
+        (tmp_path / "rotten" / "red" / f"{size}.png").write_bytes(b"<html>")
     (tmp_path / "sets.yaml").write_text(SETS)
     return tmp_path
 
@@ -154,10 +177,14 @@ def test_two_ranks_are_as_one(place: Path) -> None:
         check_runs(place / "one" / name, place / "two" / name)
     check_stores(FeatureStore("one/store"), FeatureStore("two/store"))
     assert two["rows"] == 22
-    assert two["eval"] | {"run": "one/softmax"} == json.loads((place / "one" / "eval.json").read_text())
+    assert two["eval"] == json.loads((place / "one" / "eval.json").read_text())
     assert one["eval"]["retrieval"]["captions"] == 72
     assert json.loads((place / "two" / "eval.json").read_text()) == two["eval"]
     check_tasks(place, one["tasks"], two["tasks"])
+    for failed, rank in ((one["failed"], 0), (two["failed"], 1)):
+        assert [one["task"] for one in failed] == [*FAILED]
+        for why, expected in zip(failed, FAILED.values(), strict=True):
+            assert re.search(expected.replace("[01]", str(rank)), why["reason"])
     no_store, finished, differing, no_lang = two["errors"]
     assert no_store.startswith("StoreError: there is no feature store at nowhere")
     assert finished.startswith("OutputExistsError: two/softmax holds a finished run")
@@ -188,7 +215,8 @@ def check_runs(one: Path, two: Path) -> None:
 
 def check_tasks(place: Path, one: list[dict[str, Any]], two: list[dict[str, Any]]) -> None:
     """Equal figures of named sets, from stores that are equal, too; one report."""
-    stores = [sorted((place / out / "features").iterdir()) for out in ("one", "two")]
+    whole = [(place / out / "features").glob("[cp]*") for out in ("one", "two")]  # of colors and pairs
+    stores = [sorted(found) for found in whole]
     assert [store.name for store in stores[0]] == [store.name for store in stores[1]]
     for a, b in zip(*stores, strict=True):
         check_stores(FeatureStore(a), FeatureStore(b))

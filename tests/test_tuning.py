@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import random
@@ -22,7 +23,7 @@ from tests.conftest import COLORS, draw, interrupt
 from torch import nn
 
 import litune
-from litune.checkpoint import check_store, load, model_state
+from litune.checkpoint import check_store, load, load_tensors, model_state
 from litune.cli import main
 from litune.commands.embed import embed
 from litune.commands.evaluate import evaluate
@@ -31,6 +32,7 @@ from litune.config import TuneConfig
 from litune.data.batches import Batch
 from litune.errors import ConfigError, MissingExtraError, RunError, StoreError, TowerError
 from litune.features import FeatureStore
+from litune.losses import softmax_loss
 from litune.model import LiT
 from litune.optim import make_optimizer
 from litune.schedules import rate_share
@@ -445,6 +447,53 @@ def test_not_finite_stops_with_the_step(tune_config: TuneConfig, monkeypatch: py
         tune.run(tune_config)
 
 
+def break_gradients(monkeypatch: pytest.MonkeyPatch, steps: range) -> None:
+    """Have the loss of these steps stay as it is, with an infinite gradient."""
+    calls = itertools.count()
+
+    def broken(images: torch.Tensor, texts: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+        loss = softmax_loss(images, texts, *rest, **more)
+        return loss + (texts - texts.detach()).abs().sum().sqrt() if next(calls) in steps else loss
+
+    monkeypatch.setattr("litune.tuning.step.softmax_loss", broken)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_move(
+    tune_config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it is written: the same command goes on, and ends as if nothing had been."""
+    tune.run(tune_config)
+    config = dataclasses.replace(tune_config, out=tmp_path / "broken", checkpoint_seconds=0.0)
+    with monkeypatch.context() as patch:
+        break_gradients(patch, range(3, 4))
+        with pytest.raises(
+            RunError, match=r"gradient's norm is nan \(the loss is .* at step 3 \(images .*\.png.*lower"
+        ):
+            tune.run(config)
+    tensors, facts = load_tensors(config.out / "state.safetensors")
+    assert facts["step"] == 3
+    assert all(value.isfinite().all() for value in tensors.values())
+    tune.run(config)
+    assert bytes_of(config.out) == bytes_of(tune_config.out)
+
+
+def test_steps_that_are_not_finite_are_skipped_where_asked(
+    tune_config: TuneConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(tune_config, not_finite="skip")
+    break_gradients(monkeypatch, range(3, 6))
+    tune.run(config)
+    assert {3, 4, 5} == {step - 1 for step in range(1, 41)} - {line["step"] - 1 for line in log_of(config.out)}
+    assert capsys.readouterr().err.count("the step is skipped") == 3
+    assert all(value.isfinite().all() for value in load_file(config.out / "model.safetensors").values())
+
+
+def test_too_many_skipped_steps_stop(tune_config: TuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_gradients(monkeypatch, range(2, 40))
+    with pytest.raises(RunError, match="at step 12 "):
+        tune.run(dataclasses.replace(tune_config, not_finite="skip"))
+
+
 # Heads and the token table
 
 
@@ -551,7 +600,7 @@ def test_best(short: TuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def scripted(self: Tuning) -> dict[str, Any]:
         states.append(state_of(self.model))
-        folders.append(self.config.out.joinpath("best").stat().st_ino if states[1:] else 0)
+        folders.append(self.config.out.joinpath("best", "model.safetensors").stat().st_ino if states[1:] else 0)
         found = {"recall@10": next(recalls)}
         self.last_evaluation = {"text_to_image": found, "image_to_text": found}
         return self.last_evaluation
@@ -562,7 +611,7 @@ def test_best(short: TuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     best = config.out / "best"
     assert bytes_of(best) == states[1]
     assert bytes_of(config.out) == states[3]
-    assert folders[1] != folders[2] == folders[3] == best.stat().st_ino
+    assert folders[1] != folders[2] == folders[3] == (best / "model.safetensors").stat().st_ino
     assert json.loads((best / "manifest.json").read_text())["best_at_step"] == 4
     assert load(best).encode_text("a red box").shape == (1, 48)
     assert not list(config.out.glob("*.tmp"))

@@ -110,17 +110,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = parse_on_ranks(argv)
         quiet_libraries()
         result = find_command(config).run(config)
+        if several_ranks():
+            importlib.import_module("litune.distributed").stop()
         show = SHOW.get(type(config))
         if show is not None and own_rank() == 0:
             show(config, result)
-        if several_ranks():
-            importlib.import_module("litune.distributed").stop()
     except LituneError as why:
         fail(str(why))
     except KeyboardInterrupt:
-        if own_rank() == 0:
-            print("litune: interrupted; the same command goes on where it was", file=sys.stderr)
-        sys.exit(130)
+        line = "litune: interrupted; the same command goes on where it was" if own_rank() == 0 else ""
+        leave(line, "interrupted", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -128,10 +127,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if why.errno is None:
             raise
         fail(explain(why))
-    except Exception:
-        if several_ranks():
-            time.sleep(PATIENCE)  # a connection that broke because another process failed, which says why
-        raise
 
 
 def explain(why: OSError) -> str:
@@ -172,13 +167,19 @@ def own_rank() -> int:
 
 def fail(message: str) -> None:
     """Print one line and exit with 2. Where all processes fail alike, rank 0 alone has the time to say so."""
+    message = " ".join(message.split())
+    leave(f"litune: error: {f'rank {own_rank()}: ' if own_rank() else ''}{message}", message, 2)
+
+
+def leave(line: str, why: str, code: int) -> None:
+    """Print `line` and exit; of several processes, the others end as well and are told `why`."""
+    if several_ranks() and "litune.distributed" in sys.modules:
+        sys.modules["litune.distributed"].leave(line, why, code)  # does not return from a group
     if own_rank() > 0:
         time.sleep(PATIENCE)
-        message = f"rank {own_rank()}: {message}"
-    print("litune: error: " + " ".join(message.split()), file=sys.stderr)
-    if several_ranks() and "torch" in sys.modules:
-        importlib.import_module("litune.distributed").leave(2)
-    sys.exit(2)
+    if line:
+        print(line, file=sys.stderr)
+    sys.exit(code)
 
 
 def quiet_libraries() -> None:

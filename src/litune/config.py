@@ -63,8 +63,9 @@ class EmbedConfig:
     """Take only the images of these splits."""
     lang: tuple[str, ...] = ()
     """Take only the captions in these languages."""
-    batch_size: int = 32
-    """Images that pass through the tower at once."""
+    batch_size: int | None = None
+    """Images that pass through the tower at once; by default 32, and on a CUDA GPU as many as fit its memory and are
+    fast, tried before the first ones."""
     workers: int = 0
     """Threads that decode images; 0: one per processor core."""
     runtime: Literal["auto", "torch", "onnxruntime", "openvino", "compile"] = "auto"
@@ -88,7 +89,7 @@ class EmbedConfig:
 
     def __post_init__(self) -> None:
         _choices(self)
-        _at_least("batch-size", self.batch_size, 1)
+        _at_least("batch-size", 1 if self.batch_size is None else self.batch_size, 1)
         _at_least("workers", self.workers, 0)
         _at_least("shard-size", self.shard_size, 1)
         _share("max-damaged", self.max_damaged)
@@ -478,7 +479,7 @@ class EvalConfig:
     """The templates of --tasks: clip takes the set's own (80 for ImageNet), lit these and the bare name, as the LiT
     paper; short eight for all sets; bare the name alone."""
     canonical: bool = True
-    """Write class names in lower case and without punctuation before they go into templates."""
+    """Write class names and templates in lower case and without punctuation, as big_vision does."""
     text_precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the text tower for --tasks. bfloat16 is faster where the processor has units for it, and moves a
     few images of a thousand."""
@@ -493,7 +494,7 @@ class EvalConfig:
     out: Path | None = None
     """A folder for the reports on --tasks and --store: tables, intervals, what was confused with what."""
     overwrite: bool = False
-    """Replace the reports that are already in --out."""
+    """Replace the reports that are already in --out, and a --json file that is already there."""
 
     image_tower: str | None = None
     """The image tower, where the run does not name one that can be loaded."""
@@ -535,6 +536,8 @@ class ClassifyConfig:
     """The image tower, where the run does not name one that can be loaded."""
     json: Path | None = None
     """Also write the probabilities to this file, as JSON."""
+    overwrite: bool = False
+    """Replace a --json file that is already there."""
     device: Device = "auto"
     """Where the towers run."""
 
@@ -739,6 +742,8 @@ class InspectConfig:
     """Tokens of a caption."""
     json: Path | None = None
     """Also write it to this file, as JSON."""
+    overwrite: bool = False
+    """Replace a --json file that is already there."""
 
     def __post_init__(self) -> None:
         _at_least("batch-size", self.batch_size, 2)
@@ -778,6 +783,8 @@ class ProbeConfig:
     """The seed of what is drawn."""
     json: Path | None = None
     """Also write everything to this file, as JSON."""
+    overwrite: bool = False
+    """Replace a --json file that is already there."""
     device: Device = "auto"
     """Where the text tower runs."""
 

@@ -5,21 +5,40 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.utils.deterministic
 from torch import Tensor
 
 from litune.errors import ConfigError
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that `name` asks for; `auto`: CUDA, else Apple's MPS, else the CPU."""
+    """The device that `name` asks for; `auto`: CUDA, else Apple's MPS, else the CPU.
+
+    On CUDA float32 is float32 from then on, in the whole process (see `exact_float32`).
+    """
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         name = "cuda" if available["cuda"] else "mps" if available["mps"] else "cpu"
     if not available.get(name, False):
         raise ConfigError(f"--device {name} is not available on this machine: use cpu or auto")
+    if name == "cuda":
+        exact_float32()
     return torch.device(name)
+
+
+def exact_float32() -> None:
+    """Have GPUs compute float32 convolutions and matrix products in float32.
+
+    By default torch lets convolutions round their inputs to TF32's ten bits. These two older settings set the newer
+    ones (`fp32_precision`) too; with those alone, torch's compiler fails where it finds that the two differ.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
 
 
 def processor_cores() -> int:
@@ -44,9 +63,70 @@ def pick_bfloat16(precision: str, device: torch.device) -> bool:
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on `device`. A GPU copies it out of pinned memory while the processor goes on."""
-    if device.type != "cuda":
+    if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+@contextmanager
+def tf32_products(device: torch.device, bfloat16: bool) -> Iterator[None]:
+    """Inside, GPUs round what float32 matrix products multiply to TF32's ten bits, where towers compute in bfloat16.
+
+    These are the products of the loss, of whitening and of heads that no autocast takes to bfloat16. Sums are float32.
+    What it does to a loss and its gradients is measured by benchmarks/loss_precision.py (docs/method.md has the table):
+    less than what bfloat16 did to the features before.
+    """
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda" and bfloat16:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def deterministic(device: torch.device, *, strict: bool = True) -> Iterator[None]:
+    """Inside, a GPU's operations add in one order, so that one seed gives the same bytes; elsewhere they do anyway.
+
+    What litune's own towers, losses and optimizers call has such a form: sums by sorted indices, attention without
+    atomics. An operation that has none raises RuntimeError, or, where it is not `strict`, runs as it does, with a
+    warning: of pooling and resizing in image towers some have none.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it, or matrix products raise
+    memory: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=not strict)
+    memory.fill_uninitialized_memory = False  # no memory is read that wasn't written
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        memory.fill_uninitialized_memory = before[1]
+
+
+def receive(tensor: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy a tensor to the processor; the function waits for that copy, and for nothing after it."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu
+    copy = tensor.to("cpu", non_blocking=True)  # torch takes pinned memory for it
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return copy.clone()  # so that the pinned memory is free for the next
+
+    return wait
+
+
+def free_memory(device: torch.device) -> int:
+    """The bytes that a CUDA device has for new tensors: those that nobody has, and those that torch keeps unused."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
 
 
 def keep_freed_memory() -> None:

@@ -7,38 +7,47 @@ is one rank, and each is an identity: what is written for many ranks runs in one
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Shaped
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from litune.claims import claim
 from litune.errors import ConfigError, LituneError
-from litune.files import claim
+from litune.failing import MainRankError, Watch
 
 T = TypeVar("T")
+AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-BUCKET = 2**24  # elements that `sum_` sends at once
+SHARE_GPU = "LITUNE_SHARE_GPU"
+"""The environment variable that lets several ranks share a GPU, to check on one what is meant for two."""
+BUCKET = 2**24  # elements that `sum_` and `broadcast_` send at once
+AHEAD = 2**22  # elements that `GradientSums` sends at once
 # How long a rank waits for another: while rank 0 evaluates, or has hours left to embed. That a process has ended is
 # noticed at once all the same, by torchrun.
 PATIENCE = timedelta(days=7)
+
+_watch: Watch | None = None
 
 
 def start(device: str = "auto") -> None:
     """Join the process group that torchrun's environment variables describe; without them, do nothing.
 
     Tensors on the CPU go through gloo. Where there is CUDA and `device` is not "cpu", the current CUDA device is that
-    of LOCAL_RANK, and its tensors go through NCCL. Raises `ConfigError` for variables that describe no group, and
-    where the group can't be joined.
+    of LOCAL_RANK, and its tensors go through NCCL; with `SHARE_GPU` set ranks can have one device, and its tensors go
+    through gloo and the CPU, since NCCL wants a device for each rank. From then on, a rank that fails ends all. Raises
+    `ConfigError` for variables that describe no group, and where the group can't be joined.
     """
+    global _watch
     if _grouped() or not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & os.environ.keys():
         return
     remedy = "start with torchrun, or unset RANK, WORLD_SIZE and LOCAL_RANK to run in one process"
@@ -54,27 +63,40 @@ def start(device: str = "auto") -> None:
         raise ConfigError(f"the environment's ranks must be below WORLD_SIZE ({told}): {remedy}")
     if not dist.is_available():
         raise ConfigError(f"this torch has no torch.distributed ({told}): {remedy}")
-    cuda = device != "cpu" and torch.cuda.is_available()
-    if cuda and local >= torch.cuda.device_count():
-        raise ConfigError(f"LOCAL_RANK={local}, but there are {torch.cuda.device_count()} GPUs: one rank per GPU")
+    backend = _pick_backend(device, local)
     try:
-        if cuda:
-            torch.cuda.set_device(local)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+        dist.init_process_group(backend, timeout=PATIENCE)
+        _watch = Watch(own) if ranks > 1 else None
     except (RuntimeError, ValueError) as why:
         raise ConfigError(f"the process group can't be joined ({told}): {why}") from why
 
 
-def leave(code: int) -> None:
-    """End this process at once, where it is one of a group: at a usual exit the group's threads may abort it."""
-    if _grouped():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+def _pick_backend(device: str, local: int) -> str:
+    """What carries tensors between ranks; the current CUDA device is set to this one's, where there is one."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return "gloo"
+    cards, shared = torch.cuda.device_count(), os.environ.get(SHARE_GPU) == "1"
+    if local >= cards and not shared:
+        raise ConfigError(
+            f"LOCAL_RANK={local}, but there are {cards} GPUs: one rank per GPU ({SHARE_GPU}=1 lets ranks share one, "
+            "slowly, for a check)"
+        )
+    torch.cuda.set_device(local % cards)
+    return "gloo" if shared else "cpu:gloo,cuda:nccl"
+
+
+def leave(line: str, why: str, code: int) -> None:
+    """End this process, where it is one of a group, and with it the others, which are told `why`; `line` is printed."""
+    if _watch is not None:
+        _watch.leave(line, why, code)
 
 
 def stop() -> None:
     """Leave the process group, if there is one."""
+    global _watch
+    if _watch is not None:
+        _watch.close()
+        _watch = None
     if _grouped():
         dist.destroy_process_group()
 
@@ -103,19 +125,21 @@ def row_counts(rows: Shaped[Tensor, "n D"]) -> list[int]:
     """The n of every rank, in rank order; raises `ValueError` on every rank where they differ in D."""
     if not _grouped():
         return [len(rows)]
-    shapes = torch.empty(world_size() * 2, dtype=torch.int64, device=rows.device)
-    dist.all_gather_into_tensor(shapes, torch.tensor(rows.shape, device=rows.device))
-    counts, widths = shapes.view(-1, 2).T.tolist()
+    # From processor to processor: over NCCL each would wait for its GPU to read them.
+    counts, widths = zip(*gather_objects(tuple(rows.shape)), strict=True)
     if len(set(widths)) > 1:
-        raise ValueError(f"rows are {widths} wide on the ranks: they must be of one width to be gathered")
+        raise ValueError(f"rows are {list(widths)} wide on the ranks: they must be of one width to be gathered")
     return list(counts)
 
 
-def gather_rows(rows: Shaped[Tensor, "n D"]) -> Shaped[Tensor, "N D"]:
-    """The rows of all ranks, in rank order; n may differ from rank to rank. Gradients do not flow through it."""
+def gather_rows(rows: Shaped[Tensor, "n D"], counts: Sequence[int] | None = None) -> Shaped[Tensor, "N D"]:
+    """The rows of all ranks, in rank order; n may differ from rank to rank. Gradients do not flow through it.
+
+    `counts` are their `row_counts`, where these are known.
+    """
     if not _grouped():
         return rows.detach()
-    counts = row_counts(rows)
+    counts = row_counts(rows) if counts is None else counts
     most = max(counts)
     padded = F.pad(rows.detach(), (0, 0, 0, most - len(rows))).contiguous()
     found = padded.new_empty(len(counts) * most, rows.shape[1])
@@ -129,7 +153,7 @@ def sum_own_rows(rows: Shaped[Tensor, "N D"], counts: Sequence[int]) -> Shaped[T
     """The sum over ranks of each one's [N D], of which this rank gets its own `counts[rank]` rows."""
     if not _grouped():
         return rows
-    if rows.is_cuda and len(set(counts)) == 1:
+    if rows.is_cuda and len(set(counts)) == 1 and "nccl" in dist.get_backend_config():
         own = rows.new_empty(counts[rank()], rows.shape[1])
         dist.reduce_scatter_tensor(own, rows.contiguous())
         return own
@@ -142,26 +166,106 @@ def sum_own_rows(rows: Shaped[Tensor, "N D"], counts: Sequence[int]) -> Shaped[T
 
 def sum_(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its sum over ranks, in few messages."""
+    _in_buckets(tensors, dist.all_reduce)
+
+
+def broadcast_(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by that of rank 0, in few messages."""
+    _in_buckets(tensors, partial(dist.broadcast, src=0))
+
+
+def _in_buckets(tensors: Sequence[Tensor], send: Callable[[Tensor], Any]) -> None:
+    """Replace each tensor by what `send` makes of it, of many at once."""
     if not _grouped():
         return
-    for bucket in _buckets(tensors):
+    for bucket in _buckets(tensors, BUCKET):
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in bucket])
-        dist.all_reduce(flat)
-        for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-            tensor.detach().copy_(part.view_as(tensor))
+        send(flat)
+        for tensor, part in zip(bucket, _parts(flat, bucket), strict=True):
+            tensor.detach().copy_(part)
 
 
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def _parts(flat: Tensor, bucket: Sequence[Tensor]) -> Iterator[Tensor]:
+    """What `flat` has for each tensor of a bucket, in its shape."""
+    parts = flat.split([tensor.numel() for tensor in bucket])
+    return (part.view(tensor.shape) for part, tensor in zip(parts, bucket, strict=True))
+
+
+def _buckets(tensors: Iterable[AnyTensor], most: int) -> Iterator[list[AnyTensor]]:
     """The tensors in order, cut where the dtype or the device changes or a bucket is full."""
-    bucket: list[Tensor] = []
+    bucket: list[AnyTensor] = []
     for tensor in tensors:
         alike = bucket and (tensor.dtype, tensor.device) == (bucket[0].dtype, bucket[0].device)
-        if bucket and not (alike and sum(t.numel() for t in bucket) + tensor.numel() <= BUCKET):
+        if bucket and not (alike and sum(t.numel() for t in bucket) + tensor.numel() <= most):
             yield bucket
             bucket = []
         bucket.append(tensor)
     if bucket:
         yield bucket
+
+
+class GradientSums:
+    """Sums gradients over ranks while the backward pass goes on.
+
+    `arm` comes before the last backward pass of a step, `wait` behind it: then each gradient is the sum of all ranks',
+    and what no rank has a gradient for stays without. Gradients that earlier backward passes have left are summed along
+    with it. Between the two, there must be no second backward pass, and nothing else that ranks do together.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        # Gradients are ready in about the reverse order of the forward pass.
+        self.buckets = list(_buckets(reversed(parameters), AHEAD))
+        self.bucket_of = {parameter: i for i, bucket in enumerate(self.buckets) for parameter in bucket}
+        self.armed = False
+        self.missing: list[set[nn.Parameter]] = []
+        """What each bucket still waits for."""
+        self.begun: list[tuple[Tensor, Any]] = []
+        """The sums that are on their way, of the first buckets, and what waits for them."""
+        if _grouped():
+            for parameter in parameters:
+                parameter.register_post_accumulate_grad_hook(cast(Any, self._ready))
+
+    def arm(self) -> None:
+        """The backward pass that follows is the step's last."""
+        self.armed = _grouped()
+        self.missing, self.begun = [set(bucket) for bucket in self.buckets], []
+
+    def wait(self) -> None:
+        """Make each gradient the sum of all ranks'."""
+        if not self.armed:
+            return
+        self.armed = False
+        while len(self.begun) < len(self.buckets):
+            self._begin()
+        having = [torch.tensor([p.grad is not None for p in bucket], dtype=torch.int64) for bucket in self.buckets]
+        sum_(having)  # on the CPU: no wait for a GPU
+        for bucket, ranks, (flat, work) in zip(self.buckets, having, self.begun, strict=True):
+            work.wait()
+            for parameter, count, part in zip(bucket, ranks.tolist(), _parts(flat, bucket), strict=True):
+                if parameter.grad is not None:
+                    parameter.grad.copy_(part)
+                elif count:
+                    parameter.grad = part.clone()
+        self.begun = []
+
+    def _ready(self, parameter: nn.Parameter) -> None:
+        """Called where a backward pass has added to a gradient: begin the sums of what is whole now."""
+        if not self.armed:
+            return
+        missing = self.missing[self.bucket_of[parameter]]
+        if parameter not in missing:
+            raise RuntimeError("a second backward pass after GradientSums.arm: a sum may have begun without it")
+        missing.remove(parameter)
+        # In order: ranks may be ready in different orders, and their messages must meet.
+        while len(self.begun) < len(self.buckets) and not self.missing[len(self.begun)]:
+            self._begin()
+
+    def _begin(self) -> None:
+        """Send the next bucket; what has no gradient here counts as zero."""
+        bucket = self.buckets[len(self.begun)]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+        flat = torch.cat([gradient.detach().reshape(-1) for gradient in gradients])
+        self.begun.append((flat, dist.all_reduce(flat, async_op=True)))
 
 
 def gather_objects(item: T) -> list[T]:
@@ -183,18 +287,51 @@ def broadcast_object(item: T) -> T:
 
 
 def from_main(function: Callable[[], T]) -> T:
-    """What `function` returns on rank 0, where alone it runs; what it raises there is raised on every rank."""
+    """What `function` returns on rank 0, where alone it runs.
+
+    A `LituneError` is raised on every rank; of any other exception the others only hear that there was one.
+    """
     found: T | None = None
-    error: LituneError | None = None
+    error: Exception | None = None
     if is_main():
         try:
             found = function()
         except LituneError as why:
             error = why
-    error = broadcast_object(error)
-    if error is not None:
-        raise error
+        except Exception as why:
+            broadcast_object((MainRankError, f"rank 0 failed: {type(why).__name__}: {why}"))
+            raise
+    failure = broadcast_object(_sendable(error))
+    if failure is not None:
+        raise error or _error(*failure)
     return broadcast_object(found)  # type: ignore[return-value]
+
+
+def together(function: Callable[[], T]) -> T:
+    """What `function`, a part of the work in which no rank needs another, returns on this rank.
+
+    A `LituneError` on any rank is raised on every one: all go on alike, or none does.
+    """
+    found: T | None = None
+    error: LituneError | None = None
+    try:
+        found = function()
+    except LituneError as why:
+        error = why
+    failures = [one for one in gather_objects(_sendable(error)) if one is not None]
+    if failures:
+        raise error or _error(*failures[0])
+    return found  # type: ignore[return-value]
+
+
+def _sendable(error: Exception | None) -> tuple[type[Exception], str] | None:
+    """An exception as it can be sent: pickled, it would have to be made of its message alone."""
+    return None if error is None else (type(error), str(error))
+
+
+def _error(kind: type[Exception], message: str) -> Exception:
+    """The exception that was sent."""
+    return kind.__new__(kind, message)
 
 
 @contextmanager

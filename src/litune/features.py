@@ -145,12 +145,20 @@ class FeatureStore:
         lists = [[c] if isinstance(c, str) and c.strip() else [] for c in captions]
         return table.append_column("captions", pa.array(lists, pa.list_(pa.string())))
 
-    def features(self, rows: Sequence[int] | np.ndarray | slice) -> np.ndarray:
-        """Raw float32 features [len(rows), D] of these rows, in the order asked for."""
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type of the features: float16, or float32 where they are wider."""
+        return np.dtype(np.float16 if all(part.dtype == np.float16 for part in self._parts) else np.float32)
+
+    def features(self, rows: Sequence[int] | np.ndarray | slice, dtype: np.dtype[Any] | None = None) -> np.ndarray:
+        """Raw features [len(rows), D] of these rows, in the order asked for; float32 by default.
+
+        Raises `IndexError` for a row below 0 or past the last.
+        """
         if isinstance(rows, slice):
             rows = np.arange(*rows.indices(len(self)))
         index = np.asarray(rows, dtype=np.int64)
-        found = np.empty((len(index), self.width), dtype=np.float32)
+        found = np.empty((len(index), self.width), dtype=dtype or np.float32)
         for part, places, own in self._by_part(index):
             found[places] = part[own]
         return found
@@ -173,6 +181,7 @@ class FeatureStore:
 
     def _by_part(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """For each file that has some of the rows: its features, which of the rows, and their places in the file."""
+        check_range(rows, len(self), "rows")
         order = np.argsort(rows, kind="stable")
         ends = np.searchsorted(rows[order], self._starts)
         for number in np.flatnonzero(np.diff(ends)):
@@ -424,7 +433,8 @@ class Selection:
         return texts if self._picks is None else texts.take(pa.array(self._picks))
 
     def take_captions(self, numbers: np.ndarray) -> pa.Array:
-        """The captions with these numbers in the selection, in this order."""
+        """The captions with these numbers in the selection, in this order. Raises `IndexError` for one it lacks."""
+        check_range(numbers, int(self.offsets[-1]), "captions")
         places = numbers if self._picks is None else self._picks[numbers]
         return self._captions.texts.take(pa.array(places))
 
@@ -476,7 +486,8 @@ class Selection:
         return np.diff(self.offsets)
 
     def subset(self, positions: np.ndarray) -> Selection:
-        """The images at these positions of the selection."""
+        """The images at these positions of the selection. Raises `IndexError` for one it lacks."""
+        check_range(positions, len(self), "images")
         counts = self.offsets[positions + 1] - self.offsets[positions]
         numbers = ranges(self.offsets[positions], counts)
         picks = numbers if self._picks is None else self._picks[numbers]
@@ -484,7 +495,9 @@ class Selection:
         return Selection(self.store, self.rows[positions], self._captions, picks, offsets_of(counts))
 
     def features(self, positions: np.ndarray | None = None) -> np.ndarray:
-        """Raw float32 features of the images at these positions (all by default)."""
+        """Raw float32 features of the images at these positions (all by default); `IndexError` for one it lacks."""
+        if positions is not None:
+            check_range(positions, len(self), "images")
         return self.store.features(self.rows if positions is None else self.rows[positions])
 
     def touch(self, positions: np.ndarray) -> None:
@@ -499,6 +512,14 @@ class Selection:
     def blocks(self) -> Iterator[np.ndarray]:
         """`features` of all images, block by block: flat memory."""
         return self.store.blocks(self.rows)
+
+
+def check_range(numbers: np.ndarray, count: int, what: str) -> None:
+    """Raise `IndexError` unless all numbers are from 0 to `count` − 1. Negative ones do not count from the end."""
+    numbers = np.asarray(numbers)
+    if len(numbers) and not (numbers.min() >= 0 and numbers.max() < count):
+        wrong = next(int(one) for one in numbers if not 0 <= one < count)
+        raise IndexError(f"{wrong} is out of range: there are {count:,} {what}, from 0")
 
 
 def ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:

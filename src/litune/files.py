@@ -12,12 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from litune.errors import LituneError, OutputBusyError, OutputExistsError
-
-try:
-    import fcntl
-except ImportError:  # not on Windows: nothing is claimed there
-    fcntl = None  # type: ignore[assignment]
+from litune.errors import LituneError, OutputExistsError
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -37,9 +32,38 @@ def atomic(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_UMASK)  # some writers make their files private
         temporary.replace(path)
+        sync_folder(path.parent)
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's list of names to the disk: without it, a renamed file can be lost with the power."""
+    with suppress(OSError):  # Windows opens no folders, and some file systems flush none
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def replace_folder(new: Path, target: Path, last: str) -> None:
+    """Put the files of `new` into the place of those of `target`, the one named `last` at the end; `new` is gone then.
+
+    `target` is never absent, nor is any file in it, and each file is the old one or the new one. No file system but a
+    few of Linux's can exchange two folders at once. `last` has to be written last into `new`, as it says that the rest
+    is whole: after a kill, the same call finishes what was begun, and removes a `new` that was not.
+    """
+    if (new / last).exists():
+        if target.exists():
+            for file in sorted(new.iterdir(), key=lambda file: file.name == last):
+                file.replace(target / file.name)
+            sync_folder(target)
+        else:
+            new.replace(target)
+        sync_folder(target.parent)
+    shutil.rmtree(new, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -74,35 +98,10 @@ def sweep_temporaries(folder: Path) -> None:
                 path.unlink()
 
 
-@contextmanager
-def claim(folder: Path) -> Iterator[None]:
-    """Keep other processes from claiming `folder`, until this one lets go or ends, however it ends.
-
-    The lock is a file in the user's cache: there is nothing to clear away in `folder`, or beside it. Raises
-    `OutputBusyError` where another process is at work.
-    """
-    if fcntl is None:
-        yield
-        return
-    locks = cache_folder() / "locks"
-    locks.mkdir(exist_ok=True)
-    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
-    with open(locks / name, "a+", encoding="ascii") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise OutputBusyError(
-                f"{folder} is being written by process {lock.read() or '?'}: wait until it has ended, or write "
-                "somewhere else"
-            ) from None
-        except OSError:  # a file system that has no locks: nothing is claimed there
-            yield
-            return
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield
+def check_file(file: Path | None, option: str, overwrite: bool) -> None:
+    """Before the work: raise `OutputExistsError` where the file that `option` names is there and is to be kept."""
+    if file is not None and (file.is_dir() or (file.exists() and not overwrite)):
+        raise OutputExistsError(f"{file} exists: choose another {option}, or give --overwrite")
 
 
 def clear_output(folder: Path, ours: bool, what: str, overwrite: bool) -> None:

@@ -37,18 +37,25 @@ class Encoded:
             self.features = torch.cat([part() for part in parts])
         self.features.requires_grad_(tuned)
 
-    def backward(self) -> None:
-        """Add the gradients of the tower's parameters, given `features.grad`."""
+    def backward(self, before_last: Callable[[], None] = lambda: None) -> None:
+        """Add the gradients of the tower's parameters, given `features.grad`.
+
+        `before_last` is called before the last backward pass: after it, all gradients are whole.
+        """
         gradient = self.features.grad
         if gradient is None:
+            before_last()
             return
         with still_statistics(self._modules):
             if self._whole is not None:
+                before_last()
                 self._whole.backward(gradient)  # computes again where the tower has gradient checkpointing
                 return
             start = 0
-            for part in self._parts:
+            for number, part in enumerate(self._parts, 1):
                 features = part()
+                if number == len(self._parts):
+                    before_last()
                 features.backward(gradient[start : start + len(features)])
                 start += len(features)
 

@@ -1,7 +1,12 @@
 """Contrastive losses: pure functions of features and the scale.
 
-The matrix of scores is never held as a whole. A chunk of its rows gives these rows' share of the loss and of the
-gradients alike, so the forward pass computes both, chunk by chunk, and the backward pass only multiplies.
+The matrix of scores is never held as a whole. The forward pass computes the loss and the gradients alike, chunk by
+chunk of its rows, and the backward pass only multiplies.
+
+Matrix products are what a large batch costs. Where it is one chunk, both softmaxes read the same scores. Where it is
+more, a column is whole only when all chunks were seen: so scores are computed twice, first for what the softmaxes
+divide by, then for the gradients. With locked images these are three products of B × B × D (one direction after the
+other would take four: scores and the texts' gradient for each), and four where images have a gradient too (not six).
 
 On several ranks (see `litune.distributed`) each holds some rows of the global batch, and all call a loss alike. Each
 gets the loss of the global batch, and gradients that are to be *summed* over ranks, not averaged: the sum of a
@@ -10,6 +15,7 @@ parameter's gradients is the gradient of that loss.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from litune import distributed
+from litune.devices import send
 
 EPSILON = 1e-8
 
@@ -97,11 +104,15 @@ def softmax_loss(
     def compute(needed: tuple[bool, ...], images: Tensor, texts: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         if batch.alone and more_images is None and 0 < len(images) <= chunk:
             return _softmax_both_ways(images, texts, image_to_text, batch, needed)
-        value, to_images, to_texts = _one_way(images, texts, _cross_entropy, batch, chunk, needed, weight=image_to_text)
-        back, back_to_texts, back_to_images = _one_way(
-            texts, images, _cross_entropy, batch, chunk, needed[::-1], more_images, 1 - image_to_text
-        )
-        return value + back, [_plus(to_images, back_to_images), _plus(to_texts, back_to_texts)]
+        if 0 < image_to_text < 1:
+            return _softmax_in_chunks(images, texts, image_to_text, batch, chunk, needed, more_images)
+        if image_to_text == 1:
+            value, to_images, to_texts = _one_way(images, texts, _cross_entropy, batch, chunk, needed)
+        else:
+            value, to_texts, to_images = _one_way(
+                texts, images, _cross_entropy, batch, chunk, needed[::-1], more_images
+            )
+        return value, [to_images, to_texts]
 
     images, texts = _promote(images, texts)
     # The scale rides on the texts, whose gradient is needed anyway: a locked image side stays without one.
@@ -157,11 +168,11 @@ class _Batch:
         self.first = 0 if self.alone else sum(counts[: distributed.rank()])
         self.ids = None
         if ids is not None:
-            self.ids = self.gather(torch.stack([ids.images, ids.texts], dim=1).to(rows.device))
+            self.ids = self.gather(send(torch.stack([ids.images, ids.texts], dim=1), rows.device))
 
     def gather(self, rows: Tensor) -> Tensor:
         """The rows [N …] of the whole batch, out of this rank's [n …]."""
-        return rows if self.alone else distributed.gather_rows(rows)
+        return rows if self.alone else distributed.gather_rows(rows, self.counts)
 
     def sum_own(self, gradient: Tensor) -> Tensor:
         """The sum over ranks of gradients [N D], of which this rank gets its own rows [n D]."""
@@ -169,13 +180,24 @@ class _Batch:
 
     def with_more(self, images: Tensor, more: MoreImages) -> tuple[Tensor, Tensor | None]:
         """The batch's images [N D] followed by further ones, as [N+M D], and the ids [N+M 1+K] of them all."""
-        device = images.device
-        images = torch.cat([images, self.gather(more.features.to(images))])
-        more_ids = self.gather(torch.cat([more.images[:, None], more.texts], dim=1).to(device))
+        features = more.features.to(images)
+        counts = [len(features)] if self.alone else distributed.row_counts(features)
+
+        def gather(rows: Tensor) -> Tensor:
+            return rows if self.alone else distributed.gather_rows(rows, counts)
+
+        images = torch.cat([images, gather(features)])
         if self.ids is None:
             return images, None
+        more_ids = gather(send(torch.cat([more.images[:, None], more.texts], dim=1), images.device))
         captions_short = more_ids.shape[1] - self.ids.shape[1]
         return images, torch.cat([F.pad(self.ids, (0, captions_short), value=-1), more_ids])
+
+    def logsumexp(self, columns: Tensor) -> Tensor:
+        """The logarithm of the sum over ranks of the exponentials of these [N]."""
+        if self.alone:
+            return columns
+        return distributed.gather_rows(columns[None], [1] * len(self.counts)).logsumexp(dim=0)
 
     def excluded(self, own: Tensor, candidate_ids: Tensor) -> Bool[Tensor, "c N"]:
         """Which candidates are not negatives of the batch's rows `own` [c], nor the row's own pair."""
@@ -196,16 +218,13 @@ def _one_way(
     chunk: int,
     needed: tuple[bool, ...],
     more: MoreImages | None = None,
-    weight: float = 1.0,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The weighted loss of this rank's queries [n D] against all others, and the gradients [n D] of both, if needed.
+    """The loss of this rank's queries [n D] against all others, and the gradients [n D] of both, if needed.
 
     `row_loss(scores [c N], own [c])` returns the sum of the rows' losses, row i's pair being in column `own[i]`, and
     turns the scores into their gradient in place.
     """
     value = queries.new_zeros(())
-    if weight == 0:
-        return value, None, None
     candidates, candidate_ids = batch.gather(others), batch.ids
     to_queries = torch.empty_like(queries) if needed[0] else None
     to_candidates = torch.zeros_like(candidates) if needed[1] else None
@@ -222,11 +241,7 @@ def _one_way(
             torch.mm(scores, candidates, out=to_queries[start : start + chunk])
         if to_candidates is not None:
             to_candidates.addmm_(scores[:, : len(to_candidates)].T, rows)
-    return (
-        weight * value,
-        None if to_queries is None else to_queries.mul_(weight),
-        None if to_candidates is None else batch.sum_own(to_candidates.mul_(weight)),
-    )
+    return value, to_queries, None if to_candidates is None else batch.sum_own(to_candidates)
 
 
 def _softmax_both_ways(
@@ -241,6 +256,63 @@ def _softmax_both_ways(
     value = image_to_text * _cross_entropy(scores, own) + (1 - image_to_text) * _cross_entropy(back, own)
     scores.mul_(image_to_text).add_(back.T, alpha=1 - image_to_text)
     return value, [scores @ texts if needed[0] else None, scores.T @ images if needed[1] else None]
+
+
+def _softmax_in_chunks(
+    images: Tensor,
+    texts: Tensor,
+    image_to_text: float,
+    batch: _Batch,
+    chunk: int,
+    needed: tuple[bool, ...],
+    more: MoreImages | None,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The loss and the gradients of a batch of any size, on any number of ranks.
+
+    Rows of scores are this rank's texts, a chunk at a time, columns the images of all ranks. So of locked images, the
+    ranks exchange features and one number per column, but no gradients.
+    """
+    candidates, candidate_ids = batch.gather(images), batch.ids
+    size = len(candidates)
+    if more is not None:
+        candidates, candidate_ids = batch.with_more(candidates, more)
+
+    def scored(start: int) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+        """A chunk of texts [c D], where in its scores the pairs are, the scores [c N+M]."""
+        rows = texts[start : start + chunk]
+        place = torch.arange(len(rows), device=rows.device)
+        own = place + (batch.first + start)
+        scores = rows @ candidates.T
+        if candidate_ids is not None:
+            scores.masked_fill_(batch.excluded(own, candidate_ids), -torch.inf)
+        return rows, (place, own), scores
+
+    starts = range(0, len(texts), chunk)
+    value = texts.new_zeros(())
+    over_images = []  # what a text's softmax divides by, as a logarithm: per chunk [c]
+    over_texts = texts.new_full((size,), -torch.inf)  # and an image's [N]
+    for start in starts:
+        _, pairs, scores = scored(start)
+        over_images.append(scores.logsumexp(dim=1))
+        over_texts = torch.logaddexp(over_texts, scores[:, :size].logsumexp(dim=0))
+        value += (1 - image_to_text) * over_images[-1].sum() - scores[pairs].sum()
+    over_texts = batch.logsumexp(over_texts)
+    value += image_to_text * over_texts[batch.first : batch.first + len(texts)].sum()
+
+    to_images = torch.zeros_like(candidates[:size]) if needed[0] else None
+    to_texts = torch.empty_like(texts) if needed[1] else None
+    for start, over in zip(starts if any(needed) else (), over_images, strict=False):
+        rows, pairs, scores = scored(start)
+        # The weights of the two directions go into the exponents: one pass less over the scores for each.
+        back = (scores[:, :size] - (over_texts - math.log(image_to_text))).exp_()
+        gradient = scores.sub_((over - math.log1p(-image_to_text))[:, None]).exp_()
+        gradient[:, :size] += back
+        gradient[pairs] -= 1
+        if to_texts is not None:
+            torch.mm(gradient, candidates, out=to_texts[start : start + chunk])
+        if to_images is not None:
+            to_images.addmm_(gradient[:, :size].T, rows)
+    return value, [None if to_images is None else batch.sum_own(to_images), to_texts]
 
 
 def _cross_entropy(scores: Tensor, own: Tensor) -> Tensor:
@@ -293,10 +365,6 @@ class _WithGradients(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
         return None, *(None if gradient is None else outer * gradient for gradient in ctx.saved_tensors)
-
-
-def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a.add_(b)
 
 
 def _promote(images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from litune.errors import StoreError
-from litune.features import FeatureStore, Selection
+from litune.features import FeatureStore, Selection, check_range
 from litune.towers.image import differences
 
 T = TypeVar("T")
@@ -102,7 +102,8 @@ class Mixture(Selection):
         return chain.from_iterable(one.blocks() for one in self._sources)
 
     def subset(self, positions: np.ndarray) -> Mixture:
-        """The images at these positions, which must be in ascending order."""
+        """The images at these positions, which must be in ascending order. Raises `IndexError` for one it lacks."""
+        check_range(positions, len(self), "images")
         cuts = np.searchsorted(positions, self.starts)
         return Mixture(
             [
@@ -114,7 +115,11 @@ class Mixture(Selection):
     def _parts(
         self, numbers: np.ndarray, starts: np.ndarray, take: Callable[[Selection, np.ndarray], T]
     ) -> tuple[np.ndarray, list[T]]:
-        """What each source gives for those of the numbers that are its own; and which of the numbers they are."""
+        """What each source gives for those of the numbers that are its own; and which of the numbers they are.
+
+        Raises `IndexError` for a number that none has.
+        """
+        check_range(numbers, int(starts[-1]), "captions" if starts is self.caption_starts else "images")
         source = np.searchsorted(starts, numbers, "right") - 1
         order = np.argsort(source, kind="stable")
         cuts = np.searchsorted(source[order], np.arange(len(starts)))

@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from litune.data.images import open_rgb
-from litune.data.names import canonicalize, read_templates
+from litune.data.names import read_templates, write_prompts
 from litune.data.references import read_bytes
 from litune.data.tokenizers import Tokenizer, Tokens
+from litune.devices import send
 from litune.errors import DataError, TowerError
 from litune.losses import normalize, wide
 from litune.towers.image import ImageTower
@@ -101,22 +102,31 @@ class LiT(nn.Module):
                 raise DataError(f"a text is {text!r}, expected a string")
         distinct = list(dict.fromkeys(texts))
         # Texts of similar length share a batch.
-        order = sorted(range(len(distinct)), key=lambda i: len(distinct[i]))
-        found = torch.empty(len(distinct), self.dim)
+        distinct.sort(key=len)
+        # All stay on the model's device until the last is there: a GPU never waits for the next batch to be packed.
+        found = torch.empty(len(distinct), self.dim, device=self.logit_scale.device)
         with _evaluating(self):
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                found[rows] = self.text_features(self.tokenizer([distinct[i] for i in rows])).cpu()
+            for start in range(0, len(distinct), batch_size):
+                batch = distinct[start : start + batch_size]
+                found[start : start + len(batch)] = self.text_features(self.tokenizer(batch))
         position = {text: i for i, text in enumerate(distinct)}
-        return found[[position[text] for text in texts]]
+        return found.cpu()[[position[text] for text in texts]]
 
     @torch.no_grad()
     def encode_features(self, raw: np.ndarray | Tensor) -> Float[Tensor, "B D"]:
         """Features of raw image tower output, as a feature store holds it, on the CPU."""
+        return self.map_features(raw).cpu()
+
+    @torch.no_grad()
+    def map_features(self, raw: np.ndarray | Tensor) -> Float[Tensor, "B D"]:
+        """What `encode_features` gives, on the model's device."""
         values = torch.as_tensor(raw)
         if values.ndim != 2 or values.shape[1] != self.image_width:
             raise DataError(f"features have the shape {tuple(values.shape)}, expected [images, {self.image_width}]")
-        return self.image_features(values.to(self.logit_scale.device)).cpu()
+        device = self.logit_scale.device
+        if device.type != "cpu" and values.dtype == torch.float64:  # which Apple's MPS does not have
+            values = values.float()
+        return self.image_features(send(values, device))
 
     @torch.no_grad()
     def encode_image(self, images: Sequence[Picture] | Picture, batch_size: int = 32) -> Float[Tensor, "B D"]:
@@ -127,11 +137,12 @@ class LiT(nn.Module):
         """
         images = [images] if isinstance(images, str | Path | Image.Image) else list(images)
         tower = self.load_image_tower()
-        found = [torch.empty(0, self.dim)]
+        found = torch.empty(len(images), self.dim, device=self.logit_scale.device)
         for start in range(0, len(images), batch_size):
+            # While a GPU encodes a batch, the next one is read.
             pixels = [tower.preprocess(_open(i)) for i in images[start : start + batch_size]]
-            found.append(self.encode_features(tower.encode(torch.from_numpy(np.stack(pixels)))))
-        return torch.cat(found)
+            found[start : start + len(pixels)] = self.map_features(tower.encode(torch.from_numpy(np.stack(pixels))))
+        return found.cpu()
 
     def load_image_tower(self) -> ImageTower:
         """The image tower, loaded on first use."""
@@ -149,25 +160,31 @@ class LiT(nn.Module):
         return ZeroShot(self, class_names, read_templates(templates))
 
 
+def scoring_device(model: object) -> torch.device:
+    """Where features are compared: on the GPU that the model is on, else on the processor."""
+    device = model.logit_scale.device if isinstance(model, LiT) else torch.device("cpu")
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
 class ZeroShot:
     """A zero-shot classifier: one weight vector per class.
 
-    Names are canonicalised (`_` to space, no punctuation, lower case) and put into every template; each text's
-    feature is normalised, the mean over templates is normalised again (CLIP, arXiv 2103.00020; LiT, section 4).
+    Names and templates are canonicalised (`_` to space, no punctuation but a name's commas, lower case) and names put
+    into every template; each text's feature is normalised, the mean over templates is normalised again (CLIP, arXiv
+    2103.00020; LiT, section 4).
     """
 
     def __init__(self, model: LiT, class_names: Sequence[str], templates: Sequence[str]) -> None:
         if not class_names:
             raise DataError("zero-shot classification needs at least one class name")
         self.model, self.class_names, self.templates = model, list(class_names), list(templates)
-        names = [canonicalize(name) or name for name in class_names]
-        texts = [template.replace("{}", name) for name in names for template in templates]
-        features = model.encode_text(texts).view(len(names), len(templates), -1)
+        texts = write_prompts(self.class_names, self.templates)
+        features = model.encode_text(texts).view(len(self.class_names), len(self.templates), -1)
         self.weights: Float[Tensor, "C D"] = normalize(features.mean(1))
 
     def scores(self, features: Float[Tensor, "B D"]) -> Float[Tensor, "B C"]:
         """Cosine similarities of image features with the classes."""
-        return features @ self.weights.T
+        return features @ self.weights.to(features.device).T
 
     def probabilities(self, features: Float[Tensor, "B D"]) -> Float[Tensor, "B C"]:
         """The softmax of the scaled scores."""

@@ -144,7 +144,10 @@ class Adafactor(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, beta1: float, beta2_cap: float) -> None:
-        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "beta1": beta1, "beta2_cap": beta2_cap})
+        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
+        self.beta1, self.beta2_cap = beta1, beta2_cap
+        self.kept = torch.tensor(beta1, dtype=torch.bfloat16).item()
+        """β1 as the stored moment is multiplied by it."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -152,11 +155,10 @@ class Adafactor(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    update = self._update(parameter.grad, self.state[parameter], group["beta1"], group["beta2_cap"])
+                    update = self._update(parameter.grad, self.state[parameter])
                     parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
 
-    @staticmethod
-    def _update(grad: Tensor, state: dict[str, Tensor], beta1: float, beta2_cap: float) -> Tensor:
+    def _update(self, grad: Tensor, state: dict[str, Tensor]) -> Tensor:
         """The new momentum, before it is rounded for storage; the state is updated in place."""
         axes = factored_axes(grad.shape)
         squared = grad.square() + 1e-30
@@ -169,7 +171,7 @@ class Adafactor(torch.optim.Optimizer):
                 for axis, key in zip(axes, ("columns", "rows"), strict=True):
                     state[key] = torch.zeros_like(squared.mean(axis, keepdim=True))
         state["step"] += 1
-        fresh = (state["step"] ** -0.8).clamp(min=1 - beta2_cap)  # 1 − β2
+        fresh = (state["step"] ** -0.8).clamp(min=1 - self.beta2_cap)  # 1 − β2
         if axes is None:
             scaled = grad * state["square"].lerp_(squared, fresh).rsqrt()
         else:
@@ -177,8 +179,7 @@ class Adafactor(torch.optim.Optimizer):
             columns = state["columns"].lerp_(squared.mean(shorter, keepdim=True), fresh)
             rows = state["rows"].lerp_(squared.mean(longer, keepdim=True), fresh)
             scaled = grad * (rows / rows.mean(shorter, keepdim=True)).rsqrt() * columns.rsqrt()
-        kept = torch.tensor(beta1, dtype=torch.bfloat16).item()
-        momentum = (state["momentum"].to(grad.dtype) * kept).add_(scaled, alpha=1 - beta1)
+        momentum = (state["momentum"].to(grad.dtype) * self.kept).add_(scaled, alpha=1 - self.beta1)
         state["momentum"].copy_(momentum)
         return momentum
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from litune import distributed
+from litune.devices import send
 from litune.losses import Ids, MoreImages, Negatives
 
 
@@ -36,11 +37,11 @@ def pair_losses(
         return rows if len(counts) == 1 else distributed.gather_rows(rows)
 
     all_images, all_texts = gather(images), gather(texts)
-    pair_ids = None if ids is None else gather(torch.stack([ids.images, ids.texts], dim=1).to(images.device))
+    pair_ids = None if ids is None else gather(send(torch.stack([ids.images, ids.texts], dim=1), images.device))
     more_ids = None
     if more_images is not None:
         all_images = torch.cat([all_images, gather(more_images.features.to(images))])
-        more_ids = gather(torch.cat([more_images.images[:, None], more_images.texts], dim=1).to(images.device))
+        more_ids = gather(send(torch.cat([more_images.images[:, None], more_images.texts], dim=1), images.device))
 
     def masked(own: Tensor, columns: int) -> Bool[Tensor, "c N"] | None:
         """What is no negative of these pairs, among all pairs and, where there are so many columns, more images."""
@@ -48,7 +49,7 @@ def pair_losses(
             return None
         image, text = pair_ids[own, 0, None], pair_ids[own, 1, None]
         same = (image == pair_ids[:, 0]) | (text == pair_ids[:, 1])
-        same[torch.arange(len(own)), own] = False
+        same[torch.arange(len(own), device=own.device), own] = False
         if more_ids is not None and columns > same.shape[1]:
             other = image == more_ids[:, 0]
             for caption in more_ids[:, 1:].T:
@@ -65,7 +66,7 @@ def pair_losses(
             to_images.masked_fill_(same, -torch.inf)
         if bias is not None:
             signs = torch.full_like(to_images, -1.0)
-            signs[torch.arange(len(own)), own] = 1.0
+            signs[torch.arange(len(own), device=own.device), own] = 1.0
             found.append(-F.logsigmoid(signs * (to_images + bias)).masked_fill(to_images.isneginf(), 0.0).sum(dim=1))
             continue
         to_texts = scale * images[rows] @ all_texts.T

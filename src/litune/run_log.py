@@ -40,6 +40,7 @@ class RunLog:
         if self.board is not None:
             for name, value in _numbers(facts):
                 self.board.add_scalar(name, value, facts["step"])
+            self.board.flush()  # a rank that fails ends the others as they are
         if self.on_log is not None:
             self.on_log(facts)
 

@@ -8,11 +8,12 @@ import pytest
 from PIL import ImageOps
 from tests.data.test_alignment import scene
 
+from litune.claims import claim
 from litune.commands import data_dedup
 from litune.commands.data_dedup import dedup_data
 from litune.commands.embed import embed
 from litune.data.pairs import read_pairs
-from litune.errors import ConfigError, OutputExistsError, StoreError
+from litune.errors import ConfigError, OutputBusyError, OutputExistsError, StoreError
 from litune.features import FeatureStore
 
 
@@ -57,6 +58,8 @@ def test_pairs_against_pairs(sets: tuple[Path, Path], tower_module: str, tmp_pat
     tuning, evaluation = sets
     settings = {"pairs": tuning, "against": [evaluation], "image_tower": tower_module, "out": tmp_path / "out"}
     settings |= ALL
+    with claim(tmp_path / "out"), pytest.raises(OutputBusyError):
+        dedup_data(**settings)
     report = dedup_data(**settings)
     assert removed(tmp_path / "out") == GONE
     assert report["removed"] == {

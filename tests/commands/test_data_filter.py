@@ -9,10 +9,11 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from litune.claims import claim
 from litune.commands.data_filter import filter_data
 from litune.commands.embed import embed
 from litune.data.pairs import read_pairs
-from litune.errors import ConfigError, DataError, LituneError, OutputExistsError
+from litune.errors import ConfigError, DataError, LituneError, OutputBusyError, OutputExistsError
 from litune.features import FeatureStore
 
 
@@ -58,6 +59,12 @@ def test_rules_in_their_order(noisy: Path, tmp_path: Path) -> None:
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["kept_images"] == report["kept_captions"] == 1
     assert report["settings"]["max_aspect"] == 3
+
+
+def test_no_two_write_one_output(noisy: Path, tmp_path: Path) -> None:
+    with claim(tmp_path / "kept.jsonl"), pytest.raises(OutputBusyError, match=r"kept\.jsonl is being written by"):
+        filter_data(pairs=noisy, out=tmp_path / "kept.jsonl", min_words=3)
+    assert not (tmp_path / "kept.jsonl").exists()
 
 
 def test_dropped_captions_by_language(tmp_path: Path) -> None:

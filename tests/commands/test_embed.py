@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -197,9 +198,79 @@ def test_each_of_several_processes_builds_one_runtime(tmp_path: Path, monkeypatc
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     config = EmbedConfig(pairs=tmp_path, image_tower="x", out=tmp_path / "s")
     monkeypatch.setattr(distributed, "from_main", lambda function: function())
-    first = module._pick_runtime(config, None, [])
+    first = module._pick_runtime(config, None, [], {})
     assert built == [("auto", "auto")]
-    monkeypatch.setattr(distributed, "from_main", lambda function: (first.name, first.precision))
-    second = module._pick_runtime(config, None, [])
+    monkeypatch.setattr(distributed, "from_main", lambda function: (first.name, first.precision, 64))
+    second = module._pick_runtime(config, None, [], {})
     assert built == [("auto", "auto"), ("onnxruntime", "float32")]
     assert (second.name, second.precision) == (first.name, first.precision)
+
+
+BROKEN_TOWER = """
+import colortower
+def encode(pixels):
+    found = colortower.encode(pixels)
+    red, green, blue = pixels.float().mean((2, 3)).T
+    found[red - green - blue > -150] *= {factor}
+    return found
+def make():
+    return encode, colortower.preprocess
+"""
+
+
+@pytest.mark.parametrize(
+    ("factor", "dtype", "said"),
+    [
+        ("float('nan')", "float32", "its features are not finite in torch in float32"),
+        ("1e6", "float16", "its features reach 9.9e+05, too much for float16"),
+        ("1e6", "float32", None),
+    ],
+)
+def test_pictures_without_usable_features_are_skipped_by_name(
+    photos: Path, tower_module: str, tmp_path: Path, factor: str, dtype: str, said: str | None
+) -> None:
+    (tmp_path / "brokentower.py").write_text(BROKEN_TOWER.format(factor=factor))
+    sys.modules.pop("brokentower", None)
+    settings = {"pairs": photos, "image_tower": "python:brokentower:make", "store_dtype": dtype, "batch_size": 5}
+    if said is None:
+        assert len(embed(**settings, out=tmp_path / "s")) == 24
+        return
+    message = f"red-ring-0.png: {said}; give another --out with --precision float32 and --store-dtype float32, or raise"
+    with pytest.raises(DataError, match=re.escape(message)):
+        embed(**settings, out=tmp_path / "s")
+    store = embed(**settings, out=tmp_path / "s", max_damaged=0.1)  # the same command goes on
+    lines = [json.loads(line) for line in (tmp_path / "s" / "damaged.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in lines] == ["red-ring-0.png", "red-ring-1.png"]
+    assert lines[0]["reason"] == said
+    assert len(store) == 22
+    assert np.isfinite(store.features(slice(None))).all()
+
+
+def test_an_unfinished_store_stays_on_its_kind_of_device(photos: Path, tower_module: str, tmp_path: Path) -> None:
+    store = embed(pairs=photos, image_tower=tower_module, out=tmp_path / "s")
+    file = store.path / "store.json"
+    facts = json.loads(file.read_text())
+    assert facts["tower"]["device"] == "cpu"
+    file.write_text(json.dumps(facts | {"complete": False, "tower": facts["tower"] | {"device": "cuda"}}))
+    with pytest.raises(StoreError, match=r"was made with .* \(device cuda and cpu\): choose another --out"):
+        embed(pairs=photos, image_tower=tower_module, out=store.path, device="cpu")
+    del facts["tower"]["device"]  # as older stores
+    file.write_text(json.dumps(facts | {"complete": False}))
+    assert len(embed(pairs=photos, image_tower=tower_module, out=store.path)) == 24
+
+
+def test_what_was_begun_on_the_processor_goes_on_there(
+    photos: Path, tower_module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where there is a GPU, which would be taken for another store."""
+    import importlib
+
+    import torch
+
+    module, asked = importlib.import_module("litune.commands.embed"), []
+    monkeypatch.setattr(module, "pick_device", lambda name: asked.append(name) or torch.device("cpu"))
+    store = embed(pairs=photos, image_tower=tower_module, out=tmp_path / "s")
+    facts = json.loads((store.path / "store.json").read_text())
+    (store.path / "store.json").write_text(json.dumps(facts | {"complete": False}))
+    embed(pairs=photos, image_tower=tower_module, out=store.path)
+    assert asked == ["auto", "cpu"]

@@ -21,11 +21,12 @@ import pyarrow.parquet
 import pytest
 from tests.data.packed import picture
 
+from litune.claims import claim
 from litune.commands import fetch as fetching
 from litune.commands.fetch import fetch_data, reason_of
 from litune.data import fetch_worker
 from litune.data.pairs import read_pairs
-from litune.errors import DataError, LituneError, MissingExtraError, OutputExistsError
+from litune.errors import DataError, LituneError, MissingExtraError, OutputBusyError, OutputExistsError
 
 PYTHON = os.environ.get("LITUNE_FETCH_PYTHON", sys.executable)
 """A Python that has img2dataset: this one, or another environment's."""
@@ -209,6 +210,12 @@ def test_without_img2dataset(tmp_path: Path) -> None:
         fetch_data(urls="http://x", out=tmp_path / "out", python=tmp_path / "python")
     with pytest.raises(DataError, match="can't be started"):
         fetch_data(urls="http://x", out=tmp_path / "out", python=tmp_path / "nothing")
+
+
+def test_no_two_write_one_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching, "_find_img2dataset", lambda python: PYTHON)
+    with claim(tmp_path / "out"), pytest.raises(OutputBusyError, match="out is being written by"):
+        fetch_data(urls=tmp_path / "urls.txt", out=tmp_path / "out")
 
 
 def test_missing_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

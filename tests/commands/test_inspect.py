@@ -9,7 +9,7 @@ from tests.interop.released import layout, random_values, write
 
 import litune
 from litune.cli import main
-from litune.errors import DataError, TowerError
+from litune.errors import DataError, OutputExistsError, TowerError
 
 
 def test_image_tower() -> None:
@@ -54,6 +54,10 @@ def test_store_run_and_pair(
     assert tuning["bytes_stored"] == 1000 * 2 * store.width
     assert tuning["bytes_of_weights_gradients_and_moments"] == 16 * known["parameters"]
     assert "tuned parameters" in capsys.readouterr().out
+    with pytest.raises(OutputExistsError, match=r"pair\.json exists: choose another --json"):
+        litune.inspect("nothing", json=file)
+    litune.inspect(str(store.path), json=file, overwrite=True)
+    assert "tuning" not in json.loads(file.read_text())
 
 
 def test_released_checkpoint(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from litune.commands import probe as module
 from litune.commands.probe import probe, table
 from litune.commands.tune import choose_pairs
 from litune.config import ProbeConfig
-from litune.errors import ConfigError, DataError, StoreError
+from litune.errors import ConfigError, DataError, OutputExistsError, StoreError
 from litune.features import FeatureStore, StoreWriter
 
 WORDS = ["red", "green", "blue", "yellow", "bar", "box", "ring", "really", *"bcdfghjkmnpqrtvwxz"]
@@ -53,6 +53,8 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def test_ranks_towers_by_what_they_see(stores: list[Path], tiny_bert: Path, tmp_path: Path) -> None:
     results = probe(stores=stores, text_tower=f"hf:{tiny_bert}", json=tmp_path / "probe.json", device="cpu")
+    with pytest.raises(OutputExistsError, match=r"probe\.json exists: choose another --json"):
+        probe(stores=["nowhere"], json=tmp_path / "probe.json")
     best, middle, worst = results["stores"]
     assert [Path(one["store"]).name for one in results["stores"]] == ["a", "b", "c"]
     assert json.loads((tmp_path / "probe.json").read_text()) == json.loads(json.dumps(results))

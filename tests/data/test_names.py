@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from litune.data.names import DEFAULT_TEMPLATES, canonicalize, read_templates
+from litune.data.names import DEFAULT_TEMPLATES, canonicalize, read_templates, write_prompts
 from litune.errors import ConfigError
 
 
@@ -12,6 +12,17 @@ def test_canonicalize() -> None:
     assert canonicalize("T-shirt") == "tshirt"
     assert canonicalize("Egyptian_Mau") == "egyptian mau"
     assert canonicalize("  a.b  c ") == "ab c"
+
+
+def test_prompts() -> None:
+    names, templates = ["T-Shirt", "Crane, bird", "???"], ["A photo of a {}.", "{}"]
+    assert write_prompts(names, templates) == [
+        "a photo of a tshirt", "tshirt", "a photo of a crane, bird", "crane, bird", "a photo of a ???", "???",
+    ]  # fmt: skip
+    assert write_prompts(names[:2], templates[:1], canonical=False) == [
+        "A photo of a T-Shirt.",
+        "A photo of a Crane, bird.",
+    ]
 
 
 def test_templates(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_class_vectors_against_the_formula(block: int) -> None:
     names, templates = ["Great_White Shark", "tench!", "kite"], ["a {}.", "the {}, a photo"]
     found = ClassVectors(letters, block)(names, templates)
     for vector, name in zip(found, ["great white shark", "tench", "kite"], strict=True):
-        each = [letters([template.replace("{}", name)])[0] for template in templates]
+        each = [letters([template.replace("{}", name)])[0] for template in ["a {}", "the {} a photo"]]
         mean = sum(each) / len(each)
         assert torch.allclose(vector, mean / mean.norm(), atol=1e-6)
     plain = ClassVectors(letters, block)(["AB"], ["{}"], canonical=False)[0]
@@ -85,14 +85,24 @@ def test_class_vectors_as_clip_benchmark() -> None:
     assert torch.allclose(ClassVectors(letters)(names, templates, canonical=False), expected, atol=1e-6)
 
 
-def test_each_text_is_embedded_once() -> None:
-    seen: list[str] = []
+class Seen(list[str]):
+    """Texts that were encoded."""
 
-    def encode(texts: list[str]) -> torch.Tensor:
-        seen.extend(texts)
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        self.extend(texts)
         return letters(texts)
 
-    vectors = ClassVectors(encode)
+
+def test_prompts_are_canonical_or_as_given() -> None:
+    seen = Seen()
+    ClassVectors(seen)(["T-Shirt, red"], ["A photo of a {}, too."])
+    ClassVectors(seen)(["T-Shirt, red"], ["A photo of a {}, too."], canonical=False)
+    assert seen == ["a photo of a tshirt, red too", "A photo of a T-Shirt, red, too."]
+
+
+def test_each_text_is_embedded_once() -> None:
+    seen = Seen()
+    vectors = ClassVectors(seen)
     vectors(["kite", "Kite", "crane"], ["a {}", "{}"])
     vectors(["crane", "tench"], ["a {}", "{}"])
     assert sorted(seen) == sorted(["a kite", "kite", "a crane", "crane", "a tench", "tench"])

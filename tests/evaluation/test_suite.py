@@ -15,6 +15,7 @@ import pytest
 from tests.conftest import COLORS, SHAPES, draw
 
 import litune
+from litune import encoding
 from litune.cli import main
 from litune.commands.embed import embed
 from litune.commands.evaluate import evaluate, run_names, tuned_on
@@ -66,6 +67,9 @@ def test_a_named_set(run: Path, sets: Path, tmp_path: Path) -> None:
     assert one["chance"]["accuracy"] == 0.25
     assert "Ties count against the model" in one["definition"]
     assert json.loads((tmp_path / "e.json").read_text())["tasks"] == json.loads(json.dumps(found["tasks"]))
+    for kept, option in (("e.json", "json"), ("f", "out")):
+        with pytest.raises(OutputExistsError, match=f"choose another --{option}"):  # before anything is read
+            evaluate("nowhere", tasks="cifar10", data=sets, **{option: tmp_path / kept})
 
 
 def test_templates_of_the_set(run: Path, sets: Path, tmp_path: Path) -> None:
@@ -105,7 +109,7 @@ def test_features_are_made_once(
 def test_an_interrupted_set_goes_on(
     run: Path, sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(set_features, "BATCH", 5)
+    monkeypatch.setattr(encoding, "BATCH", 5)
     monkeypatch.setattr(set_features, "SHARD_SECONDS", 0.0)
     settings: dict[str, Any] = {"tasks": "cifar10", "data": sets, "features": tmp_path / "f", **QUIET}
     whole = set_features.encode_images
@@ -292,8 +296,8 @@ def test_settings_that_contradict(run: Path, sets: Path, tmp_path: Path) -> None
         evaluate(run)
     with pytest.raises(ConfigError, match="as a task in YAML"):
         evaluate(run, classes=sets, out=tmp_path / "o")
-    (tmp_path / "o").mkdir()
-    with pytest.raises(OutputExistsError, match="--overwrite"):
+    (tmp_path / "o" / "report").mkdir(parents=True)
+    with pytest.raises(OutputExistsError, match="choose another --out"):
         evaluate(run, tasks="cifar10", data=sets, out=tmp_path / "o")
     with pytest.raises(StoreError, match="embed the images with"):
         module = tmp_path / "othertower.py"

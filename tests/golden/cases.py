@@ -39,6 +39,19 @@ TEXTS = [
 ]
 """For tensorflow_text's BertTokenizer."""
 
+NAMES = [
+    "tench", "Great_White  Shark!", "T-shirt", "Egyptian_Mau", "crane,  (bird)", "Bonaire, Saint Eustatius & Saba",
+    "goldfish, Carassius_auratus", ",_a,,b ,", "St. Bernard's #1 (100%)", " a.b  c ", "back\\slash `x` ~^|<>=+*@$",
+    "{} {a}", "“quoted” ‘so’ – dash… ¿que? «là»", "Straße ẞ", "İstanbul IĞDIR", "ΟΔΥΣΣΕΎΣ ΟΣ. ΑΣ", "鶴、つる", "КРАН",
+    "a\u00a0b\u3000c\u2003d", "tab\tline\nfile\x1csep\x85next", "bom\ufeffword zero\u200bwidth\u2028line",
+    "👩\u200d🚒 Fire_Fighter", "e\u0301 É",
+]  # fmt: skip
+TEMPLATES = [
+    "{}", "a photo of a {}.", "a photo of the {}, a type of pet.", "itap of a {}.", "A_Photo  of {}!", "{{}} and {x}",
+    "a {}'s photo - (really)", "une photo d'un·e «{}».", "  {}  ", "{}{", "ein FOTO von:\t{},",
+]  # fmt: skip
+"""Class names and templates for big_vision's zero-shot prompts."""
+
 CASES = [
     (1, 1, 16), (7, 1, 24), (33, 50, 24), (97, 64, 224), (224, 224, 224), (223, 225, 224), (256, 341, 224),
     (333, 500, 288), (640, 480, 224), (31, 900, 64),

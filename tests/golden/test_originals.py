@@ -1,7 +1,7 @@
 """litune against the original implementations, by files that these wrote.
 
 scripts/make_golden.py made them with tensorflow 2.21.0, tensorflow_text 2.21.1, optax 0.2.8, jax 0.10.2 and flax
-0.12.8 (each file says by which); what was asked of them is in cases.py.
+0.12.8, and by big_vision's own text (each file says by which); what was asked of them is in cases.py.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import shutil
+import subprocess
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ import torch
 from PIL import Image
 from tests.golden.cases import (
     CASES,
+    NAMES,
     SHAPES,
     STEPS,
+    TEMPLATES,
     TEXTS,
     WARMUP,
     WIDTHS,
@@ -37,6 +40,7 @@ from tests.interop.released import Reference, write
 from torch import nn
 
 from litune.data.images import resize_tensorflow
+from litune.data.names import write_prompts
 from litune.data.pieces import SentencePiece
 from litune.data.tokenizers import Tokenizer, Tokens, wordpiece
 from litune.evaluation import probes
@@ -93,6 +97,33 @@ def test_pieces() -> None:
     made = golden("pieces.json")
     tokenizer = Tokenizer(SentencePiece(base64.b64decode(made["model"])), "sticky_eos", made["max_tokens"])
     assert rows_of(tokenizer(made["texts"])) == made["ids"]
+
+
+def prompts_by_big_vision() -> list[str]:
+    """As its evaluator joins them: what stands before the template's {}, the name, what stands behind it."""
+    made = golden("prompts.json")
+    ends = [template.split("{}") for template in made["templates"]]
+    return [f"{before}{name}{after}" for name in made["names"] for before, after in ends]
+
+
+def test_prompts() -> None:
+    """Class names in templates, both canonicalised by big_vision's zero-shot evaluator."""
+    assert write_prompts(NAMES, TEMPLATES) == prompts_by_big_vision()
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_prompts_in_the_browser(tmp_path: Path) -> None:
+    """The same prompts by the exported page's JavaScript."""
+    (tmp_path / "package.json").write_text('{"type": "module"}')
+    shutil.copy(str(resources.files("litune") / "interop" / "web" / "prompts.js"), tmp_path)
+    (tmp_path / "run.js").write_text(
+        'import fs from "node:fs"; import { writePrompts } from "./prompts.js";\n'
+        "const { names, templates } = JSON.parse(fs.readFileSync(0));\n"
+        "console.log(JSON.stringify(writePrompts(names, templates)));"
+    )
+    asked = json.dumps({"names": NAMES, "templates": TEMPLATES})
+    ran = subprocess.run(["node", "run.js"], cwd=tmp_path, input=asked, capture_output=True, text=True, check=True)
+    assert json.loads(ran.stdout) == prompts_by_big_vision()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}x{case[1]}to{case[2]}")

@@ -148,7 +148,7 @@ def test_codes_choose_what_is_compared(tmp_path: Path) -> None:
     raw = store.features(index.cells.order)
     assert np.abs(codes.features(np.arange(3000)) - raw).max() <= 0.51 * (raw.max(0) - raw.min(0)).max() / 255
     read = []
-    index.features = lambda rows: read.append(len(rows)) or store.features(rows)  # type: ignore[assignment]
+    index.features = lambda rows, dtype=None: read.append(len(rows)) or store.features(rows)  # type: ignore[assignment]
     scores, rows = index.nearest(Shifted(), queries, 10, exact=False)
     assert rows_of(rows) == expected
     assert read == [140] * 20  # of 3,000

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from litune.data.tokenizers import Tokens
 from litune.towers import fused
+from litune.towers.compiling import SWITCH
 from litune.towers.text import make_text_tower, parse_text_spec
 
 ROUNDING = 2.0**-8
@@ -246,7 +247,7 @@ def test_the_tower_and_its_gradient_are_transformers_own(
     tiny_bert: Path, monkeypatch: pytest.MonkeyPatch, fresh: None, switch: str
 ) -> None:
     """With the compiled functions and without, in bfloat16, against float32 of transformers."""
-    monkeypatch.setenv(fused.SWITCH, switch)
+    monkeypatch.setenv(SWITCH, switch)
     switched_off = fused.library() is None
     assert switched_off == (switch == "0")
     tower = make_text_tower(parse_text_spec(f"hf:{tiny_bert}"), vocab_size=60, max_tokens=32, dropout=0.0)

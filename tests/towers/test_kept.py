@@ -25,7 +25,7 @@ def test_each_text_is_encoded_once() -> None:
 
     random = np.random.default_rng(0)
     numbers = random.integers(0, 1300, 5000)
-    kept = KeptTexts(random.integers(1, 16, 1300), numbers, encode, torch.device("cpu"))
+    kept = KeptTexts(random.integers(1, 16, 1300), numbers, encode)
     assert sorted(calls) == list(range(1300))
     captions = random.integers(0, 5000, 77)
     assert torch.equal(kept(captions), table[torch.from_numpy(numbers[captions])])

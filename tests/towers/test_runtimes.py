@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from litune.data.images import ImageTransform
 from litune.errors import MissingExtraError, TowerError
 from litune.towers import runtimes
 from litune.towers.image import ImageTower, load_image_tower
@@ -113,7 +114,7 @@ def test_the_fastest_that_agrees(tower: ImageTower, pixels: Tensor, monkeypatch:
 def test_the_choice_is_remembered(
     tower: ImageTower, pixels: Tensor, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def candidates(*_: Any) -> list[tuple[str, str]]:
+    def candidates(*_: Any, **__: Any) -> list[tuple[str, str]]:
         return WANTED[:3]
 
     monkeypatch.setattr(runtimes, "candidates", candidates)
@@ -172,3 +173,125 @@ def test_a_runtime_that_is_asked_for_and_not_there(
     monkeypatch.setattr(runtimes, "fast_bfloat16", lambda device: True)
     with pytest.raises(TowerError, match=r"pip install 'litune\[onnx\]'"):
         runtimes.fastest(tower, pixels, name="tensorrt")
+
+
+def failing(at: int, why: Exception) -> Any:
+    """What stands for torch.compile: networks that fail in their call number `at`."""
+
+    def compiled(network: Any, **_: Any) -> Any:
+        calls = [0]
+
+        class Failing(nn.Module):
+            def forward(self, pixels: Tensor) -> Tensor:
+                calls[0] += 1
+                if calls[0] >= at:
+                    raise why
+                found: Tensor = network(pixels)
+                return found
+
+        return Failing()
+
+    return compiled
+
+
+NO_COMPILER = RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable")
+BOTH = [("torch", "float32"), ("compile", "float32")]
+
+
+@pytest.mark.parametrize(
+    ("at", "why", "said"),
+    [
+        (1, NO_COMPILER, "resnet18?init=random&size=64 can't run in compile (float32): Failed to find C compiler."),
+        (3, ModuleNotFoundError("No module named 'triton'"), "(float32): No module named 'triton'"),  # while timed
+        (5, ValueError("later"), "compile in float32 failed: later"),  # in a later round
+        (1, torch.OutOfMemoryError("CUDA out of memory."), "memory is too small for --batch-size 1"),
+    ],
+)
+def test_a_runtime_that_fails_is_left_out(
+    tower: ImageTower,
+    pixels: Tensor,
+    at: int,
+    why: Exception,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch, "compile", failing(at, why))
+    monkeypatch.setattr(runtimes, "images_per_second", lambda one, pixels: float(len(one.run(pixels))))
+    best, trials = runtimes.measure(tower, BOTH, pixels)
+    assert str(best) == "torch in float32"
+    assert [one.name for one in trials] == ["torch"]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out: ")]
+    assert len(lines) == 1
+    assert said in lines[0]
+
+
+def test_a_named_runtime_that_fails_names_the_remedy(
+    tower: ImageTower, pixels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", failing(1, NO_COMPILER))
+    with pytest.raises(TowerError, match=r"in compile \(float32\): Failed to find C compiler.; use --runtime torch$"):
+        runtimes.fastest(tower, pixels, name="compile", precision="float32")
+
+
+def test_a_remembered_runtime_that_fails_is_not_taken(
+    tower: ImageTower, pixels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wanted(*_: Any, **__: Any) -> list[tuple[str, str]]:
+        return BOTH
+
+    monkeypatch.setattr(runtimes, "candidates", wanted)
+    monkeypatch.setattr(torch, "compile", lambda network, **_: network)
+    rates = iter([1.0, 2.0])
+    with monkeypatch.context() as patch:
+        patch.setattr(runtimes, "images_per_second", lambda *_: next(rates))
+        patch.setattr(runtimes, "ROUNDS", 1)
+        assert str(runtimes.fastest(tower, pixels)) == "compile in float32"
+    assert str(runtimes.fastest(tower, pixels)) == "compile in float32"
+    monkeypatch.setattr(torch, "compile", failing(1, NO_COMPILER))
+    monkeypatch.setattr(runtimes, "images_per_second", lambda *_: 1.0)
+    assert str(runtimes.fastest(tower, pixels)) == "torch in float32"
+
+
+def test_a_compiled_network_sees_one_shape(tower: ImageTower, pixels: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[int] = []
+
+    def compiled(network: Any, **settings: Any) -> Any:
+        assert settings == {"dynamic": False}
+        network.register_forward_pre_hook(lambda _, arguments: shapes.append(len(arguments[0])))
+        return network
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    runtime = runtimes.build(tower, "compile", "float32", pixels)
+    found = torch.cat([runtime.run(pixels), runtime.run(pixels[:2])])
+    assert torch.equal(found, tower.encode(torch.cat([pixels, pixels[:2]]))[[*range(5), 0, 1]])
+    assert shapes == [5, 5, 5]  # the trial, a batch, the last one
+
+
+def test_a_picture_without_features_does_not_count(
+    tower: ImageTower, pixels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = tower.encode
+
+    def broken(x: Tensor, **settings: Any) -> Tensor:
+        found = encode(x, **settings)
+        found[(x == pixels[1]).flatten(1).all(1)] = torch.nan
+        return found
+
+    monkeypatch.setattr(tower, "encode", broken)
+    monkeypatch.setattr(runtimes, "images_per_second", lambda *_: 1.0)
+    best, trials = runtimes.measure(tower, [("torch", "float32")], pixels)
+    assert (str(best), trials[0].cosine) == ("torch in float32", 1.0)
+    with pytest.raises(TowerError, match="no finite features for the first 1 pictures: check its weights, or go on"):
+        runtimes.measure(tower, [("torch", "float32")], pixels[1:2])
+
+
+def test_a_tower_that_runs_by_itself_stays_on_the_processor() -> None:
+    """Its callable is given what it can read, whatever device the model is moved to."""
+    transform = ImageTransform(size=(2, 2), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    alone = ImageTower("onnx:x", lambda x: x.flatten(1), transform, description={}, weights="", pooling="")
+    moved = nn.Sequential(alone).to("meta")[0]
+    assert isinstance(moved, ImageTower)
+    runtime = runtimes.build(moved, "torch", "float32", torch.empty(0))
+    assert runtime.device == "cpu"
+    assert runtime.run(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)).tolist() == [[2.0] * 12]

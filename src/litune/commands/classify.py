@@ -8,7 +8,7 @@ from litune.checkpoint import load
 from litune.config import ClassifyConfig, command
 from litune.data.alike import find_alike
 from litune.errors import ConfigError
-from litune.files import write_json
+from litune.files import check_file, write_json
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ def classify(config: ClassifyConfig) -> list[Classified]:
     """Classify images with any labels; returns one result per image, in order.
 
     Raises `ConfigError` for a label given twice, or two that are read alike, `RunError` for the run, `DataError` for an
-    image that can't be read.
+    image that can't be read, `OutputExistsError` where the file of `config.json` is there.
     """
+    check_file(config.json, "--json", config.overwrite)
     if alike := find_alike(config.labels):
         raise ConfigError(f"--labels has {alike}")
     model = load(config.run, image_tower=config.image_tower, device=config.device)

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from litune.claims import claim
 from litune.commands.data_source import Source, is_store, read_source, write_store
 from litune.commands.embed import embed_pairs
 from litune.config import DedupConfig, EmbedConfig, ReadingConfig, command, to_json
@@ -88,11 +89,17 @@ def dedup_data(config: DedupConfig) -> dict[str, Any]:
     """Write the pairs of `config.pairs` without those whose image is a near-duplicate; returns the report.
 
     Raises `ConfigError` where no tower is known, `DataError` for unusable pairs, `StoreError` where stores are of
-    different towers, `OutputExistsError` where there is a report already.
+    different towers, `OutputExistsError` where there is a report already, `OutputBusyError` where another process
+    writes it.
     """
+    with claim(config.out):
+        if (config.out / REPORT).exists() and not config.overwrite:
+            raise OutputExistsError(f"{config.out} has a report: choose another --out, or give --overwrite")
+        return _dedup(config)
+
+
+def _dedup(config: DedupConfig) -> dict[str, Any]:
     began = time.monotonic()
-    if (config.out / REPORT).exists() and not config.overwrite:
-        raise OutputExistsError(f"{config.out} has a report: choose another --out, or give --overwrite")
     spec = _tower(config)
     sources = [(OWN, read_source(config))]
     for against in config.against:

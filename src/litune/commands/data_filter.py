@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from litune.claims import claim
 from litune.commands.data_source import Source, is_store, read_source, write_store
 from litune.config import FilterConfig, command, to_json
 from litune.data import captions as text
@@ -23,7 +24,7 @@ from litune.data.references import names_of
 from litune.devices import processor_cores
 from litune.errors import ConfigError, DataError, OutputExistsError
 from litune.features import MANIFEST
-from litune.files import clear_output, write_json
+from litune.files import check_file, clear_output, write_json
 from litune.progress import say, track
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -49,10 +50,15 @@ def filter_data(config: FilterConfig) -> dict[str, Any]:
     """Write the pairs that pass all rules of `config`; returns what each rule dropped.
 
     Raises `ConfigError` where no rule is set, `DataError` for unusable pairs or where nothing would be left,
-    `OutputExistsError` for an output that is there.
+    `OutputExistsError` for an output that is there, `OutputBusyError` where another process writes it.
     """
     config = with_preset(config)
-    _check_outputs(config)
+    with claim(config.out):
+        _check_outputs(config)
+        return _filter(config)
+
+
+def _filter(config: FilterConfig) -> dict[str, Any]:
     source = read_source(config)
     pool = Pool(source.pairs.table)
     rules = [rule for make in RULES for rule in make(config, source)]
@@ -104,8 +110,7 @@ def _check_outputs(config: FilterConfig) -> None:
         raise OutputExistsError(f"{config.out} exists: choose another --out, or give --overwrite")
     if config.dropped is not None:
         check_table(config.dropped, "--dropped", config.overwrite)
-    if config.report is not None and config.report.exists() and not config.overwrite:
-        raise OutputExistsError(f"{config.report} exists: choose another --report, or give --overwrite")
+    check_file(config.report, "--report", config.overwrite)
     if config.agree is not None and not is_store(config.pairs):
         raise ConfigError(f"--agree reads images' features: embed {config.pairs} and give the store as PAIRS")
     if config.languages:

@@ -19,7 +19,7 @@ from litune.data.images import Decoded
 from litune.data.pairs import Damage, Pairs
 from litune.data.references import absolute
 from litune.devices import pick_device
-from litune.encoding import encode_images, pick_alike, pick_runtime
+from litune.encoding import FEATURES, encode_images, pick_alike, pick_runtime
 from litune.errors import DataError, LituneError, OutputExistsError, StoreError
 from litune.features import MANIFEST, FeatureStore, StoreWriter, library_versions
 from litune.files import clear_output, read_json
@@ -55,10 +55,12 @@ def embed(config: EmbedConfig) -> FeatureStore:
 
 def embed_pairs(config: EmbedConfig, pairs: Pairs) -> FeatureStore:
     """`embed` of pairs that are read already."""
-    tower = find_image_tower(config.image_tower).to(pick_device(config.device))
-    runtime = _pick_runtime(config, tower, pairs)
+    begun = _begun_with(config.out)
+    device = "cpu" if config.device == "auto" and begun.get("device") == "cpu" else config.device
+    tower = find_image_tower(config.image_tower).to(pick_device(device))
+    runtime = _pick_runtime(config, tower, pairs, begun)
     manifest = {
-        "tower": tower.provenance | {"precision": runtime.precision, "runtime": runtime.name},
+        "tower": tower.provenance | runtime.facts,
         "pairs": {"source": pairs.source, "fingerprint": pairs.fingerprint(), "captions": pairs.captions},
         "images": len(pairs),
         "dtype": config.store_dtype,
@@ -83,7 +85,7 @@ def _embed_on_ranks(
     Parts are whole batches, so that every image is encoded in the same company as by one process.
     """
     rank, ranks = distributed.rank(), distributed.world_size()
-    manifest = manifest | {"parts": distributed.bounds(len(pairs), config.batch_size)}
+    manifest = manifest | {"parts": distributed.bounds(len(pairs), runtime.batch_size)}
     distributed.from_main(lambda: _check_output(config.out, manifest, config.overwrite))
     whole = distributed.from_main(lambda: StoreWriter(config.out, manifest))
     cuts = whole.manifest["parts"]  # those that it was begun with, maybe with another --batch-size
@@ -126,7 +128,7 @@ def _check_output(out: Path, manifest: dict[str, Any], overwrite: bool) -> None:
 def _check_same(out: Path, there: dict[str, Any], manifest: dict[str, Any]) -> None:
     """Raise unless the store at `out` is an unfinished one of this tower and these pairs."""
     found = differences(there.get("tower") or {}, manifest["tower"])
-    for part in ("precision", "runtime"):
+    for part in ("precision", "runtime", "device"):
         one = (there.get("tower") or {}).get(part)
         if one not in (None, manifest["tower"][part]) and not there.get("complete"):
             found.append(f"{part} {one} and {manifest['tower'][part]}")
@@ -161,29 +163,24 @@ def _tower_name(manifest: dict[str, Any]) -> str:
     return str((manifest.get("tower") or {}).get("spec", "unknown tower"))
 
 
-def _pick_runtime(config: EmbedConfig, tower: ImageTower, pairs: Pairs) -> Runtime:
+def _pick_runtime(config: EmbedConfig, tower: ImageTower, pairs: Pairs, begun: dict[str, Any]) -> Runtime:
     """What runs the tower: as asked; going on with a store, what it was begun with; else the fastest.
 
     Of several processes the first one chooses.
     """
     name, precision = str(config.runtime), str(config.precision)
-    begun = _begun_with(config.out)
-    if begun is not None:
-        name = begun[0] if name == "auto" else name
-        precision = begun[1] if precision == "auto" else precision
+    if begun:
+        name = begun.get("runtime", "torch") if name == "auto" else name
+        precision = begun["precision"] if precision == "auto" else precision
     pick = partial(pick_runtime, tower, range(len(pairs)), partial(_locate, pairs), batch_size=config.batch_size)
     return pick_alike(pick, name, precision)
 
 
-def _begun_with(out: Path) -> tuple[str, str] | None:
-    """The runtime and precision of an unfinished store, if there is one that says so."""
-    if not (out / MANIFEST).exists():
-        return None
-    there = read_json(out / MANIFEST, StoreError)
-    tower = there.get("tower") or {}
-    if there.get("complete") or "precision" not in tower:
-        return None
-    return tower.get("runtime", "torch"), tower["precision"]
+def _begun_with(out: Path) -> dict[str, Any]:
+    """The tower of an unfinished store, with runtime, precision and device; nothing where no store says so."""
+    there = read_json(out / MANIFEST, StoreError) if (out / MANIFEST).exists() else {}
+    tower: dict[str, Any] = there.get("tower") or {}
+    return {} if there.get("complete") or "precision" not in tower else tower
 
 
 def _encode(
@@ -200,8 +197,9 @@ def _encode(
         tower.preprocess,
         part[writer.seen :],
         partial(_locate, pairs),
-        batch_size=config.batch_size,
+        batch_size=runtime.batch_size,
         workers=config.workers,
+        dtype=config.store_dtype,
     )
     with track("embedding", "images", len(part), writer.seen) as task:
         for batch, features in encoded:
@@ -263,9 +261,13 @@ class _Shard:
 
 
 def _too_many(damaged: int, pairs: Pairs, config: EmbedConfig, writer: StoreWriter, latest: list[Damage]) -> DataError:
+    example = _last_damage(writer, latest)
+    remedy = "mend them or raise --max-damaged"
+    if FEATURES in example:
+        remedy = "give another --out with --precision float32 and --store-dtype float32, or raise --max-damaged"
     return DataError(
         f"{damaged:,} of {len(pairs):,} images can't be used (at most {config.max_damaged:.1%} may), as "
-        f"{_last_damage(writer, latest)}; mend them or raise --max-damaged; what is done stays in {config.out}"
+        f"{example}; {remedy}; what is done stays in {config.out}"
     )
 
 

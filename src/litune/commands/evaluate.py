@@ -17,10 +17,11 @@ from litune.checkpoint import CONFIG, check_store, load
 from litune.checkpoint import MANIFEST as RUN_MANIFEST
 from litune.commands.tune import choose_mixture
 from litune.config import EvalConfig, TuneConfig, command
-from litune.data.names import canonicalize, read_templates
+from litune.data.names import prompted_name, read_templates
 from litune.data.pairs import class_folders
+from litune.devices import send
 from litune.encoding import encode_images, pick_runtime
-from litune.errors import DataError, LituneError, OutputExistsError, StoreError
+from litune.errors import DataError, LituneError, StoreError
 from litune.evaluation import retrieval as retrieval_metrics
 from litune.evaluation import zero_shot as zero_shot_metrics
 from litune.evaluation.figures import figures
@@ -30,13 +31,13 @@ from litune.evaluation.result import Result
 from litune.evaluation.suite import Protocol, Subject, retrieval_result, run_task
 from litune.evaluation.tasks import Task, find_tasks, group_means
 from litune.features import MANIFEST, FeatureStore, Selection, library_versions
-from litune.files import cache_folder, read_json, write_json
-from litune.model import LiT
+from litune.files import cache_folder, check_file, read_json, write_json
+from litune.model import LiT, scoring_device
 from litune.progress import say, track
 from litune.towers.image import differences
 
 CHUNK = 2048  # captions that one rank encodes at a time
-BATCH = 32  # images
+BATCH = 32  # images: parts of ranks are whole batches
 
 
 @command(EvalConfig)
@@ -45,12 +46,11 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
     Of several runs the figures are under `runs`, by name. Under torchrun every process calls it alike and encodes its
     part; rank 0 measures and writes. Raises `RunError`, `StoreError` or `DataError` for what can't be read,
-    `OutputExistsError` where there are reports already.
+    `OutputExistsError` where there are reports already, or the file of `config.json`.
     """
     distributed.start(config.device)
     tasks = find_tasks(config.tasks, config.data)
-    if config.out is not None and config.out.exists() and not config.overwrite:
-        raise OutputExistsError(f"{config.out} is there already: choose another --out, or give --overwrite")
+    distributed.from_main(lambda: _check_outputs(config))
     names = run_names([config.run, *config.others])
     found: dict[str, dict[str, Any]] = {}
     reported: dict[str, list[Result]] = {}
@@ -69,6 +69,14 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
             write_report(config.out, reported, overwrite=config.overwrite)
     return results
+
+
+def _check_outputs(config: EvalConfig) -> None:
+    check_file(config.json, "--json", config.overwrite)
+    if config.out is not None:
+        from litune.evaluation.report import check_output
+
+        check_output(config.out, config.overwrite)
 
 
 def run_names(runs: Sequence[Path]) -> dict[str, Path]:
@@ -105,10 +113,7 @@ def measure(
 def evaluate_tasks(
     subject: Subject, config: EvalConfig, tasks: Sequence[Task]
 ) -> tuple[list[Result], dict[str, LituneError]]:
-    """The results of all tasks, and of those that failed, why: the others are measured all the same.
-
-    Raises the first failure where there are several ranks, which must go on alike.
-    """
+    """The results of all tasks, and of those that failed, why: the others are measured all the same."""
     protocol = Protocol(
         template_set=config.template_set,
         templates=read_templates(config.templates) if config.templates else (),
@@ -128,8 +133,6 @@ def evaluate_tasks(
         try:
             found = run_task(task, subject, protocol, config.data, features)
         except LituneError as why:
-            if distributed.world_size() > 1:
-                raise
             say(f"{task.name} failed: {why}")
             failures[task.name] = why
             continue
@@ -214,7 +217,10 @@ def evaluate_retrieval(
     reported: list[Result] = []
 
     def measured(lang: str) -> dict[str, Any]:
-        found, result = rank_pairs(images, texts, pairs, lang, {**about, "temperature": float(model.scale.detach())})
+        where = scoring_device(model)
+        found, result = rank_pairs(
+            send(images, where), send(texts, where), pairs, lang, {**about, "temperature": float(model.scale.detach())}
+        )
         reported.append(result)
         return found
 
@@ -300,7 +306,7 @@ def evaluate_classes(model: LiT, config: EvalConfig, run: Path, where: Path) -> 
 
     return distributed.from_main(measure) | {
         "classes_at": str(where),
-        "class_names": [canonicalize(name) for name in names],
+        "class_names": [prompted_name(name) for name in names],
         "damaged": damaged,
         "definition": zero_shot_metrics.DEFINITION,
     }
@@ -327,23 +333,28 @@ def encode_files(model: LiT, files: Sequence[Path | str], max_damaged: float) ->
         return str(files[i]), Path(files[i])
 
     name = "auto" if distributed.world_size() == 1 else "torch"
-    runtime = pick_runtime(tower, own, locate, name=name, precision="float32", batch_size=BATCH)
-    with track("embedding", "images", len(own)) as task:
-        for batch, features in encode_images(runtime, tower.preprocess, own, locate, batch_size=BATCH):
-            for one in batch:
-                if one.damage is None:
-                    kept.append(one.row)
-                    continue
-                damaged += 1
-                say(f"skipped {one.key}: {one.damage.reason}")
-                if damaged > max_damaged * len(files):
-                    raise DataError(
-                        f"{damaged:,} of {len(files):,} images can't be read (at most {max_damaged:.1%} may): "
-                        f"{one.key}: {one.damage.reason}; mend or remove them, or raise --max-damaged"
-                    )
-            if features is not None:
-                parts.append(model.encode_features(features))
-            task.advance(len(batch))
+    runtime = pick_runtime(tower, own, locate, name=name, precision="float32", batch_size=None)
+
+    def encode() -> None:
+        nonlocal damaged
+        with track("embedding", "images", len(own)) as task:
+            for batch, features in encode_images(runtime, tower.preprocess, own, locate, batch_size=runtime.batch_size):
+                for one in batch:
+                    if one.damage is None:
+                        kept.append(one.row)
+                        continue
+                    damaged += 1
+                    say(f"skipped {one.key}: {one.damage.reason}")
+                    if damaged > max_damaged * len(files):
+                        raise DataError(
+                            f"{damaged:,} of {len(files):,} images can't be read (at most {max_damaged:.1%} may): "
+                            f"{one.key}: {one.damage.reason}; mend or remove them, or raise --max-damaged"
+                        )
+                if features is not None:
+                    parts.append(model.encode_features(features))
+                task.advance(len(batch))
+
+    distributed.together(encode)
     kept = [row for part in distributed.gather_objects(kept) for row in part]
     damaged = distributed.sum_counts(damaged)
     if damaged > max_damaged * len(files):

@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
+from litune.claims import claim
 from litune.config import FetchConfig, command
 from litune.data import fetch_worker
 from litune.data.places import is_url, open_file
@@ -58,10 +59,16 @@ def fetch_data(config: FetchConfig) -> dict[str, Any]:
     """Fetch the images of a list of URLs; returns the report, which is written to `config.out`/fetch as well.
 
     Goes on with what an interrupted run left. Raises `DataError` for a list that can't be read, `MissingExtraError`
-    where img2dataset is not installed, `OutputExistsError` where the output is of another list or other settings.
+    where img2dataset is not installed, `OutputExistsError` where the output is of another list or other settings,
+    `OutputBusyError` where another process writes it.
     """
-    about = config.out / ABOUT
     python = _find_img2dataset(config.python)
+    with claim(config.out):
+        return _fetch(config, python)
+
+
+def _fetch(config: FetchConfig, python: str) -> dict[str, Any]:
+    about = config.out / ABOUT
     names = ("image_size", "shard_size", "url_column", "caption_column")
     settings = {name: getattr(config, name) for name in names} | {"urls": str(config.urls), "keep": list(config.keep)}
     if not is_url(config.urls) and Path(config.urls).is_file():

@@ -17,7 +17,7 @@ from litune.config import InspectConfig, TuneConfig, command
 from litune.errors import DataError, TowerError
 from litune.features import MANIFEST as STORE_MANIFEST
 from litune.features import FeatureStore
-from litune.files import write_json
+from litune.files import check_file, write_json
 from litune.interop.official import Checkpoint
 from litune.model import LiT
 from litune.towers.heads import make_head
@@ -34,8 +34,9 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     """Everything that is known of `config.what`, as plain values.
 
     Raises `TowerError` for a spec that names no tower, `DataError` for a file or folder that is nothing of litune's,
-    and what loading it raises.
+    `OutputExistsError` where the file of `config.json` is there, and what loading it raises.
     """
+    check_file(config.json, "--json", config.overwrite)
     found = _find(config.what, config.max_tokens)
     if config.text_tower is not None:
         if found["kind"] not in ("image tower", "feature store"):

@@ -33,7 +33,7 @@ from litune.evaluation.alignment import (
 from litune.evaluation.intervals import DEFINITION as INTERVALS
 from litune.evaluation.intervals import interval, paired
 from litune.features import FeatureStore, Selection
-from litune.files import write_json
+from litune.files import check_file, write_json
 from litune.progress import duration, say, track
 from litune.schedules import parse_duration
 from litune.towers.locking import train_unlocked
@@ -70,8 +70,9 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
     """Figures of every store, the most promising first, with intervals and paired differences to the first.
 
     Raises `StoreError` for what can't be read, `TowerError` or `ConfigError` for a text tower that can't be used,
-    `DataError` for stores with too few pairs.
+    `DataError` for stores with too few pairs, `OutputExistsError` where the file of `config.json` is there.
     """
+    check_file(config.json, "--json", config.overwrite)
     spec = parse_text_spec(config.text_tower)
     if not spec.pretrained or spec.kind == "run":
         raise ConfigError(f"--text-tower is {config.text_tower}: name a pre-trained one that was not tuned, as minilm")
@@ -122,15 +123,16 @@ class Texts:
         device = next((p.device for p in self.tower.parameters()), torch.device("cpu"))
         new = sorted((one for one in dict.fromkeys(captions) if one not in self.known), key=len)
         if new:
+            vectors = []
             with track("encoding", "captions", len(new)) as task:
                 for start in range(0, len(new), BATCH):
                     part = new[start : start + BATCH]
                     bfloat16 = pick_bfloat16("auto", device)
                     packed = self.tower.pack(self.tokenizer(part), device, bfloat16=bfloat16)
                     with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                        vectors = self.tower(packed.to(device))
-                    self.known |= dict(zip(part, vectors.float().cpu(), strict=True))
+                        vectors.append(self.tower(packed.to(device)).float())
                     task.advance(len(part))
+            self.known |= dict(zip(new, torch.cat(vectors).cpu(), strict=True))
         return torch.stack([self.known[one] for one in captions])
 
 

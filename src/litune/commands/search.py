@@ -12,9 +12,8 @@ import pyarrow as pa
 
 from litune.checkpoint import check_store, load
 from litune.config import SearchConfig, command
-from litune.errors import OutputExistsError
 from litune.features import FeatureStore
-from litune.files import write_json
+from litune.files import check_file, write_json
 from litune.gallery import write_sheet
 from litune.index import EXACT_ROWS, Found, FoundCaption, Index
 from litune.model import LiT
@@ -31,9 +30,8 @@ def search(config: SearchConfig) -> list[Found] | list[FoundCaption]:
     Raises `StoreError` where the store is of another tower than the run, `DataError` for a filter that can't be read
     and a picture that can't be, `MissingExtraError` where an index is to be built without faiss.
     """
-    for file in (config.sheet, config.json):
-        if file is not None and file.exists() and not config.overwrite:
-            raise OutputExistsError(f"{file} exists: choose another name, or give --overwrite")
+    check_file(config.sheet, "--sheet", config.overwrite)
+    check_file(config.json, "--json", config.overwrite)
     store = FeatureStore(config.store)
     model = load(config.run, image_tower=config.image_tower, device=config.device)
     check_store(config.run, model, config.store, store.width, store.tower)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from litune.data.names import canonicalize
+from litune.data.names import prompted_name
 
 
 def find_alike(names: Sequence[str]) -> str | None:
@@ -15,7 +15,7 @@ def find_alike(names: Sequence[str]) -> str | None:
     """
     read: dict[str, str] = {}
     for name in names:
-        form = canonicalize(name) or name
+        form = prompted_name(name)
         if form in read:
             alike = "twice" if read[form] == name else f"beside {read[form]!r}, which is read alike"
             return f"{name!r} {alike}: equal names would share their probability"

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from litune.data.references import absolute
-from litune.errors import ConfigError, OutputExistsError
-from litune.files import atomic
+from litune.errors import ConfigError
+from litune.files import atomic, check_file
 
 TABLES = (".parquet", ".jsonl", ".csv")
 SLICE = 20_000
@@ -24,8 +24,7 @@ def check_table(file: Path, option: str, overwrite: bool) -> None:
     """Raise unless a table may be written to `file`."""
     if file.suffix.lower() not in TABLES:
         raise ConfigError(f"{option} {file}: give a name that ends with {', '.join(TABLES)}")
-    if file.is_dir() or (file.exists() and not overwrite):
-        raise OutputExistsError(f"{file} exists: choose another {option}, or give --overwrite")
+    check_file(file, option, overwrite)
 
 
 def write_table(file: Path, rows: pa.Table) -> None:

@@ -24,13 +24,41 @@ SHORT_TEMPLATES = (
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def canonicalize(name: str) -> str:
-    """A class name in canonical form: `_` becomes a space, punctuation is removed, lower case.
+def canonicalize(text: str, keep: str | None = None) -> str:
+    """A text in canonical form: `_` becomes a space, punctuation but `keep` is removed, spaces are folded, lower case.
 
     >>> canonicalize("Great_White  Shark!")
     'great white shark'
     """
-    return " ".join(name.replace("_", " ").translate(_NO_PUNCTUATION).lower().split())
+    spaced = text.replace("_", " ")
+    parts = spaced.split(keep) if keep else [spaced]
+    return " ".join((keep or "").join(part.translate(_NO_PUNCTUATION) for part in parts).lower().split())
+
+
+def prompted_name(name: str, canonical: bool = True) -> str:
+    """A class name as it goes into templates: in canonical form with its commas, or as it is where nothing is left.
+
+    Names and templates are written as big_vision's zero-shot evaluator writes them (`prompt_engineering.py`).
+
+    >>> prompted_name("Crane,  (bird)")
+    'crane, bird'
+    """
+    return (canonicalize(name, keep=",") or name) if canonical else name
+
+
+def prompted_template(template: str, canonical: bool = True) -> str:
+    """A template as names go into it: in canonical form with its {}.
+
+    >>> prompted_template("A photo of a {}, a type of pet.")
+    'a photo of a {} a type of pet'
+    """
+    return canonicalize(template, keep="{}") if canonical else template
+
+
+def write_prompts(names: Sequence[str], templates: Sequence[str], canonical: bool = True) -> list[str]:
+    """The prompts of C names in N templates [C · N]: all of the first name, then all of the second, …"""
+    written = [prompted_template(template, canonical) for template in templates]
+    return [one.replace("{}", prompted_name(name, canonical)) for name in names for one in written]
 
 
 def read_templates(templates: Sequence[str]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from litune.data.names import BARE_TEMPLATES, SHORT_TEMPLATES, canonicalize
+from litune.data.names import BARE_TEMPLATES, SHORT_TEMPLATES, prompted_name, prompted_template, write_prompts
 from litune.errors import ConfigError, MissingExtraError, nearest
 from litune.losses import normalize
 from litune.progress import track
@@ -93,11 +93,6 @@ def pick_templates(which: TemplateSet, own: Sequence[str]) -> tuple[str, ...]:
     return sets[which]
 
 
-def asked(name: str, canonical: bool = True) -> str:
-    """A class name as it goes into templates."""
-    return (canonicalize(name) or name) if canonical else name
-
-
 class ClassVectors:
     """Class vectors of one text tower: each distinct name is embedded once per set of templates.
 
@@ -114,9 +109,9 @@ class ClassVectors:
     def __call__(
         self, names: Sequence[str], templates: Sequence[str], *, canonical: bool = True
     ) -> Float[Tensor, "C D"]:
-        """One vector of length one for each of C names."""
-        templates = tuple(templates)
-        written = [asked(name, canonical) for name in names]
+        """One vector of length one for each of C names; `canonical`: names and templates are written so."""
+        templates = tuple(prompted_template(one, canonical) for one in templates)
+        written = [prompted_name(name, canonical) for name in names]
         new = [name for name in dict.fromkeys(written) if (name, templates) not in self._known]
         if new:
             with track("encoding", "class prompts", len(new) * len(templates)) as task:
@@ -127,7 +122,7 @@ class ClassVectors:
         at_once = max(1, self.block // len(templates))
         for start in range(0, len(names), at_once):
             some = names[start : start + at_once]
-            features = self.encode([one.replace("{}", name) for name in some for one in templates])
+            features = self.encode(write_prompts(some, templates, canonical=False))
             self.texts += len(features)
             vectors = normalize(features.view(len(some), len(templates), -1).mean(1))
             self._known |= {(name, templates): vector for name, vector in zip(some, vectors, strict=True)}

@@ -45,11 +45,7 @@ def write_report(out: Path, runs: dict[str, list[Result]], *, overwrite: bool) -
     """
     if not any(runs.values()):
         raise ConfigError("there are no results to report")
-    # Both looked at before the work, and done after it: an old report stays until the new one is whole.
-    if not overwrite:
-        clear_output(out, is_report(out), "report", overwrite=False)
-    elif out.is_file() or (out.is_dir() and any(out.iterdir()) and not is_report(out)):
-        clear_output(out, False, "report", overwrite)
+    check_output(out, overwrite)
     report = collect(runs)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
@@ -68,6 +64,13 @@ def write_report(out: Path, runs: dict[str, list[Result]], *, overwrite: bool) -
         temporary.replace(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_output(out: Path, overwrite: bool) -> None:
+    """Before the work: raise `OutputExistsError` where something is in the way. An old report stays for now."""
+    ours = is_report(out)
+    if not (ours and overwrite):
+        clear_output(out, ours, "report", overwrite)
 
 
 def is_report(out: Path) -> bool:

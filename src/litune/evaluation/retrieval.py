@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from litune.devices import send
 from litune.errors import DataError
 
 DEFINITION = (
@@ -50,16 +51,18 @@ def rank(
 ) -> Ranks:
     """The ranks of N captions among B images and the other way round, with the `best` images of each caption.
 
-    `owner[j]` is the image that caption j belongs to; every image needs a caption. Memory is B × `chunk`. Raises
-    `DataError` for an image without a caption or features that are not finite.
+    `owner[j]` is the image that caption j belongs to; every image needs a caption. It is computed where the images'
+    features are, in memory of B × `chunk`. Raises `DataError` for an image without a caption or features that are not
+    finite.
     """
+    texts, owner = send(texts, images.device), send(owner, images.device)
     for what, features in (("image", images), ("text", texts)):
         if not features.isfinite().all():
             raise DataError(f"some {what} features are not finite: no recall can be told from them")
     if len(torch.unique(owner)) != len(images):
         raise DataError("an image has no caption: retrieval needs at least one for each")
-    text_ranks = torch.empty(len(texts), dtype=torch.int64)
-    found = torch.empty(len(texts), min(best, len(images)), dtype=torch.int64)
+    text_ranks = torch.empty_like(owner)
+    found = owner.new_empty(len(texts), min(best, len(images)))
     best_own = images.new_full((len(images),), -torch.inf)
     for start in range(0, len(texts), chunk):
         part = slice(start, start + chunk)
@@ -69,13 +72,13 @@ def rank(
         text_ranks[part] = (scores >= own).sum(1) - 1
         found[part] = scores.topk(found.shape[1], dim=1).indices
         best_own.scatter_reduce_(0, owner[part], own[:, 0], "amax")
-    ahead = torch.zeros(len(images), dtype=torch.int64)
+    ahead = owner.new_zeros(len(images))
     for start in range(0, len(texts), chunk):
         part = slice(start, start + chunk)
         scores = texts[part] @ images.T
         not_own = torch.ones_like(scores, dtype=torch.bool).scatter_(1, owner[part, None], False)
         ahead += ((scores >= best_own) & not_own).sum(0)
-    return Ranks(text_ranks.numpy(), ahead.numpy(), found.numpy())
+    return Ranks(text_ranks.cpu().numpy(), ahead.cpu().numpy(), found.cpu().numpy())
 
 
 def retrieval(
@@ -86,7 +89,7 @@ def retrieval(
     chunk: int = 1024,
 ) -> dict[str, Any]:
     """Recall@k, as shares of one, of N captions among B images and the other way round (see `rank`)."""
-    return figures(rank(images, texts, owner, chunk), owner.numpy(), ks)
+    return figures(rank(images, texts, owner, chunk), owner.cpu().numpy(), ks)
 
 
 def figures(ranks: Ranks, owner: np.ndarray, ks: Sequence[int] = (1, 5, 10)) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from litune.model import LiT
 from litune.progress import say, track
 from litune.towers.runtimes import Runtime
 
-BATCH = 32  # images
+DTYPE = "float16"
 SHARD_SECONDS = 5.0
 ROWS = 4096  # images that are scored at once
 
@@ -70,7 +70,7 @@ def embed_set(found: EvalSet, name: str, model: LiT, folder: Path, max_damaged: 
     The store is named by the set and by a hash over the images and the tower. An interrupted one goes on. Under
     torchrun every process embeds its part. Raises `DataError` where more than the share `max_damaged` can't be read.
     """
-    provenance = model.image_provenance or model.load_image_tower().provenance
+    provenance = model.image_provenance or distributed.together(lambda: model.load_image_tower().provenance)
     tower = {part: provenance[part] for part in ("weights", "pooling", "preprocess") if part in provenance}
     digest = hashlib.sha256(json.dumps([tower, found.fingerprint()], sort_keys=True).encode()).hexdigest()[:16]
     place = folder / f"{name.partition(':')[0]}-{digest}"
@@ -82,7 +82,7 @@ def embed_set(found: EvalSet, name: str, model: LiT, folder: Path, max_damaged: 
         with distributed.claimed(place):
             if not complete():  # nor by another process, meanwhile
                 _write_store(place, found, model, max_damaged)
-    store = FeatureStore(place)
+    store = distributed.together(lambda: FeatureStore(place))
     _check_damage(int(store.manifest["damaged"]), len(found), max_damaged, place)
     rows = store.metadata["position"].to_numpy()
     hashes = store.metadata["sha256"].to_pylist()
@@ -97,23 +97,25 @@ def _manifest(place: Path) -> dict[str, Any]:
 def _write_store(place: Path, found: EvalSet, model: LiT, max_damaged: float) -> None:
     """Each rank writes its part, of whole batches, into a folder of its own; rank 0 joins them."""
     rank, ranks = distributed.rank(), distributed.world_size()
+    tower = distributed.together(model.load_image_tower)
     with _as_files(found) as files:
         runtime = _pick_runtime(place, found, model, files)
         manifest = {
-            "tower": model.load_image_tower().provenance | {"precision": runtime.precision, "runtime": runtime.name},
+            "tower": tower.provenance | runtime.facts,
             "pairs": {"source": found.layout, "fingerprint": found.fingerprint(), "captions": 0},
             "images": len(found),
-            "dtype": "float16",
+            "dtype": DTYPE,
             "libraries": library_versions(),
-        } | ({"parts": distributed.bounds(len(found), BATCH)} if ranks > 1 else {})
+        } | ({"parts": distributed.bounds(len(found), runtime.batch_size)} if ranks > 1 else {})
         whole = distributed.from_main(lambda: _begin(place, manifest))
         cuts = whole.manifest.get("parts", [0, len(found)])
         parts = [place / f".rank-{r}-of-{ranks}" for r in range(ranks)] if ranks > 1 else []
-        writer = StoreWriter(parts[rank], manifest) if parts else whole
+        writer = distributed.together(lambda: StoreWriter(parts[rank], manifest) if parts else whole)
         if done := distributed.sum_counts(writer.seen):
             say(f"going on with {place}: {done:,} of {len(found):,} images are done")
         limit = max_damaged if ranks == 1 else 1.0  # of several ranks, the sum counts
-        rate = _encode(found, range(cuts[rank], cuts[rank + 1]), model, runtime, files, writer, limit)
+        part = range(cuts[rank], cuts[rank + 1])
+        rate = distributed.together(lambda: _encode(found, part, model, runtime, files, writer, limit))
 
     rates = distributed.gather_objects(rate)
 
@@ -124,27 +126,30 @@ def _write_store(place: Path, found: EvalSet, model: LiT, max_damaged: float) ->
         if not whole.manifest["rows"]:
             raise DataError(f"none of the {len(found):,} images of {found.path} can be read")
         whole.finish(images_per_second=round(sum(rates), 2))
-        for part in parts:
-            shutil.rmtree(part)
+        for folder in parts:
+            shutil.rmtree(folder)
 
     distributed.from_main(finish)
 
 
 def _begin(place: Path, manifest: dict[str, Any]) -> StoreWriter:
-    """The store's writer. Raises `StoreError` where another number of processes has begun it."""
+    """The store's writer. Raises `StoreError` where another number of processes, or another device, has begun it."""
     there = _manifest(place)
     begun, now = (len(one["parts"]) - 1 if "parts" in one else 1 for one in (there or manifest, manifest))
     if begun != now:
         raise StoreError(
             f"{place} was begun by {begun} processes, now there are {now}: go on with {begun}, or remove that folder"
         )
+    then, device = (one["tower"].get("device") for one in (there or manifest, manifest))
+    if then not in (None, device):
+        raise StoreError(f"{place} was begun with --device {then}, not {device}: keep to it, or remove that folder")
     return StoreWriter(place, manifest)
 
 
 def _pick_runtime(place: Path, found: EvalSet, model: LiT, files: _Files) -> Runtime:
     """What the store was begun with, else the fastest that agrees; of several ranks the first one chooses."""
     begun = _manifest(place).get("tower", {})
-    pick = partial(pick_runtime, model.load_image_tower(), range(len(found)), files.locate, batch_size=BATCH)
+    pick = partial(pick_runtime, model.load_image_tower(), range(len(found)), files.locate, batch_size=None)
     name, precision = begun.get("runtime", "auto"), begun.get("precision", "float32")
     return pick_alike(pick, name, precision)
 
@@ -155,7 +160,8 @@ def _encode(
     """Encode a part of the images batch by batch, write shard by shard; returns images a second."""
     shard = _Shard()
     left = part[writer.seen :]
-    batches = encode_images(runtime, model.load_image_tower().preprocess, left, files.locate, batch_size=BATCH)
+    preprocess, size = model.load_image_tower().preprocess, runtime.batch_size
+    batches = encode_images(runtime, preprocess, left, files.locate, batch_size=size, dtype=DTYPE)
     with track("embedding", "images", len(part), writer.seen) as task:
         for batch, features in batches:
             shard.add(batch, features)

@@ -21,13 +21,15 @@ from torch import Tensor
 
 from litune import distributed
 from litune.checkpoint import check_store
+from litune.data.names import prompted_name, write_prompts
 from litune.data.sets import EvalSet, picture_path
+from litune.devices import send
 from litune.errors import LituneError
 from litune.evaluation import prompts, published, retrieval, tasks, zero_shot
 from litune.evaluation.result import Result
 from litune.evaluation.set_features import Embedded, embed_set, stored_set
 from litune.features import MANIFEST, FeatureStore
-from litune.model import LiT
+from litune.model import LiT, scoring_device
 from litune.progress import say, track
 
 TEXTS = 8192  # captions that are encoded at once
@@ -95,16 +97,12 @@ def run_task(task: tasks.Task, subject: Subject, protocol: Protocol, data: Path 
     """The results of one task: one, or one for each language of its captions.
 
     Under torchrun every process calls it alike and encodes its part of the images and texts; rank 0 measures. Raises
-    `DataError` for a set that can't be read, `StoreError` for a store of another tower.
+    `DataError` for a set that can't be read, `StoreError` for a store of another tower: on every process, whichever met
+    it.
     """
     path = task.find(data)
     assert path is not None, "find_tasks has looked"
-    embedded = None
-    if (path / MANIFEST).is_file():
-        found, embedded = stored_set(path, task.kind, None, (task.lang,) if task.lang else ())
-        check_store(subject.path, subject.model, path, embedded.store.width, embedded.store.tower)
-    else:
-        found = task.read(path)
+    found, embedded = distributed.together(lambda: _open_set(task, path, subject))
     run = _retrieve_set if task.kind == "retrieval" else _classify_set
     results = run(task, path, found, embedded, subject, protocol, features)
     for result in results:
@@ -112,6 +110,15 @@ def run_task(task: tasks.Task, subject: Subject, protocol: Protocol, data: Path 
             result.extras["published"] = known
             result.extras["published_note"] = published.note(result)
     return results
+
+
+def _open_set(task: tasks.Task, path: Path, subject: Subject) -> tuple[EvalSet, Embedded | None]:
+    """The set, and where it is a feature store, its features."""
+    if not (path / MANIFEST).is_file():
+        return task.read(path), None
+    found, embedded = stored_set(path, task.kind, None, (task.lang,) if task.lang else ())
+    check_store(subject.path, subject.model, path, embedded.store.width, embedded.store.tower)
+    return found, embedded
 
 
 def _retrieve_set(
@@ -143,7 +150,7 @@ def _classify_set(
     features: Path,
 ) -> list[Result]:
     seconds: dict[str, float] = {}
-    truth = tasks.find_truth(task, found)
+    truth = distributed.together(lambda: tasks.find_truth(task, found))
     if embedded is None:
         # Two thirds of ObjectNet's images are of classes that are none of ImageNet's.
         kept = found.subset(truth.rows) if task.truth == "objectnet" else found
@@ -199,10 +206,10 @@ def embed_classes(
     own = protocol.templates or (task.templates if isinstance(task.templates, tuple) else ())
     templates = own or prompts.pick_templates(protocol.template_set, tasks.task_templates(task, found))
     before = subject.vectors.texts
-    joined = [name for name in truth.names if re.search(r"\w[^\w\s]+\w", name.replace("_", " "))]
+    joined = [name for name in truth.names if re.search(r"\w[^\w\s,]+\w", name.replace("_", " "))]
     if joined and protocol.canonical and task.name.partition(":")[0] not in tasks.TASKS:  # somebody typed the names
         say(
-            f"{task.name}: {joined[0]!r} is asked for as {prompts.asked(joined[0])!r}, in the field's canonical form: "
+            f"{task.name}: {joined[0]!r} is asked for as {prompted_name(joined[0])!r}, in the field's canonical form: "
             "write a space, or give --no-canonical"
         )
     with _timed(seconds, "texts"):
@@ -260,7 +267,7 @@ def classify(
         | {
             "templates": len(prompted.templates),
             "template_set": prompted.template_set,
-            "example": prompted.templates[0].replace("{}", prompts.asked(truth.names[0], protocol.canonical)),
+            "example": write_prompts(truth.names[:1], prompted.templates[:1], protocol.canonical)[0],
             "canonical_names": protocol.canonical,
             "classes": len(truth.names),
             "classes_with_equal_prompts": _equal(weights),
@@ -330,6 +337,7 @@ def retrieve(
     def measure() -> Result:
         with _timed(seconds, "scores"):
             images = torch.cat([torch.empty(0, subject.model.dim), *embedded.blocks(subject.model)])
+            images = send(images, scoring_device(subject.model))
             ranks = retrieval.rank(images, texts, torch.from_numpy(owner))
         keys, pictures = _described(found, embedded)
         facts = _protocol(task, found, embedded, subject, protocol) | {"captions": len(flat)}
@@ -438,9 +446,13 @@ def _training_images(
     if not truth.single or (path / MANIFEST).is_file():
         say(f"{task.name}: no probes, which need training images with one class each")
         return None
+
+    def read() -> tuple[EvalSet, tasks.Truth]:
+        images = task.read(task.train or path, train=True)
+        return images, tasks.find_truth(task, images)
+
     try:
-        train = task.read(task.train or path, train=True)
-        own = tasks.find_truth(task, train)
+        train, own = distributed.together(read)
     except LituneError as why:
         say(f"{task.name}: no probes: {why}")
         return None

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
-from litune.data.names import canonicalize
+from litune.data.names import canonicalize, prompted_name
 from litune.data.sets import TEST_SPLITS, WNID, EvalSet, Kind, read_set
 from litune.errors import ConfigError, DataError, nearest
 from litune.evaluation import prompts
@@ -340,7 +340,7 @@ def _read_classes(file: Path, given: Any) -> tuple[tuple[str, ...] | None, dict[
     for one in [*names, *given]:
         if one is None or isinstance(one, bool):  # YAML takes yes, no, on and off for these
             raise ConfigError(f"{file}: classes has {one!r}, which YAML takes for no text: put the name in quotes")
-    written = [canonicalize(str(one)) or str(one) for one in names]
+    written = [prompted_name(str(one)) for one in names]
     if twice := next((one for one in written if written.count(one) > 1), None):
         raise ConfigError(f"{file}: classes has {twice!r} twice: equal names tie, and each of their images is a miss")
     return tuple(map(str, names)), {str(k): str(v) for k, v in given.items()} if isinstance(given, dict) else {}

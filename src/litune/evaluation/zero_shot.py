@@ -22,7 +22,7 @@ DEFINITION = (
 
 def accuracy(scores: Float[Tensor, "B C"], labels: Int[Tensor, " B"]) -> dict[str, Any]:
     """Accuracy, mean per-class accuracy and, above five classes, top-5, as shares of one."""
-    rank = ahead_of_own(scores, labels)
+    rank, labels = ahead_of_own(scores, labels).cpu(), labels.cpu()
     hits = (rank == 0).double()
     classes = scores.shape[1]
     count = torch.bincount(labels, minlength=classes)
@@ -41,7 +41,7 @@ def ahead_of_own(scores: Float[Tensor, "B C"], labels: Int[Tensor, " B"]) -> Int
     """How many wrong classes score at least as high as the own one: 0 is a hit. Raises `DataError` for NaN."""
     if not scores.isfinite().all():
         raise DataError("some scores are not finite: no accuracy can be told from them")
-    return (scores >= scores.gather(1, labels[:, None])).sum(1) - 1
+    return (scores >= scores.gather(1, labels.to(scores.device)[:, None])).sum(1) - 1
 
 
 @dataclass(frozen=True)

@@ -35,14 +35,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from litune.devices import free_memory, send
 from litune.errors import DataError, StoreError
 from litune.features import FeatureStore
 from litune.files import atomic
 from litune.index.cells import BLOCK, Cells, blocks, make_cells, usual_cells
 from litune.index.codes import Codes, open_codes, write_codes
+from litune.index.exact import SHARE, best_of, block_rows, top_positions
 from litune.index.filters import select_rows
 from litune.losses import normalize
-from litune.model import LiT, Picture
+from litune.model import LiT, Picture, scoring_device
 from litune.progress import track
 
 FORMAT = 1
@@ -53,7 +55,8 @@ NEAR_BYTES = 200_000
 """The float32 features that one query compares at once: few enough that they stay in the processor's cache from step to
 step, and that their memory is not given back to the system and asked for anew in each."""
 KEPT_BYTES = 1 << 30
-"""The features that a run compares are kept in memory up to this size, from its second search on."""
+"""The features that a run compares are kept in memory up to this size, from its second search on; on a GPU up to a
+share of what is free there."""
 
 
 @dataclass(frozen=True)
@@ -94,31 +97,8 @@ def nearest_images(
     Exact; reads the store block by block, so that memory is flat. Equal scores keep the store's order.
     """
     encoded = ((rows, model.encode_features(store.features(rows))) for rows in blocks(np.arange(len(store)), block))
-    scores, rows = best_of(encoded, queries, top)
+    scores, rows = best_of(encoded, queries.to("cpu", torch.float32), top)
     return [_found(store.metadata, *one) for one in zip(rows, scores, strict=True)]
-
-
-def best_of(parts: Iterator[tuple[np.ndarray, Tensor]], queries: Tensor, top: int) -> tuple[list[Tensor], list[Tensor]]:
-    """For each query the `top` highest scores, and their rows, out of parts of (rows [n], features [n, D])."""
-    scores = [torch.empty(0) for _ in queries]
-    rows = [torch.empty(0, dtype=torch.int64) for _ in queries]
-    for numbers, features in parts:
-        here, places = queries @ features.T, torch.from_numpy(numbers)
-        for i, line in enumerate(here):
-            both, where = torch.cat([scores[i], line]), torch.cat([rows[i], places])
-            kept = top_positions(both, top)
-            scores[i], rows[i] = both[kept], where[kept]
-    return scores, rows
-
-
-def top_positions(scores: Float[Tensor, " N"], top: int) -> Tensor:
-    """The positions of the `top` highest scores, best first; equal ones in order."""
-    if len(scores) > top:
-        least = scores.topk(top).values[-1]
-        candidates = torch.nonzero(scores >= least)[:, 0]
-    else:
-        candidates = torch.arange(len(scores))
-    return candidates[scores[candidates].argsort(descending=True, stable=True)[:top]]
 
 
 def _found(metadata: pa.Table, rows: Tensor, scores: Tensor) -> list[Found]:
@@ -179,16 +159,21 @@ class Index:
             self._metadata = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
         return self._metadata
 
-    def features(self, rows: np.ndarray) -> np.ndarray:
-        """Raw float32 features [n, W] of these rows."""
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type of the features: float16, or float32 where a store has wider ones."""
+        return np.result_type(*(store.dtype for store in self.stores))
+
+    def features(self, rows: np.ndarray, dtype: np.dtype[Any] | None = None) -> np.ndarray:
+        """Raw features [n, W] of these rows, float32 by default."""
         if len(self.stores) == 1:
-            return self.store.features(rows)
+            return self.store.features(rows, dtype)
         starts = np.cumsum([0] + [len(store) for store in self.stores])
         part = np.searchsorted(starts, rows, side="right") - 1
-        found = np.empty((len(rows), self.store.width), dtype=np.float32)
+        found = np.empty((len(rows), self.store.width), dtype=dtype or np.float32)
         for p in np.unique(part):
             here = part == p
-            found[here] = self.stores[p].features(rows[here] - starts[p])
+            found[here] = self.stores[p].features(rows[here] - starts[p], dtype)
         return found
 
     # Queries
@@ -218,7 +203,7 @@ class Index:
 
     def _image_feature(self, model: LiT, image: Picture | int | Tensor) -> Tensor:
         if isinstance(image, Tensor):
-            return normalize(image[None])[0]
+            return normalize(image.detach().to("cpu", torch.float32)[None])[0]
         if isinstance(image, int):
             if not 0 <= image < self.rows:
                 raise DataError(f"there is no row {image}: the index has {self.rows:,}, counted from 0")
@@ -297,14 +282,16 @@ class Index:
         mask: np.ndarray | None = None,
         exact: bool | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """For each of Q query features, the scores and the rows of the `top` nearest images, best first.
+        """For each of Q query features, the scores and the rows of the `top` nearest images, best first, on the CPU.
 
-        `mask` [rows] leaves only some images. Equal scores keep the order of the rows.
+        `mask` [rows] leaves only some images. Equal scores keep the order of the rows. Where the model is on a GPU,
+        images are compared there.
         """
         keep = self.there if mask is None else self.there & mask
         count = int(keep.sum())
+        queries = send(queries.float(), scoring_device(model))
         if self.cells is None or (count <= EXACT_ROWS if exact is None else exact):
-            return best_of(self._all(model, keep), queries, top)
+            return best_of(self._all(model, keep, len(queries)), queries, top)
         share = max(count, 1) / max(len(self), 1)
         scores = queries @ self._centroid_features(model).T
         found = [
@@ -313,51 +300,66 @@ class Index:
         ]
         return [one[0][0] for one in found], [one[1][0] for one in found]
 
-    def _all(self, model: Encoder, keep: np.ndarray) -> Iterator[tuple[np.ndarray, Tensor]]:
+    def _all(self, model: Encoder, keep: np.ndarray, queries: int) -> Iterator[tuple[np.ndarray, Tensor]]:
         kept = self._kept_features(model)
-        for rows in blocks(np.flatnonzero(keep)):
+        for rows in blocks(np.flatnonzero(keep), self._block_rows(model, queries)):
             if kept is None:
-                yield rows, model.encode_features(self.features(rows))
+                yield rows, self._compared(model, rows)
             else:
                 whole = rows[-1] - rows[0] + 1 == len(rows)  # without gaps no copy is needed
-                yield rows, kept[rows[0] : rows[-1] + 1] if whole else kept[torch.from_numpy(rows)]
+                yield rows, kept[rows[0] : rows[-1] + 1] if whole else kept[send(torch.from_numpy(rows), kept.device)]
+
+    def _block_rows(self, model: Encoder, queries: int = 0) -> int:
+        width = self.store.width
+        return block_rows(scoring_device(model), width, model.dim if isinstance(model, LiT) else width, queries)
+
+    def _compared(self, model: Encoder, rows: np.ndarray) -> Tensor:
+        """What the model compares, of these rows, where it is compared."""
+        on_gpu = scoring_device(model).type == "cuda"
+        return _map(model, self.features(rows, self.dtype if on_gpu else None))  # a GPU is sent half of the bytes
 
     def _near(
         self, model: Encoder, query: Tensor, scores: Tensor, keep: np.ndarray, top: int, share: float
     ) -> Iterator[tuple[np.ndarray, Tensor]]:
         """The images in the nearest cells: `probes` of them, more where a filter leaves only a share of the images."""
         assert self.cells is not None
-        order = scores.argsort(descending=True).numpy()
+        order = scores.cpu().argsort(descending=True).numpy()
         enough = np.searchsorted(np.cumsum(self.cells.count()[order]) * share, 4 * top) + 1
         places = self.cells.places(order[: max(int(self.probes / share), int(enough))])
         rows = self.cells.order[places]
         places, rows = places[keep[rows]], rows[keep[rows]]
-        size = max(1, NEAR_BYTES // (4 * self.store.width))
+        on_gpu = query.device.type == "cuda"
+        size = self._block_rows(model) if on_gpu else max(1, NEAR_BYTES // (4 * self.store.width))
         if self.codes is not None and len(rows) > (some := 4 * top + 100):
             codes = self.codes
-            guessed = [model.encode_features(codes.features(part)) @ query for part in blocks(places, size)]
-            rows = rows[top_positions(torch.cat(guessed), some).numpy()]
-        for block in blocks(np.sort(rows), size):  # in order, as equal scores keep it
-            yield block, model.encode_features(self.features(block))
+            guessed = [_map(model, codes.features(part)) @ query for part in blocks(places, size)]
+            rows = rows[top_positions(torch.cat(guessed).cpu(), some).numpy()]
+        for block in blocks(np.sort(rows), size):
+            yield block, self._compared(model, block)
 
     def _kept_features(self, model: Encoder) -> Tensor | None:
         """What the model compares, of all rows; None where that is too much to keep, or asked for the first time."""
-        if not isinstance(model, LiT) or self.rows * model.dim * 4 > KEPT_BYTES:
+        device = scoring_device(model)
+        if not isinstance(model, LiT):
             return None
-        key = fingerprint(model, "center", "whitening", "image_head.")
+        key = f"{device} {fingerprint(model, 'center', 'whitening', 'image_head.')}"
+        if key in self._kept:
+            return self._kept[key]
+        most = KEPT_BYTES if device.type == "cpu" else SHARE * free_memory(device)
+        if self.rows * model.dim * 4 > most:
+            return None
         if key != self._asked:
             self._asked = key
             return None
-        if key not in self._kept:
-            kept = torch.empty(self.rows, model.dim)
-            for rows in blocks(np.arange(self.rows)):
-                kept[rows[0] : rows[-1] + 1] = model.encode_features(self.features(rows))
-            self._kept = {key: kept}
-        return self._kept[key]
+        kept = torch.empty(self.rows, model.dim, device=device)
+        for rows in blocks(np.arange(self.rows), self._block_rows(model)):
+            kept[rows[0] : rows[-1] + 1] = self._compared(model, rows)
+        self._kept = {key: kept}
+        return kept
 
     def _centroid_features(self, model: Encoder) -> Tensor:
         assert self.cells is not None
-        return model.encode_features(self.cells.centroids)
+        return _map(model, self.cells.centroids)
 
     # Cells
 
@@ -380,7 +382,7 @@ class Index:
         if self.cells is None:
             raise StoreError(f"{self.file} has no cells: build them first")
         _, expected = self.nearest(model, queries, top, exact=True)
-        scores = queries @ self._centroid_features(model).T
+        scores = queries.to("cpu", torch.float32) @ self._centroid_features(model).cpu().T
         turns = []  # of each true neighbour: how many cells come before its own
         for rows, line in zip(expected, scores, strict=True):
             turn = line.argsort(descending=True).argsort()
@@ -528,6 +530,13 @@ def fingerprint(model: LiT, *prefixes: str) -> str:
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _map(model: Encoder, raw: np.ndarray) -> Tensor:
+    """What the model compares, of raw features, where it is compared."""
+    if isinstance(model, LiT) and scoring_device(model).type == "cuda":
+        return model.map_features(raw)
+    return model.encode_features(raw)
 
 
 def _weights(store: FeatureStore) -> str | None:

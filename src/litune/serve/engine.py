@@ -14,7 +14,7 @@ from torch import Tensor
 
 from litune.config import ServeConfig
 from litune.data.alike import find_alike
-from litune.data.names import BARE_TEMPLATES, DEFAULT_TEMPLATES, SHORT_TEMPLATES, canonicalize
+from litune.data.names import BARE_TEMPLATES, DEFAULT_TEMPLATES, SHORT_TEMPLATES, write_prompts
 from litune.errors import DataError, LituneError
 from litune.index import Found, Index, combine, fingerprint
 from litune.index.filters import Column, list_columns, select_rows
@@ -211,11 +211,10 @@ class Engine:
             )  # fmt: skip
         if blank := [name for name in classes if not name.strip()]:
             raise Problem(422, f"classes has the blank name {blank[0][:20]!r}", "classes", "leave it out")
-        names = [canonicalize(name) or name for name in classes]
         if alike := find_alike(classes):
             raise Problem(422, f"classes has {alike}", "classes", "leave one of them out")
-        texts = await self.texts([template.replace("{}", name) for name in names for template in chosen])
-        weights = normalize(texts.view(len(names), len(chosen), -1).mean(1))
+        texts = await self.texts(write_prompts(classes, chosen))
+        weights = normalize(texts.view(len(classes), len(chosen), -1).mean(1))
         found = [torch.empty(0, len(classes))]
         for start in range(0, len(images), ROWS):
             part = images[start : start + ROWS]

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from litune.towers import fused
 from litune.towers.dropout import dropout
-from litune.towers.packing import Line, Rows, attention, flash_fits
+from litune.towers.packing import Line, Rows, attention, flash_fits, through
 
 ROBERTA_LIKE = {"roberta", "xlm-roberta", "camembert"}
 """BERT whose positions begin after the padding token's number."""
@@ -51,10 +51,7 @@ def bert_encode(model: Any, packed: Rows) -> Float[Tensor, "R T W"]:
             x = fused.drop(x.to(dtype), p, embeddings.training)
         else:
             x = dropout(x, p, embeddings.training).to(dtype)
-        for layer in model.encoder.layer:
-            x = layer(x, packed=packed)
-    found: Tensor = x
-    return found
+        return through(model.encoder.layer, x, packed)
 
 
 def teach_packing(model: Any) -> None:

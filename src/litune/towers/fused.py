@@ -27,6 +27,7 @@ from torch.autograd import Function
 
 from litune.files import cache_folder
 from litune.progress import say
+from litune.towers.compiling import SWITCH
 from litune.towers.dropout import draw_seed
 
 SOURCE = Path(__file__).with_name("fused.c")
@@ -40,9 +41,6 @@ FLAGS = (
     "-shared",
     "-fPIC",
 )
-SWITCH = "LITUNE_COMPILE"
-"""Environment variable: 0 leaves everything to torch's operators."""
-
 LANES = 16
 """All widths must be multiples of this, that of an attention head too."""
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from litune.data.images import ImageTransform, Preprocess
+from litune.devices import send
 from litune.errors import TowerError
 from litune.towers.locking import eval_locked, lock
 from litune.towers.specs import reason
@@ -29,7 +30,13 @@ class ImageTower(nn.Module):
     Batch norm in train mode uses the statistics of the pictures of one call of `forward`, which are those of a
     micro-batch where a batch is cut into such. Its running statistics move with every call, also where gradient
     checkpointing computes the same features again (`litune.gradient_cache` puts them back after that).
+
+    A network that is no `nn.Module` runs where it likes: it is given pictures on the CPU, whatever device the tower is
+    moved to.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -55,9 +62,17 @@ class ImageTower(nn.Module):
         mean = torch.tensor(preprocess.mean if isinstance(preprocess, ImageTransform) else [0.0] * 3)
         std = torch.tensor(preprocess.std if isinstance(preprocess, ImageTransform) else [1.0] * 3)
         self.normalize = normalize
-        self.register_buffer("mean", 255 * mean.view(3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * std.view(3, 1, 1), persistent=False)
+        if isinstance(network, nn.Module):
+            self.register_buffer("mean", 255 * mean.view(3, 1, 1), persistent=False)
+            self.register_buffer("std", 255 * std.view(3, 1, 1), persistent=False)
+        else:  # no buffers, which would move with the model that the tower is in
+            self.mean, self.std = 255 * mean.view(3, 1, 1), 255 * std.view(3, 1, 1)
         lock(self)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network takes its pictures."""
+        return self.mean.device
 
     @property
     def locked(self) -> bool:
@@ -101,13 +116,12 @@ class ImageTower(nn.Module):
 
     def forward(self, pixels: Tensor, *, bfloat16: bool = False) -> Float[Tensor, "B W"]:
         """Raw float32 features [B, width] of preprocessed pictures [B, 3, H, W], with gradients where they are on."""
-        mean: Tensor = self.get_buffer("mean")
-        pixels = pixels.to(mean.device)
+        pixels = send(pixels, self.device)
         if self.normalize:
-            pixels = (pixels.float() - mean) / self.get_buffer("std")
+            pixels = (pixels.float() - self.mean) / self.std
         if pixels.ndim == 4:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(mean.device.type, torch.bfloat16, enabled=bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
             features = self.network(pixels)
         if features.ndim != 2:
             raise TowerError(f"{self.spec} gave features of shape {tuple(features.shape)}, expected [batch, width]")

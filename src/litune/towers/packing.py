@@ -12,6 +12,7 @@ for architectures that litune does not know from the inside. All are equal to ru
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from litune.data.tokenizers import Tokens
@@ -195,6 +196,16 @@ def first_fit(lengths: np.ndarray, width: int) -> tuple[np.ndarray, int]:
     return first, rows
 
 
+def through(layers: Iterable[nn.Module], x: Float[Tensor, "R T W"], packed: Rows) -> Float[Tensor, "R T W"]:
+    """The hidden states of packed texts after these layers."""
+    if not isinstance(packed, Line):
+        # What a layer reads must be there: how it is made once, and kept, is nothing that torch.compile can follow.
+        _ = packed.together
+    for layer in layers:
+        x = layer(x, packed=packed)
+    return x
+
+
 def attention(qkv: Float[Tensor, "R T W3"], heads: int, packed: Rows, dropout: float = 0.0) -> Float[Tensor, "R T W"]:
     """Softmax attention, scaled by 1/√d, of packed texts, each to itself only.
 
@@ -205,11 +216,16 @@ def attention(qkv: Float[Tensor, "R T W3"], heads: int, packed: Rows, dropout: f
         # The library's fused attention is made for long rows: on short ones its backward takes most of a step.
         return _Attention.apply(qkv, heads, packed.mask(qkv.dtype), dropout)  # type: ignore[no-any-return]
     if isinstance(packed, Line):
-        q, k, v = qkv.squeeze(0).unflatten(-1, (3, heads, -1)).unbind(1)
-        return flash_attention(q, k, v, packed.cuts, packed.longest, dropout).flatten(1)[None]
+        return line_attention(qkv, heads, packed, dropout)
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     mixed: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=packed.together, dropout_p=dropout)
     return mixed.transpose(1, 2).flatten(2)
+
+
+def line_attention(qkv: Float[Tensor, "1 T W3"], heads: int, packed: Line, dropout: float) -> Float[Tensor, "1 T W"]:
+    """`attention` by `flash_attention`."""
+    q, k, v = qkv.squeeze(0).unflatten(-1, (3, heads, -1)).unbind(1)
+    return flash_attention(q, k, v, packed.cuts, packed.longest, dropout).flatten(1)[None]
 
 
 def flash_fits(device: torch.device, head_width: int, dtype: torch.dtype) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from litune import distributed
 from litune.data.tokenizers import Layout, Tokens
 from litune.errors import MissingExtraError, TowerError, nearest
 from litune.towers.bert import BERT_LIKE, ROBERTA_LIKE, bert_encode, reads_line, teach_packing
+from litune.towers.compiling import compile_modules
 from litune.towers.dropout import dropout
 from litune.towers.packing import (
     Groups,
@@ -36,12 +38,16 @@ from litune.towers.packing import (
     in_line,
     in_rows,
     pool,
+    through,
     with_places,
 )
 from litune.towers.quiet import quiet_transformers
 from litune.towers.specs import reason
 from litune.towers.vit import VIT_SIZES, check_vit_size, vit_size
 from litune.towers.vocabulary import TunedRows
+
+COMPILED_FROM = 2**55
+"""The multiplications and additions of training that compiling pays on: about a minute or two of a large card."""
 
 
 class TextTower(nn.Module):
@@ -56,6 +62,7 @@ class TextTower(nn.Module):
     pooling: str
     max_positions: int
     architecture: dict[str, Any]
+    _compiled = False
     shared = False
     """Whether each rank has only its rows of the parameters (see `litune.sharding`)."""
 
@@ -81,6 +88,32 @@ class TextTower(nn.Module):
     def layers(self) -> list[nn.Module]:
         """The layers in order, each run as a module of its own: what shards and compilers work by."""
         return []
+
+    def compile_layers(self, packed: Packed, tokens: float, *, bfloat16: bool) -> bool:
+        """Compile the layers for training, if that pays on `tokens` tokens; whether they are.
+
+        It pays on CUDA, where between two products the operators go over memory one after the other, and for layers
+        that read packed texts: all of them are the same code, compiled once, for token counts that recur (see
+        `recurring`); of counts that don't, for all at once. `packed` is a micro-batch as training has them, on the
+        tower's device, to try them on, forward and backward. Gradients are gone afterwards.
+        """
+        work = 6 * tokens * sum(parameter.numel() for layer in self.layers for parameter in layer.parameters())
+        if not isinstance(packed, Rows) or packed.ids.device.type != "cuda" or work < COMPILED_FROM:
+            return False
+
+        def one_step() -> None:
+            with torch.autocast(packed.ids.device.type, torch.bfloat16, enabled=bfloat16):
+                vectors = self(packed)
+            if vectors.requires_grad:
+                vectors.sum().backward()
+
+        self._compiled = compile_modules(self.layers, one_step, "the text tower")
+        self.zero_grad()
+        return self._compiled
+
+    def compiled_in_training(self) -> AbstractContextManager[Any]:
+        """Where the layers run: as they are compiled, but in evaluation, which has each batch in another shape."""
+        return nullcontext() if self.training or not self._compiled else torch.compiler.set_stance("force_eager")
 
     def set_gradient_checkpointing(self) -> None:
         """Keep the layers' inputs alone for the backward pass; the rest is computed again there, dropout alike."""
@@ -140,7 +173,8 @@ class HfTextTower(TextTower):
     def forward(self, packed: Packed) -> Float[Tensor, "N W"]:
         """Pooled float32 vectors [N, width]."""
         if isinstance(packed, Rows):
-            return pool(bert_encode(self.model, packed), packed, self.pooling)
+            with self.compiled_in_training():
+                return pool(bert_encode(self.model, packed), packed, self.pooling)
         # One call per length: no architecture needs to know of packing, and none sees padding.
         assert isinstance(packed, Groups)
         vectors, calls = [], list(packed.ids)
@@ -230,9 +264,10 @@ class VitTextTower(TextTower):
         positions: Tensor = self.position_embedding
         if self.second_position_embedding is not None:
             positions = positions + self.second_position_embedding
-        x = self.token_embedding(packed.ids) + positions[packed.positions]
-        for block in self.blocks:
-            x = block(x, packed)
+        # Not positions[…]: of an index with so many equal places the gradient is slow on a GPU.
+        x = self.token_embedding(packed.ids) + F.embedding(packed.positions, positions)
+        with self.compiled_in_training():
+            x = through(self.blocks, x, packed)
         return pool(self.norm(x), packed, self.pooling)
 
     def token_table(self) -> nn.Embedding:

@@ -28,21 +28,21 @@ class TunedRows(nn.Module):
 
     def __init__(self, table: nn.Embedding, used: np.ndarray) -> None:
         super().__init__()
-        size = len(table.weight)
+        size, device = len(table.weight), table.weight.device
         order = np.concatenate([used, np.setdiff1d(np.arange(size), used)])
         place = np.empty(size, dtype=np.int64)
         place[order] = np.arange(size)
-        self.register_buffer("place", torch.from_numpy(place), persistent=False)
-        whole = table.weight.detach()[torch.from_numpy(order)]
+        self.register_buffer("place", torch.from_numpy(place).to(device), persistent=False)
+        whole = table.weight.detach()[torch.from_numpy(order).to(device)]
         self.weight = nn.Parameter(whole[: len(used)].clone(), requires_grad=table.weight.requires_grad)
         self.register_buffer("rest", whole[len(used) :].clone(), persistent=False)
+        self.train(table.training)
 
     def forward(self, ids: Int[Tensor, ...]) -> Float[Tensor, "... W"]:
-        """The rows of these tokens."""
-        place = self.place[ids]
-        in_use = bool((place < len(self.weight)).all())
-        table = self.weight if in_use else torch.cat([self.weight, self.rest])
-        return F.embedding(place, table)
+        """The rows of these tokens; in training all of them must be in use."""
+        # Which table it is must not depend on the ids: on a GPU the processor would wait to see them.
+        table = self.weight if self.training else torch.cat([self.weight, self.rest])
+        return F.embedding(self.place[ids], table)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         whole = torch.cat([self.weight, self.rest])[self.place]

@@ -104,8 +104,11 @@ class Preparation:
         self.image_ids = image_ids(train) if config.mask_duplicates else None
         self.text_ids = _text_ids(train) if config.mask_duplicates and isinstance(tokens, Tokens) else None
         self.most_captions = int(train.counts.max()) if config.image_negatives else 0
-        self.own = np.array_split(np.arange(batches.size), distributed.world_size())
+
+    @property
+    def own(self) -> list[np.ndarray]:
         """The rows of a batch that each rank has."""
+        return np.array_split(np.arange(self.batches.size), distributed.world_size())
 
     def __call__(
         self, step: int, whole: Batch, micro: Micro, own: Batch | None = None, pixels: np.ndarray | None = None

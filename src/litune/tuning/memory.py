@@ -9,6 +9,7 @@ from torch import Tensor
 
 from litune import distributed
 from litune.config import TuneConfig
+from litune.devices import free_memory
 from litune.errors import ConfigError
 from litune.progress import say
 from litune.tuning.inputs import Micro
@@ -48,10 +49,9 @@ def _fitting(encode: Trial, most: int, reserved: int) -> int:
     except torch.OutOfMemoryError:
         return max(1, min(TRIAL, most) // 8)
     each = max(1.0, (large - small) / TRIAL)
-    free, _ = torch.cuda.mem_get_info()
-    idle = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     fixed = max(0.0, small - TRIAL * each)
-    return max(1, min(most, int((SHARE * (free + idle) - reserved - fixed) / each)))
+    room = SHARE * free_memory(torch.device("cuda")) - reserved - fixed
+    return max(1, min(most, int(room / each)))
 
 
 def _peak(encode: Trial, rows: int) -> int:

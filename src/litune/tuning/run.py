@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import shutil
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
@@ -18,14 +17,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from litune import distributed
-from litune.checkpoint import STATE, save_model
+from litune.checkpoint import MANIFEST, STATE, save_model
 from litune.config import TuneConfig, parse_rates
 from litune.data.pixels import PixelLoader
 from litune.data.texts import TOKENIZED_MOST, LaterTokens, tokenize
 from litune.data.tokenizers import Tokens
-from litune.devices import keep_freed_memory, pick_bfloat16, processor_cores, send
+from litune.devices import deterministic, keep_freed_memory, pick_bfloat16, processor_cores, send, tf32_products
 from litune.errors import ConfigError, RunError
 from litune.features import FeatureStore, Selection
+from litune.files import replace_folder
 from litune.gradient_cache import still_statistics
 from litune.interop.card import write_card
 from litune.mixture import source_names
@@ -34,16 +34,17 @@ from litune.optim import make_optimizer, parameter_groups, rate_of, set_rate
 from litune.progress import Task, say, track
 from litune.run_log import OnLog, RunLog, board_writer
 from litune.schedules import parse_duration, parse_unlock, rate_share
-from litune.sharding import Shards, drop_states
+from litune.sharding import Shards, drop_states, is_shared
 from litune.towers.image import is_convolutional
 from litune.towers.kept import KeptTexts
 from litune.towers.locking import lock, train_unlocked
+from litune.towers.packing import Rows
 from litune.tuning.batching import default_duration, evaluation_steps, make_batches
 from litune.tuning.held_out import HeldOut
 from litune.tuning.inputs import Inputs, Micro, Preparation, on_device, sent
 from litune.tuning.interrupt import after_the_step
 from litune.tuning.memory import ON_CPU, choose_micro, halved
-from litune.tuning.state import Checkpoints, Progress, manifest
+from litune.tuning.state import BEST, Checkpoints, Progress, manifest
 from litune.tuning.step import NEVER, Reading, Step, describe_bad
 
 KEPT_MOST = 2**32
@@ -51,7 +52,6 @@ KEPT_MOST = 2**32
 LOG_LINES = 1000
 SAMPLE = 10_000
 """The captions whose lengths stand for all, where they are not tokenised before the first step."""
-BEST = "best"
 SKIPPED_MOST = 10
 """Steps in a row that may be skipped since they are not finite: more is no accident."""
 
@@ -87,6 +87,8 @@ class Tuning:
         self.device, self.bfloat16, self.on_log = device, pick_bfloat16(config.precision, device), on_log
         if device.type == "cpu":
             keep_freed_memory()
+        # Libraries may draw and round otherwise on each machine: all ranks begin with what rank 0 has.
+        distributed.broadcast_([t for t in (*model.parameters(), *model.buffers()) if not is_shared(t)])
         captions = int(train.offsets[-1])
         self.tokens: Tokens | LaterTokens = (
             tokenize(model.tokenizer, train, captions)
@@ -233,7 +235,11 @@ class Tuning:
             track("tuning", "pairs", self.steps * self.size, done * self.size) as task,
             after_the_step() as interrupted,
             closing(Checkpoints(self)) as checkpoints,
+            deterministic(self.device, strict=not self.model.image_tuned and self._packs()),
+            tf32_products(self.device, self.bfloat16),
         ):
+            if self.device.type == "cuda" and self.shards is None:
+                self._compile()  # in here, since what is compiled is compiled for these two settings
             self._take_steps(log, task, interrupted, checkpoints)
         self.finish()
         if interrupted():  # in the last step: the run is whole, what was to follow it is not to begin
@@ -298,6 +304,18 @@ class Tuning:
             self.micro = halved(self.micro, self.take.at, self.size)
             self.optimizer.zero_grad()
             torch.cuda.empty_cache()
+
+    def _packs(self) -> bool:
+        """Whether litune runs the text tower's layers itself, and not an architecture that it doesn't know inside."""
+        return isinstance(self.model.text.pack(self.tokens.take(np.zeros(1, int)), self.device), Rows)
+
+    def _compile(self) -> None:
+        """Compile the text tower's layers, where it pays in this run."""
+        rows = min(self.micro.texts, -(-self.size // distributed.world_size()))
+        tokens = self.tokens.take(np.linspace(0, self.train.offsets[-1] - 1, rows).astype(np.int64))
+        packed = self.model.text.pack(tokens, self.device, bfloat16=self.bfloat16).to(self.device)
+        total = self.steps * rows * float(tokens.lengths.mean())
+        self.model.text.compile_layers(packed, total, bfloat16=self.bfloat16)
 
     def _choose_micro(self) -> Micro:
         """How much passes through the towers at once; on a GPU it is measured, and said."""
@@ -410,7 +428,7 @@ class Tuning:
         """Skip a step, if that is asked for and does not happen again and again; else stop with its step and keys."""
         images = next(self.batches.from_step(step, step + 1)).images
         keys = ", ".join(self.train.keys[i] for i in images[:3])
-        what = f"{describe_bad(loss, norm)} at step {step} (images {keys}, …)"
+        what = f"{describe_bad(step, loss, norm)} (images {keys}, …)"
         self.skipped_in_a_row += 1
         if self.config.not_finite == "skip" and self.skipped_in_a_row <= SKIPPED_MOST:
             say(f"{what}: the step is skipped")
@@ -466,12 +484,10 @@ class Tuning:
         self.progress.best = recall
         best, new = self.config.out / BEST, self.config.out / f"{BEST}.tmp"
         if distributed.is_main():
-            shutil.rmtree(new, ignore_errors=True)
             new.mkdir()
         save_model(new, self.model, manifest(self) | {"best_at_step": self.progress.step})
         if distributed.is_main():
-            shutil.rmtree(best, ignore_errors=True)
-            new.rename(best)
+            replace_folder(new, best, last=MANIFEST)
 
     def _recall_note(self) -> str:
         if self.last_evaluation is None:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from litune import distributed
-from litune.checkpoint import STATE, load_tensors, model_state, save_tensors
+from litune.checkpoint import MANIFEST, STATE, load_tensors, model_state, save_tensors
 from litune.data.text_shards import shards
 from litune.errors import RunError
 from litune.features import library_versions
-from litune.files import read_json, sweep_temporaries
+from litune.files import read_json, replace_folder, sweep_temporaries
 from litune.progress import say
 from litune.run_log import drop_lines_after
 from litune.sharding import FACTS, find_state, load_state, save_state
@@ -27,6 +27,8 @@ from litune.tuning.inputs import Micro
 
 if TYPE_CHECKING:
     from litune.tuning.run import Tuning
+
+BEST = "best"
 
 
 @dataclass
@@ -116,6 +118,7 @@ def go_on(run: Tuning) -> None:
     out = run.config.out
     if distributed.is_main():
         sweep_temporaries(out)
+        replace_folder(out / f"{BEST}.tmp", out / BEST, last=MANIFEST)  # if it was begun
     distributed.barrier()
     shared = distributed.from_main(partial(find_state, out))
     tensors: dict[str, Tensor] = {}

@@ -66,6 +66,9 @@ class Step:
     ) -> None:
         self.config, self.model, self.optimizer, self.shards = config, model, optimizer, shards
         self.device, self.bfloat16, self.image_bfloat16 = device, bfloat16, image_bfloat16
+        shared = set(shards.own.values()) if shards else set()
+        moved = [p for group in optimizer.param_groups for p in group["params"] if p not in shared]
+        self.sums = distributed.GradientSums(moved)
         self.at = "texts"
         """What it is busy with, to be named where memory ends: texts, images, scores or the optimizer."""
         self.first_bad = torch.tensor(NEVER, device=device)
@@ -81,13 +84,15 @@ class Step:
         more_images = self.more_images(inputs)
         loss = self.loss(inputs, images.features, texts.features, more_images)
         loss.backward()
-        self.at = "texts"
-        texts.backward()
         self.at = "images"
         images.backward()
+        self.at = "texts"
+        # Ranks sum each gradient once it is whole; those that share a tower are busy with its layers until the end.
+        texts.backward(nothing if self.shards else self.sums.arm)
         self.at = "optimizer"
         if self.shards:
             self.shards.take_gradients()
+            self.sums.arm()
         return loss.detach(), images, texts, more_images
 
     def encode_texts(self, pieces: Sequence[Piece]) -> Encoded:
@@ -210,21 +215,15 @@ class Step:
         self.optimizer.zero_grad()
 
     def sum_gradients(self, shared: set[nn.Parameter]) -> tuple[list[nn.Parameter], Tensor]:
-        """Add up every rank's share of the gradients; what no rank has a gradient for stays without.
+        """Have every rank's share of the gradients added up; what no rank has a gradient for stays without.
 
         Returns the parameters that are to move, and the norm of all their gradients. Those of `shared` parameters are
         summed before; each rank has a part of them.
         """
+        self.sums.wait()
         tuned = stepping(self.optimizer)
         own = [p for p in tuned if p in shared]
         everywhere = [p for p in tuned if p not in shared]
-        if distributed.world_size() > 1:
-            having = torch.tensor([p.grad is not None for p in everywhere], dtype=torch.int64)
-            distributed.sum_([having])
-            for parameter, ranks in zip(everywhere, having.tolist(), strict=True):
-                if ranks and parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            distributed.sum_([p.grad for p in everywhere if p.grad is not None])
         norm = nn.utils.get_total_norm([p.grad for p in everywhere if p.grad is not None])
         if not shared:
             return tuned, norm
@@ -243,8 +242,12 @@ def fields_of(inputs: Inputs, images: Tensor, texts: Tensor) -> Iterator[tuple[F
             yield field, images if field.index is None else images[field.index], own
 
 
-def describe_bad(loss: float, norm: float) -> str:
-    """What is not finite, the loss or its gradient."""
+def nothing() -> None:
+    """Do nothing."""
+
+
+def describe_bad(step: int, loss: float, norm: float) -> str:
+    """What is not finite at a step, the loss or its gradient."""
     return (
-        f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm} (the loss is {loss:.4g})"
+        f"the gradient's norm is {norm} at step {step}" if math.isfinite(loss) else f"the loss is {loss} at step {step}"
     )

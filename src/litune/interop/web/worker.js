@@ -1,11 +1,11 @@
 // The model in the browser: answers what the server's API answers, from files beside the page.
 
 import { decode, prepare } from "./pixels.js";
+import { writeName, writePrompts } from "./prompts.js";
 import { Tokenizer } from "./tokenizer.js";
 
 const KEPT = 4000; // text features that are remembered
 const BATCH = 32;
-const PUNCTUATION = /[!"#$%&'()*+,\-./:;<=>?@[\\\]^_`{|}~]/g;
 
 let ort, about, images, features, tokenizer, textSession, imageSession;
 const known = new Map();
@@ -139,18 +139,15 @@ async function match({ images: refs, texts }) {
   return { cosines, probabilities: cosines.map(softmax) };
 }
 
-const canonical = (name) => name.replaceAll("_", " ").replace(PUNCTUATION, "").toLowerCase().split(/\s+/).filter(Boolean).join(" ");
-
 async function classify({ images: which, classes, templates = "auto" }) {
   const chosen = Array.isArray(templates) ? templates : about.page.templates[templates];
   const read = new Map();
   for (const name of classes) {
-    const alike = read.get(canonical(name) || name);
+    const alike = read.get(writeName(name));
     if (alike !== undefined) throw new Error(`Classes has “${name}” beside “${alike}”, which is read alike: leave one of them out.`);
-    read.set(canonical(name) || name, name);
+    read.set(writeName(name), name);
   }
-  const texts = classes.flatMap((name) => chosen.map((one) => one.replace("{}", () => canonical(name) || name)));
-  const encoded = await encode(texts);
+  const encoded = await encode(writePrompts(classes, chosen));
   const weights = classes.map((_, c) => {
     const mean = new Float64Array(about.page.dim);
     for (const one of encoded.slice(c * chosen.length, (c + 1) * chosen.length)) one.forEach((v, d) => { mean[d] += v / chosen.length; });

@@ -1,0 +1,68 @@
+"""A small store of pictures and a run on it, made once on the processor, and a pretend GPU to use them on."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from tests.conftest import COLORS, SHAPES, draw
+from tests.pretend_cuda import PretendGPU, pretend
+
+import litune
+from litune.commands.embed import embed
+from litune.config import TuneConfig
+
+
+@dataclass(frozen=True)
+class World:
+    """Where what the tests share is: 24 pictures with captions, their features, and a run tuned on those."""
+
+    photos: Path
+    tower: str
+    """A small ResNet from a checkpoint."""
+    store: Path
+    run: Path
+
+    def config(self, out: Path, text_tower: str | Path, **settings: object) -> TuneConfig:
+        """A run of three steps in float32 without dropout."""
+        usual = {
+            "duration": "3steps", "batch_size": 6, "learning_rate": 3e-3, "warmup": "1steps", "evaluations": 1,
+            "precision": "float32", "dropout": 0.0, "lang": ("en",),
+        }  # fmt: skip
+        name = text_tower if isinstance(text_tower, str) else f"hf:{text_tower}"
+        return TuneConfig(store=self.store, text_tower=name, out=out, **(usual | settings))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> World:
+    import timm
+
+    folder = tmp_path_factory.mktemp("gpu")
+    photos = folder / "photos"
+    (photos / "images").mkdir(parents=True)
+    with open(photos / "captions.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "split", "lang", "caption"])
+        for i, (color, shape) in enumerate((c, s) for c in COLORS for s in SHAPES):
+            for copy in range(2):
+                name, split = f"{color}-{shape}-{copy}.png", "val" if i % 4 == 3 else "train"
+                draw(color, shape, 48 + 8 * copy).save(photos / "images" / name)
+                writer.writerow([name, split, "en", f"a {color} {shape}"])
+                writer.writerow([name, split, "en", f"the {shape} is {color}, really"])
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), folder / "resnet.pth")
+    tower = f"timm:test_resnet?checkpoint={folder / 'resnet.pth'}&size=32"
+    embed(pairs=photos, image_tower=tower, out=folder / "store", device="cpu")
+    made = World(photos, tower, folder / "store", folder / "run")
+    litune.tune.run(made.config(made.run, tiny_bert, device="cpu"))
+    return made
+
+
+@pytest.fixture
+def gpu() -> Iterator[PretendGPU]:
+    with pretend() as device:
+        yield device
