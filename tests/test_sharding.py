@@ -20,7 +20,7 @@ from litune.commands import tune as tuning
 from litune.commands.tune import tune
 from litune.config import TuneConfig
 from litune.data.tokenizers import Tokens
-from litune.sharding import Shards, own_part, own_rows, whole_tensor
+from litune.sharding import own_part, own_rows, whole_tensor
 from litune.towers.text import TextTower, make_text_tower, parse_text_spec
 from litune.tuning import Tuning
 from litune.tuning.state import Checkpoints
@@ -72,8 +72,8 @@ def same_weights(spec: str) -> bool:
     )
 
 
-def bfloat16_differs() -> dict[str, float]:
-    """By how much, relative to the largest value, features and gradients differ from those without sharing."""
+def bfloat16_differs() -> float:
+    """By how much features differ from those without sharing, relative to the largest."""
     from litune.sharding import share
     from litune.towers.rows import DrawnRows, without_weights
 
@@ -90,19 +90,8 @@ def bfloat16_differs() -> dict[str, float]:
     for tower in (whole, shared):
         with torch.autocast("cpu", torch.bfloat16):
             features = tower(tower.pack(tokens, CPU, bfloat16=True))
-        features.square().sum().backward()
         found.append(features.detach())
-    shards = Shards(shared)
-    shards.take_gradients()
-    worst = 0.0
-    for name, parameter in whole.named_parameters():
-        assert parameter.grad is not None
-        own, expected = shards.own[name].grad, parameter.grad[own_rows(len(parameter))] * distributed.world_size()
-        assert own is not None
-        assert own.dtype == torch.float32
-        if parameter.grad.abs().max() > 1e-3 and own.numel():
-            worst = max(worst, float((own - expected).abs().max() / parameter.grad.abs().max()))
-    return {"features": float((found[0] - found[1]).abs().max() / found[0].abs().max()), "gradients": worst}
+    return float((found[0] - found[1]).abs().max() / found[0].abs().max())
 
 
 def storages(value: Any) -> list[torch.UntypedStorage]:
@@ -124,8 +113,8 @@ class Held(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = {storage.data_ptr() for storage in storages([*args, *(kwargs or {}).values()])}  # views are not new
-        self.storages |= {one._weak_ref() for one in storages(result) if one.data_ptr() not in given}
+        given = {storage._cdata for storage in storages([*args, *(kwargs or {}).values()])}  # views are not new
+        self.storages |= {one._weak_ref() for one in storages(result) if one._cdata not in given}
         living = {ref: torch.UntypedStorage._new_with_weak_ptr(ref) for ref in self.storages}
         self.storages = {ref for ref, storage in living.items() if storage is not None}
         self.most = max(self.most, sum(storage.nbytes() for storage in living.values() if storage is not None))
@@ -150,14 +139,8 @@ def memory() -> dict[str, Any]:
 
     places = [(tuning, "shared_text_tower"), (Tuning, "step"), (Tuning, "_evaluate_and_log"), (Checkpoints, "save")]
     restore = [watch(owner, name) for owner, name in (*places, (Tuning, "finish"))]
-    model = tune(
-        "store",
-        text_tower="hf:large?init=random",
-        out="two/large",
-        gradient_checkpointing=True,
-        checkpoint_seconds=0,
-        **{**COMMON, "batch_size": 4, "duration": "12pairs"},
-    )
+    settings = {**COMMON, "batch_size": 4, "duration": "12pairs", "gradient_checkpointing": True}
+    model = tune("store", text_tower="hf:large?init=random", out="two/large", checkpoint_seconds=0, **settings)
     for undo in restore:
         undo()
     whole = 4 * sum(parameter.numel() for parameter in model.text.parameters())
@@ -222,20 +205,20 @@ def test_two_ranks_share_a_tower(towers: Path) -> None:
         found = json.loads((towers / f"rank-{rank}.json").read_text())
         assert found["same"] == dict.fromkeys(TOWERS, True)
         assert found["rows"] == [[37, 36][rank], 73]
-        assert max(found["bfloat16"].values()) < 0.05
+        assert found["bfloat16"] < 0.05
         check_memory(found["memory"])
 
 
 def check_memory(shares: dict[str, Any]) -> None:
-    """A rank holds its half, and of the twelve layers no more than some at once."""
+    """A rank holds its half, and of the twelve layers two at once, one with its gradient."""
     layer = 1 / LAYERS
     assert shares["own"] == pytest.approx(0.5, abs=0.01)
-    assert max(shares["shared_text_tower"]) < 0.5 + 2 * layer
+    assert max(shares["shared_text_tower"]) < 0.5 + layer
     first, *others = shares["step"]
-    assert first < 3 * 0.5 + 4 * layer  # gradients and the moments of Adam
-    assert max(others) < 0.5 + 4 * layer
+    assert first < 3 * 0.5 + 3 * layer  # gradients, and the moments of Adam
+    assert max(others) < 0.5 + 3 * layer
     for phase in ("_evaluate_and_log", "save", "finish"):
-        assert max(shares[phase]) < 3 * layer, phase
+        assert max(shares[phase]) < 2.5 * layer, phase
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from litune import distributed
-from litune.errors import RunError
+from litune.errors import ConfigError, RunError
 from litune.files import write_json
 
 Rows = Callable[[Tensor], Tensor]
@@ -34,7 +34,14 @@ def share(
     weights that are sent in it; gradients are summed in float32.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    try:
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter  # noqa: F401
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    except ImportError:
+        raise ConfigError(
+            f"--shard needs torch 2.9 or newer, this is {torch.__version__}: pip install -U torch"
+        ) from None
 
     # It warns of layers that return views, which could be changed in place: those of text towers are not.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
