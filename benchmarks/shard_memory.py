@@ -3,7 +3,7 @@
     python benchmarks/shard_memory.py [--layers 12] [--width 768]
 
 Both are told in GB of resident memory, the latter beyond what was there when the libraries were loaded. Without --shard
-each process holds the tower's weights, gradients and Adam's moments, 16 bytes a parameter; with it, its half of them and
+each process holds the tower's weights, gradients and Adam's moments, 16 bytes a parameter; with it, half of them and
 a layer or two. The last line is one JSON object.
 """
 
