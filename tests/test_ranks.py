@@ -210,7 +210,7 @@ def check_runs(one: Path, two: Path) -> None:
     for name, a in weights[0].items():
         # A softmax over keys does not see their common bias: its gradient is rounding, which Adam blows up to a step.
         if not name.endswith(("key.bias", "qkv.bias")):
-            assert np.linalg.norm(a - weights[1][name]) <= 1e-5 * np.linalg.norm(a) + 2e-5, name
+            assert np.linalg.norm(a - weights[1][name]) <= 1e-5 * np.linalg.norm(a) + 2e-5, (one.name, name)
 
 
 def check_tasks(place: Path, one: list[dict[str, Any]], two: list[dict[str, Any]]) -> None:

@@ -563,10 +563,10 @@ def test_tuned_rows_are_exact(kind: str) -> None:
     assert torch.equal(tuned[others], first[others])
     assert not torch.allclose(tuned[used], first[used])
     mixed = torch.tensor([[int(others[0]), int(used[0])], [int(used[3]), int(others[-1])]])
-    assert torch.equal(rows(mixed), tuned[mixed])
+    assert torch.equal(rows.eval()(mixed), tuned[mixed])
     again = TunedRows(nn.Embedding(120, 40), used)
     again.load_state_dict(rows.state_dict())
-    assert torch.equal(again(torch.arange(120)), tuned)
+    assert torch.equal(again.eval()(torch.arange(120)), tuned)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lion"])
@@ -578,6 +578,7 @@ def test_a_run_with_the_whole_table(short: TuneConfig, optimizer: str, monkeypat
     assert isinstance(table, TunedRows)
     joined: list[Any] = []
     monkeypatch.setattr(torch, "cat", lambda *args, cat=torch.cat, **more: (joined.append(args), cat(*args, **more))[1])
+    train_unlocked(run.model)
     run.take.encode_texts(first_inputs(run).texts)
     monkeypatch.undo()
     assert not any(table.rest is part for args in joined for part in args[0]), "tuning reads only the rows in use"

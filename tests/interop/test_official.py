@@ -441,7 +441,7 @@ def test_overwriting(tmp_path: Path, wordpieces: Path) -> None:
         import_(tmp_path / "bad.npz", vocab=wordpieces, out=out, overwrite=True)
     assert (out / "model.safetensors").read_bytes() == before, "what is there goes when the new one is read"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="full"):
-        patch.setattr("litune.checkpoint.save_file", full_disk)
+        patch.setattr("litune.checkpoint._header", full_disk)
         import_(file, vocab=wordpieces, out=out, overwrite=True)
     assert (out / "model.safetensors").read_bytes() == before, "nor before the new one is on the disk"
     assert not list(tmp_path.glob(".*")), "nothing half-written stays"

@@ -32,6 +32,7 @@ from litune.towers.dropout import draw_seed
 
 SOURCE = Path(__file__).with_name("fused.c")
 FLAGS = (
+    "-Wno-psabi",  # vectors wider than the processor's are passed in memory; nothing but this file calls
     "-O3",
     "-march=native",
     "-mprefer-vector-width=512",
