@@ -466,9 +466,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_move(
     config = dataclasses.replace(tune_config, out=tmp_path / "broken", checkpoint_seconds=0.0)
     with monkeypatch.context() as patch:
         break_gradients(patch, range(3, 4))
-        with pytest.raises(
-            RunError, match=r"gradient's norm is nan \(the loss is .* at step 3 \(images .*\.png.*lower"
-        ):
+        with pytest.raises(RunError, match=r"gradient's norm is nan at step 3 \(images .*\.png.*lower --learning-rate"):
             tune.run(config)
     tensors, facts = load_tensors(config.out / "state.safetensors")
     assert facts["step"] == 3

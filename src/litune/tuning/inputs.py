@@ -146,7 +146,9 @@ class Preparation:
 
     def _images(self, step: int, batch: Batch, micro: Micro, pixels: np.ndarray | None) -> list[Piece]:
         if pixels is not None:
-            count = max(1, -(-len(pixels) // micro.images))
+            count = -(-len(pixels) // micro.images)
+            if micro.images > 1:  # a lone picture has no batch statistics
+                count = max(1, min(count, len(pixels) // 2))
             parts = self._seeded(step, np.arange(len(pixels)), count, stream=1)
             return [Piece(len(rows), pixels[rows], seed) for rows, seed in parts]
         count = max(1, -(-len(batch.images) // (8 * micro.texts)))  # a head takes less than a tower

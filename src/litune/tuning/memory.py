@@ -70,9 +70,9 @@ def halved(micro: Micro, at: str, most: int) -> Micro:
     Raises `ConfigError`, which names the setting, where nothing is left to be halved.
     """
     alone = distributed.world_size() == 1
-    side = "images" if at == "images" and micro.images > 1 else "texts"
+    side = "images" if at == "images" and micro.images > 2 else "texts"
     rows = min(getattr(micro, side), most)
-    if at == "optimizer" or rows == 1 or not alone:
+    if at == "optimizer" or rows <= (2 if side == "images" else 1) or not alone:
         raise ConfigError(_remedy(at, micro, alone))
     fewer = Micro(rows // 2, micro.images) if side == "texts" else Micro(micro.texts, rows // 2)
     name = "micro-batch" if side == "texts" else "image-micro-batch"
