@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.utils.deterministic
 from torch import Tensor
 
 from litune.errors import ConfigError
+
+T = TypeVar("T")
 
 
 def pick_device(name: str) -> torch.device:
@@ -68,6 +71,34 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def sent(value: T, device: torch.device) -> T:
+    """A tensor, or what holds tensors (dataclasses, lists, tuples), with all of them sent to `device`."""
+    return cast(T, _sent(value, device))
+
+
+def _sent(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return send(value, device)
+    if isinstance(value, list | tuple):
+        return type(value)(_sent(one, device) for one in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **{name: _sent(one, device) for name, one in fields.items()})
+    return value
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """All tensors of a value like those that `sent` takes."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from tensors_of(one)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from tensors_of(getattr(value, field.name))
+
+
 @contextmanager
 def tf32_products(device: torch.device, bfloat16: bool) -> Iterator[None]:
     """Inside, GPUs round what float32 matrix products multiply to TF32's ten bits, where towers compute in bfloat16.
@@ -98,14 +129,15 @@ def deterministic(device: torch.device, *, strict: bool = True) -> Iterator[None
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it, or matrix products raise
     memory: Any = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
+    fill = memory.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=not strict)
     memory.fill_uninitialized_memory = False  # no memory is read that wasn't written
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
-        memory.fill_uninitialized_memory = before[1]
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        memory.fill_uninitialized_memory = fill
 
 
 def receive(tensor: Tensor) -> Callable[[], Tensor]:

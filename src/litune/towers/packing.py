@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from litune.data.tokenizers import Tokens
-from litune.devices import send
+from litune.devices import sent
 from litune.losses import wide
 from litune.towers.dropout import drop, keep_mask
 
@@ -41,14 +41,7 @@ class Packed:
 
     def to(self: P, device: torch.device) -> P:
         """The same texts with all tensors on `device`, sent without waiting."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return dataclasses.replace(self, **{name: _sent(value, device) for name, value in values.items()})
-
-
-def _sent(value: Any, device: torch.device) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_sent(one, device) for one in value)
-    return send(value, device) if isinstance(value, Tensor) else value
+        return sent(self, device)
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,11 @@ does on a fast card.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from litune.config import TuneConfig
 from litune.data.batches import Batch, Batches
 from litune.data.texts import BLOCK, TOKENIZED_MOST, LaterTokens, first_of_equal, hash_texts
 from litune.data.tokenizers import Tokens
-from litune.devices import send
+from litune.devices import sent, tensors_of
 from litune.features import Selection
 from litune.losses import Ids, MoreImages
 from litune.model import LiT
@@ -262,35 +261,3 @@ def use_from(item: Inputs, copied: torch.cuda.Event) -> None:
     current.wait_event(copied)
     for tensor in tensors_of(item):
         tensor.record_stream(current)
-
-
-def sent(value: T, device: torch.device) -> T:
-    """A dataclass, or several, with all tensors on `device`."""
-    return cast(T, _sent(value, device))
-
-
-def _sent(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return send(value, device)
-    if isinstance(value, list | tuple):
-        return type(value)(_sent(one, device) for one in value)
-    if _holds_tensors(value):
-        fields = dataclasses.fields(value)
-        return dataclasses.replace(value, **{f.name: _sent(getattr(value, f.name), device) for f in fields})
-    return value
-
-
-def _holds_tensors(value: Any) -> bool:
-    return dataclasses.is_dataclass(value) and not isinstance(value, Batch | Micro)
-
-
-def tensors_of(value: Any) -> Iterator[Tensor]:
-    """All tensors in a dataclass, or in several."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for one in value:
-            yield from tensors_of(one)
-    elif _holds_tensors(value):
-        for f in dataclasses.fields(value):
-            yield from tensors_of(getattr(value, f.name))

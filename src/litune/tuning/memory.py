@@ -19,21 +19,18 @@ TRIAL = 64
 SHARE = 0.8
 """Of the memory that is free, what micro-batches may fill: fragments and the scores need room as well."""
 ON_CPU = Micro(texts=512, images=64)
+"""What the caches of processors like."""
 
 Trial = Callable[[int], Tensor]
 """Encodes so many rows, with gradients where the tower is tuned."""
 
 
-def choose_micro(
-    config: TuneConfig, device: torch.device, most: int, texts: Trial, images: Trial | None, reserved: int
-) -> Micro:
-    """The micro-batches of a run whose rank has `most` pairs a step; `reserved` bytes are yet to be taken.
+def choose_micro(config: TuneConfig, most: int, texts: Trial, images: Trial | None, reserved: int) -> Micro:
+    """The micro-batches on GPUs, of a run whose rank has `most` pairs a step; `reserved` bytes are yet to be taken.
 
-    What is asked for stands. On CPUs the default is what their caches like; a GPU gets all pairs at once, without
-    gradient caching, or as many as were measured to fit. All ranks get the same.
+    What is asked for stands. By default all pairs pass at once, without gradient caching, or as many as were measured
+    to fit. All ranks get the same.
     """
-    if device.type != "cuda":
-        return Micro(config.micro_batch or ON_CPU.texts, config.image_micro_batch or ON_CPU.images)
     chosen = Micro(
         config.micro_batch or _fitting(texts, most, reserved),
         config.image_micro_batch or (_fitting(images, most, reserved) if images else most),

@@ -22,7 +22,7 @@ from litune.config import TuneConfig, parse_rates
 from litune.data.pixels import PixelLoader
 from litune.data.texts import TOKENIZED_MOST, LaterTokens, tokenize
 from litune.data.tokenizers import Tokens
-from litune.devices import deterministic, keep_freed_memory, pick_bfloat16, processor_cores, send, tf32_products
+from litune.devices import deterministic, keep_freed_memory, pick_bfloat16, processor_cores, send, sent, tf32_products
 from litune.errors import ConfigError, RunError
 from litune.features import FeatureStore, Selection
 from litune.files import replace_folder
@@ -41,7 +41,7 @@ from litune.towers.locking import lock, train_unlocked
 from litune.towers.packing import Rows
 from litune.tuning.batching import default_duration, evaluation_steps, make_batches
 from litune.tuning.held_out import HeldOut
-from litune.tuning.inputs import Inputs, Micro, Preparation, on_device, sent
+from litune.tuning.inputs import Inputs, Micro, Preparation, on_device
 from litune.tuning.interrupt import after_the_step
 from litune.tuning.memory import ON_CPU, choose_micro, halved
 from litune.tuning.state import BEST, Checkpoints, Progress, manifest
@@ -216,9 +216,7 @@ class Tuning:
             for name, one in zip(self.sources, self.train.sources, strict=True):
                 say(f"  {name}: {len(one):,} images with {one.offsets[-1]:,} captions")
             say(f"mixed {' '.join(self.config.mix)}; an epoch is {self.batches.per_epoch:,} batches")
-        tokens = self.tokens
-        if not isinstance(tokens, Tokens):
-            tokens = tokens.take(np.linspace(0, self.train.offsets[-1] - 1, SAMPLE).astype(np.int64))
+        tokens = self.tokens if isinstance(self.tokens, Tokens) else self._sample(SAMPLE)
         cut = float((tokens.lengths >= self.model.tokenizer.max_tokens).mean())
         if self.model.tokenizer.layout != "sticky_eos" and cut > 0.2:
             say(f"{cut:.0%} of the captions fill --max-tokens {self.config.max_tokens} and may be cut short")
@@ -305,6 +303,10 @@ class Tuning:
             self.optimizer.zero_grad()
             torch.cuda.empty_cache()
 
+    def _sample(self, count: int) -> Tokens:
+        """The tokens of captions from everywhere."""
+        return self.tokens.take(np.linspace(0, self.train.offsets[-1] - 1, count).astype(np.int64))
+
     def _packs(self) -> bool:
         """Whether litune runs the text tower's layers itself, and not an architecture that it doesn't know inside."""
         return isinstance(self.model.text.pack(self.tokens.take(np.zeros(1, int)), self.device), Rows)
@@ -312,7 +314,7 @@ class Tuning:
     def _compile(self) -> None:
         """Compile the text tower's layers, where it pays in this run."""
         rows = min(self.micro.texts, -(-self.size // distributed.world_size()))
-        tokens = self.tokens.take(np.linspace(0, self.train.offsets[-1] - 1, rows).astype(np.int64))
+        tokens = self._sample(rows)
         packed = self.model.text.pack(tokens, self.device, bfloat16=self.bfloat16).to(self.device)
         total = self.steps * rows * float(tokens.lengths.mean())
         self.model.text.compile_layers(packed, total, bfloat16=self.bfloat16)
@@ -322,12 +324,11 @@ class Tuning:
         if self.device.type != "cuda":
             return self.micro
         rows = -(-self.size // distributed.world_size())
-        captions = np.linspace(0, self.train.offsets[-1] - 1, rows).astype(np.int64)
-        model = self.model
+        sample, model = self._sample(rows), self.model
 
         def texts(count: int) -> Tensor:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-                return model.text_features(self.tokens.take(captions[:count]))
+                return model.text_features(sample.take(np.arange(count)))
 
         def images(count: int) -> Tensor:
             assert model.image is not None
@@ -337,7 +338,7 @@ class Tuning:
 
         reserved = sum(8 * p.numel() for group in self.optimizer.param_groups for p in group["params"])
         with still_statistics([model]):
-            found = choose_micro(self.config, self.device, rows, texts, images if model.image_tuned else None, reserved)
+            found = choose_micro(self.config, rows, texts, images if model.image_tuned else None, reserved)
         self.model.zero_grad()
         torch.cuda.empty_cache()
         if found.texts < rows:
@@ -409,7 +410,7 @@ class Tuning:
         if len(self.sources) > 1 and self.log_due(number):
             found = take.source_losses(inputs, self.batches.starts, images.features, texts.features, more_images)
             sources = {"sources": {n: one for n, one in zip(self.sources, found, strict=True) if one["pairs"]}}
-        tuned, norm = take.sum_gradients(set(self.shared.values()))
+        tuned, norm = take.sum_gradients()
         if not take.finite(inputs.step, loss, norm):
             self._not_finite(inputs.step, loss.item(), norm.item())
             self.optimizer.zero_grad()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from litune import distributed
 from litune.config import TuneConfig
-from litune.devices import send
+from litune.devices import receive, send
 from litune.gradient_cache import Encoded
 from litune.losses import MoreImages, sigmoid_loss, softmax_loss
 from litune.model import LiT
@@ -28,6 +28,7 @@ from litune.tuning.inputs import FieldPairs, Inputs, Piece
 SCORES = 2**26
 """The most scores that a loss holds at once: 256 MB of float32."""
 NEVER = 2**30
+"""In the place of a step's number: none. As float32, in which it is read with a step's figures, it is exact."""
 
 
 class Reading:
@@ -35,19 +36,11 @@ class Reading:
 
     def __init__(self, step: int, values: dict[str, Tensor], known: dict[str, Any]) -> None:
         self.step, self.names, self.known = step, list(values), known
-        stacked = torch.stack([value.detach().float() for value in values.values()])
-        self.copied = None
-        if stacked.device.type == "cuda":
-            self.host = torch.empty(len(values), pin_memory=True).copy_(stacked, non_blocking=True)
-            self.copied = torch.cuda.current_stream().record_event()
-        else:
-            self.host = stacked.cpu()
+        self.copied = receive(torch.stack([value.detach().float() for value in values.values()]))
 
     def facts(self) -> dict[str, Any]:
         """The step's figures by name."""
-        if self.copied is not None:
-            self.copied.synchronize()
-        return dict(zip(self.names, self.host.tolist(), strict=True)) | self.known
+        return dict(zip(self.names, self.copied().tolist(), strict=True)) | self.known
 
 
 class Step:
@@ -66,8 +59,9 @@ class Step:
     ) -> None:
         self.config, self.model, self.optimizer, self.shards = config, model, optimizer, shards
         self.device, self.bfloat16, self.image_bfloat16 = device, bfloat16, image_bfloat16
-        shared = set(shards.own.values()) if shards else set()
-        moved = [p for group in optimizer.param_groups for p in group["params"] if p not in shared]
+        self.shared = set(shards.own.values()) if shards else set()
+        """This rank's rows of what the ranks share."""
+        moved = [p for group in optimizer.param_groups for p in group["params"] if p not in self.shared]
         self.sums = distributed.GradientSums(moved)
         self.at = "texts"
         """What it is busy with, to be named where memory ends: texts, images, scores or the optimizer."""
@@ -87,12 +81,13 @@ class Step:
         self.at = "images"
         images.backward()
         self.at = "texts"
-        # Ranks sum each gradient once it is whole; those that share a tower are busy with its layers until the end.
-        texts.backward(nothing if self.shards else self.sums.arm)
-        self.at = "optimizer"
-        if self.shards:
+        if self.shards:  # the ranks are busy with the layers that they share until the end
+            texts.backward()
             self.shards.take_gradients()
             self.sums.arm()
+        else:  # they sum each gradient once it is whole
+            texts.backward(self.sums.arm)
+        self.at = "optimizer"
         return loss.detach(), images, texts, more_images
 
     def encode_texts(self, pieces: Sequence[Piece]) -> Encoded:
@@ -214,18 +209,18 @@ class Step:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def sum_gradients(self, shared: set[nn.Parameter]) -> tuple[list[nn.Parameter], Tensor]:
+    def sum_gradients(self) -> tuple[list[nn.Parameter], Tensor]:
         """Have every rank's share of the gradients added up; what no rank has a gradient for stays without.
 
-        Returns the parameters that are to move, and the norm of all their gradients. Those of `shared` parameters are
+        Returns the parameters that are to move, and the norm of all their gradients. Those of shared parameters are
         summed before; each rank has a part of them.
         """
         self.sums.wait()
         tuned = stepping(self.optimizer)
-        own = [p for p in tuned if p in shared]
-        everywhere = [p for p in tuned if p not in shared]
+        own = [p for p in tuned if p in self.shared]
+        everywhere = [p for p in tuned if p not in self.shared]
         norm = nn.utils.get_total_norm([p.grad for p in everywhere if p.grad is not None])
-        if not shared:
+        if not self.shared:
             return tuned, norm
         square = nn.utils.get_total_norm([p.grad for p in own if p.grad is not None]).square()
         distributed.sum_([square])
@@ -240,10 +235,6 @@ def fields_of(inputs: Inputs, images: Tensor, texts: Tensor) -> Iterator[tuple[F
         begin += len(field.there)
         if field.total:
             yield field, images if field.index is None else images[field.index], own
-
-
-def nothing() -> None:
-    """Do nothing."""
 
 
 def describe_bad(step: int, loss: float, norm: float) -> str:
