@@ -15,7 +15,6 @@ parameter's gradients is the gradient of that loss.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -303,10 +302,11 @@ def _softmax_in_chunks(
     to_texts = torch.empty_like(texts) if needed[1] else None
     for start, over in zip(starts if any(needed) else (), over_images, strict=False):
         rows, pairs, scores = scored(start)
-        # The weights of the two directions go into the exponents: one pass less over the scores for each.
-        back = (scores[:, :size] - (over_texts - math.log(image_to_text))).exp_()
-        gradient = scores.sub_((over - math.log1p(-image_to_text))[:, None]).exp_()
-        gradient[:, :size] += back
+        back = (scores[:, :size] - over_texts).exp_()
+        gradient = scores.sub_(over[:, None]).exp_()
+        # Weights in the exponents would round what is one, and leave a lone pair a gradient.
+        gradient[:, :size].lerp_(back, image_to_text)
+        gradient[:, size:] *= 1 - image_to_text
         gradient[pairs] -= 1
         if to_texts is not None:
             torch.mm(gradient, candidates, out=to_texts[start : start + chunk])
