@@ -72,9 +72,16 @@ def ends(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
             process.kill()
 
 
-@pytest.mark.parametrize(("where", "how"), [("in a collective", "python"), ("asleep", "command line")])
-def test_an_exception_on_one_rank_ends_both(script: Path, where: str, how: str) -> None:
-    (main, said), (other, trace) = ends(two_ranks(script, "memory", where, how))
+def test_memory_that_ends_on_one_rank_is_one_line(script: Path) -> None:
+    (main, said), (other, told) = ends(two_ranks(script, "memory", "asleep", "command line"))
+    assert (main, other) == (1, 2)
+    assert said == told
+    assert said.startswith("litune: error: rank 1: the GPU's memory is too small for this model")
+
+
+@pytest.mark.parametrize("where", ["in a collective", "asleep"])
+def test_an_exception_on_one_rank_ends_both(script: Path, where: str) -> None:
+    (main, said), (other, trace) = ends(two_ranks(script, "memory", where, "python"))
     assert (main, other) == (1, 1)
     assert said == "litune: error: rank 1: OutOfMemoryError: out of memory\n"
     assert trace.startswith("[rank1]: Traceback")

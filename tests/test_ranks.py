@@ -265,19 +265,8 @@ def test_tune_killed_on_two_and_gone_on_with_one(place: Path, capsys: pytest.Cap
 def test_sharded_killed_and_gone_on(place: Path) -> None:
     """Shared states are whole in a checkpoint: two ranks go on from their own, one from theirs, as if undisturbed."""
     command = ["-m", "litune", "tune", "store", "--text-tower", "hf:bert", "--lang", "en", "--duration", "120pairs"]
-    command += [
-        "--batch-size",
-        "6",
-        "--evaluations",
-        "1",
-        "--precision",
-        "float32",
-        "--device",
-        "cpu",
-        "--dropout",
-        "0",
-    ]
-    command += ["--checkpoint-seconds", "0"]
+    command += ["--batch-size", "6", "--evaluations", "1", "--precision", "float32", "--device", "cpu"]
+    command += ["--dropout", "0", "--checkpoint-seconds", "0"]
     torch.set_num_threads(1)
     main([*command[2:], "--out", "straight"])
     for ranks in (1, 2):

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -105,7 +106,8 @@ def save_state(run: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> 
         shutil.rmtree(folder, ignore_errors=True)
     distributed.barrier()
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    save(tensors, storage_writer=writer, no_dist=distributed.world_size() == 1)
+    with _alone() as alone:
+        save(tensors, storage_writer=writer, no_dist=alone)
     if distributed.is_main():
         write_json(folder / FACTS, facts)
         drop_states(run, but=folder)
@@ -135,7 +137,16 @@ def load_state(folder: Path, tensors: Callable[[Mapping[str, Tensor]], dict[str,
     wanted = tensors(there)
     if missing := sorted(wanted.keys() - there.keys()):
         raise RunError(f"{folder} is damaged ({missing[0]} is missing): restore it, or tune again with --overwrite")
-    load(wanted, storage_reader=reader, no_dist=distributed.world_size() == 1)
+    with _alone() as alone:
+        load(wanted, storage_reader=reader, no_dist=alone)
+
+
+@contextmanager
+def _alone() -> Iterator[bool]:
+    """Yield whether there is one process, which torch.distributed.checkpoint warns of where it is told so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield distributed.world_size() == 1
 
 
 def is_shared(tensor: Tensor) -> bool:
