@@ -99,6 +99,7 @@ def drawn(model: Any) -> Any:
 def make(family: str, folder: Path) -> tuple[Any, Recommended]:
     name, settings, recommended = FAMILIES[family]
     kind = getattr(transformers, name)
+    torch.manual_seed(0)
     model = drawn(kind(kind.config_class(**settings)))
     model.save_pretrained(folder)
     return model, recommended
