@@ -7,6 +7,7 @@ const MOST = 12;
 export function matchPanel(root, shared) {
   const { backend, info, go, fail, say } = shared;
   const ask = latest(fail);
+  const read = latest(fail); // a picture that is being read: what is typed meanwhile doesn't make it late
   let chosen = null; // {row, key, captions} of the store, or {url, name, features}: the user's own
   let strip = shared.some.filter((_, i) => shared.some.length <= 8 || i % 3 === 0).slice(0, 8);
 
@@ -17,7 +18,7 @@ export function matchPanel(root, shared) {
   const note = el("p", { class: "note" });
   const drop = info.can_encode_images && dropZone({
     text: "or drop a picture of your own here", fail,
-    use: ([{ file }]) => ask(async () => ({ file, answer: await backend.encodeImages([file]) }), ({ file, answer }) => {
+    use: ([{ file }]) => read(async () => ({ file, answer: await backend.encodeImages([file]) }), ({ file, answer }) => {
       shared.own = { url: URL.createObjectURL(file), name: file.name, features: answer.features[0] };
       choose(shared.own);
       exchangeExamples();
@@ -105,7 +106,7 @@ export function matchPanel(root, shared) {
     film.replaceChildren(...strip.map((one) => el(
       "button", {
         type: "button", data: { row: one.row }, title: one.captions?.[0] ?? one.key, "aria-pressed": String(one.row === chosen?.row),
-        onclick: () => { choose(one); exchangeExamples(); remember({ push: true }); },
+        onclick: () => { read(() => null); choose(one); exchangeExamples(); remember({ push: true }); },
       }, picture(backend, { row: one.row, name: one.captions?.[0] ?? one.key }))));
   }
 
