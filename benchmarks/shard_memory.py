@@ -1,10 +1,10 @@
-"""The memory of each of two processes that tune a BERT, with --shard and without: peak, and what the tower adds.
+"""The memory of each of two processes that tune a BERT, with --shard and without.
 
     python benchmarks/shard_memory.py [--layers 12] [--width 768]
 
-Both are told in GB of resident memory, the latter beyond what was there when the libraries were loaded. Without --shard
-each process holds the tower's weights, gradients and Adam's moments, 16 bytes a parameter; with it, half of them and
-a layer or two. The last line is one JSON object.
+In GB: the most that tensors took at once (weights, gradients, Adam's moments and what steps keep), which is what a GPU
+has to hold, and the process's peak. On processors the latter tells little: gloo, torch.distributed's modules and memory
+that the C library keeps are in it. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -29,16 +29,24 @@ def peak_gb() -> float:
 def rank(folder: Path, text_tower: str, shard: bool) -> None:
     """Tune for three steps as one of two processes, and write down how much memory that took."""
     import torch
+    from bench_held import Held
 
-    import litune
+    from litune.commands.tune import tune
 
     torch.set_num_threads(1)
-    loaded = peak_gb()
-    litune.tune(
-        store=folder / "store", text_tower=text_tower, out=folder / f"run-{shard}", shard=shard, device="cpu",
-        precision="float32", duration="3steps", batch_size=16, holdout=0.0, tensorboard=False,
-    )  # fmt: skip
-    found = {"peak_gb": round(peak_gb(), 3), "tower_gb": round(peak_gb() - loaded, 3)}
+    with Held() as held:
+        tune(
+            store=folder / "store",
+            text_tower=text_tower,
+            out=folder / f"run-{shard}",
+            shard=shard,
+            device="cpu",
+            precision="float32",
+            duration="3steps",
+            batch_size=16,
+            holdout=0.0,
+        )
+    found = {"tensors_gb": round(held.most / 1e9, 3), "process_gb": round(peak_gb(), 3)}
     (folder / f"{shard}-{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 
