@@ -76,7 +76,7 @@ def same_weights(spec: str) -> bool:
 
 
 def bfloat16_differs() -> float:
-    """By how much features differ from those without sharing, relative to the largest."""
+    """By how much features and gradients differ from those without sharing, relative to their norms, at the worst."""
     from litune.sharding import share
     from litune.towers.rows import DrawnRows, without_weights
 
@@ -93,8 +93,12 @@ def bfloat16_differs() -> float:
     for tower in (whole, shared):
         with torch.autocast("cpu", torch.bfloat16):
             features = tower(tower.pack(tokens, CPU, bfloat16=True))
-        found.append(features.detach())
-    return float((found[0] - found[1]).abs().max() / found[0].abs().max())
+        (features * torch.linspace(-1, 1, features.numel()).view_as(features)).sum().backward()
+        # A softmax does not see what all keys have in common: its gradient is rounding.
+        named = ((n, p.grad) for n, p in tower.named_parameters() if p.grad is not None and not n.endswith("key.bias"))
+        gradients = {name: whole_tensor(gradient) for name, gradient in named}
+        found.append(gradients | {"features": features.detach()})
+    return max(float((found[1][name] - one).norm() / one.norm()) for name, one in found[0].items())
 
 
 def memory() -> dict[str, Any]:
