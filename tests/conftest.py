@@ -59,8 +59,12 @@ def draw(color: str, shape: str, size: int = 48) -> Image.Image:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A folder of 24 pictures with two captions each, their splits and languages, in captions.csv."""
-    folder = tmp_path / "photos"
+    """A folder of 24 pictures with two captions each in English and one in German (see `write_photos`)."""
+    return write_photos(tmp_path / "photos")
+
+
+def write_photos(folder: Path, *, german: bool = True) -> Path:
+    """Write 24 pictures with two captions each in English, their splits and languages in captions.csv."""
     (folder / "images").mkdir(parents=True)
     with open(folder / "captions.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -72,7 +76,8 @@ def photos(tmp_path: Path) -> Path:
                 split = "val" if i % 4 == 3 else "train"
                 writer.writerow([name, split, "en", f"a {color} {shape}"])
                 writer.writerow([name, split, "en", f"the {shape} is {color}, really"])
-                writer.writerow([name, split, "de", f"{shape} in {color}"])
+                if german:
+                    writer.writerow([name, split, "de", f"{shape} in {color}"])
     return folder
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from tests.conftest import COLORS, SHAPES, draw
+from tests.conftest import write_photos
 from tests.pretend_cuda import PretendGPU, pretend
 
 import litune
@@ -42,17 +41,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> World:
     import timm
 
     folder = tmp_path_factory.mktemp("gpu")
-    photos = folder / "photos"
-    (photos / "images").mkdir(parents=True)
-    with open(photos / "captions.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "split", "lang", "caption"])
-        for i, (color, shape) in enumerate((c, s) for c in COLORS for s in SHAPES):
-            for copy in range(2):
-                name, split = f"{color}-{shape}-{copy}.png", "val" if i % 4 == 3 else "train"
-                draw(color, shape, 48 + 8 * copy).save(photos / "images" / name)
-                writer.writerow([name, split, "en", f"a {color} {shape}"])
-                writer.writerow([name, split, "en", f"the {shape} is {color}, really"])
+    photos = write_photos(folder / "photos", german=False)
     torch.manual_seed(0)
     torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), folder / "resnet.pth")
     tower = f"timm:test_resnet?checkpoint={folder / 'resnet.pth'}&size=32"

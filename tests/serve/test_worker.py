@@ -97,3 +97,26 @@ def test_a_full_queue_is_refused_and_the_rest_finished_at_the_end() -> None:
         found = asyncio.run(ask(worker))
     assert isinstance(found[1], asyncio.CancelledError)
     assert [found[0], *found[2:]] == [0, 2, 3]
+
+
+def test_a_result_that_nobody_waits_for_ends_nothing() -> None:
+    """A server that is closed while the model computes: its loop is gone when the result comes."""
+    begun, let_go = threading.Event(), threading.Event()
+
+    def handler(payloads: list[int]) -> list[int]:
+        begun.set()
+        let_go.wait(10)
+        return payloads
+
+    async def give_up(worker: Worker) -> None:
+        waiting = asyncio.create_task(worker.do("square", 1))
+        await asyncio.to_thread(begun.wait, 10)
+        waiting.cancel()
+
+    async def ask(worker: Worker) -> int:
+        return int(await asyncio.wait_for(worker.do("square", 3), 10))
+
+    with working(handler, seconds=0) as worker:
+        asyncio.run(give_up(worker))
+        let_go.set()
+        assert asyncio.run(ask(worker)) == 3  # the thread goes on

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections import deque
@@ -28,7 +29,7 @@ class _Job:
     born: float = field(default_factory=time.monotonic)
 
     def settle(self, result: Any, error: BaseException | None = None) -> None:
-        """Hand the outcome to the event loop; nobody may be waiting any more."""
+        """Hand the outcome to the event loop, which may be closed by now; nobody may be waiting any more."""
 
         def tell() -> None:
             if not self.future.done():
@@ -37,7 +38,8 @@ class _Job:
                 else:
                     self.future.set_exception(error)
 
-        self.loop.call_soon_threadsafe(tell)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
+            self.loop.call_soon_threadsafe(tell)
 
 
 class Worker:
