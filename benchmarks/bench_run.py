@@ -12,11 +12,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from litune.commands.tune import choose_pairs, make_model, make_tokenizer, text_spec
 from litune.config import TuneConfig
-from litune.features import FeatureStore
+from litune.store.store import FeatureStore
 from litune.towers.locking import train_unlocked
 from litune.tuning import Tuning
+from litune.tuning.tune import choose_pairs, make_model, make_tokenizer, text_spec
 
 
 def start_run(store: Path, **settings: Any) -> Tuning:

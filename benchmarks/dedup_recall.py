@@ -19,9 +19,9 @@ from bench_run import machine
 from embed_speed import make_pictures
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
 
-from litune.commands.data_dedup import dedup_data
-from litune.data.dedup import PROBES, Index, Space
-from litune.data.images import open_rgb
+from litune.curation.dedup import dedup_data
+from litune.curation.duplicates import PROBES, Index, Space
+from litune.image.pictures import open_rgb
 
 KNOWN = Path(__file__).parent / "dedup_known.txt"
 Change = Callable[[Image.Image, random.Random], Image.Image]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from litune.losses import normalize, sigmoid_loss, softmax_loss
+from litune.tuning.losses import normalize, sigmoid_loss, softmax_loss
 
 BITS = {"float32": None, "TF32": 10, "bfloat16": 7}
 """The bits behind the point that operands keep."""

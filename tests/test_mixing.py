@@ -17,13 +17,13 @@ from tests.conftest import interrupt
 from tests.test_tuning import bytes_of, log_of
 
 from litune import distributed
-from litune.commands.tune import choose_mixture, make_model, make_tokenizer, text_spec, tune
 from litune.config import TuneConfig
-from litune.data.batches import Batch
 from litune.errors import ConfigError, DataError, RunError, StoreError
-from litune.features import FeatureStore, StoreWriter
-from litune.plan import read_plan
+from litune.store.store import FeatureStore, StoreWriter
+from litune.studies.plan import read_plan
 from litune.tuning import Tuning
+from litune.tuning.batches import Batch
+from litune.tuning.tune import choose_mixture, make_model, make_tokenizer, text_spec, tune
 
 WIDTH = 12
 VALUES = np.random.default_rng(0).normal(size=(60, WIDTH)).astype(np.float32)
@@ -92,8 +92,8 @@ def test_proportional_is_one_store_of_all(config: TuneConfig, tmp_path: Path) ->
 def test_interrupted_in_an_epoch(
     config: TuneConfig, mix: tuple[str, ...], shuffle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("litune.data.batches.BLOCK", 4)
-    monkeypatch.setattr("litune.data.batches.WINDOW", 3)
+    monkeypatch.setattr("litune.tuning.batches.BLOCK", 4)
+    monkeypatch.setattr("litune.tuning.batches.WINDOW", 3)
     monkeypatch.setattr("litune.tuning.run.TOKENIZED_MOST", 0 if shuffle == "window" else 10**6)
     config = dataclasses.replace(config, mix=mix, shuffle=shuffle, checkpoint_seconds=0.0, evaluations=1)
     tune.run(config)

@@ -20,18 +20,19 @@ import pytest
 import torch
 from tests.conftest import COLORS, SHAPES, draw
 
-from litune import distributed, encoding
-from litune.checkpoint import load_tensors
+from litune import distributed
 from litune.cli import main
-from litune.commands import evaluate as evaluation
-from litune.commands.embed import embed
-from litune.commands.evaluate import evaluate
-from litune.commands.tune import prepare_run, tune
 from litune.config import TuneConfig
-from litune.data.sets import EvalSet
 from litune.errors import DataError, LituneError, StoreError
+from litune.evaluation import evaluate as evaluation
 from litune.evaluation import set_features, suite
-from litune.features import FeatureStore
+from litune.evaluation.evaluate import evaluate
+from litune.image import encoding
+from litune.model.run_folder import load_tensors
+from litune.pairs.benchmarks import EvalSet
+from litune.store.embed import embed
+from litune.store.store import FeatureStore
+from litune.tuning.tune import prepare_run, tune
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 

@@ -15,19 +15,20 @@ import pytest
 from tests.conftest import COLORS, SHAPES, draw
 
 import litune
-from litune import encoding
 from litune.cli import main
-from litune.commands.embed import embed
-from litune.commands.evaluate import evaluate, run_names, tuned_on
-from litune.commands.tune import tune
 from litune.config import TuneConfig
-from litune.data.images import open_rgb
-from litune.data.sets import read_set
 from litune.errors import ConfigError, DataError, OutputExistsError, StoreError
-from litune.evaluation import prompts, set_features
+from litune.evaluation import class_vectors as prompts
+from litune.evaluation import set_features
+from litune.evaluation.evaluate import evaluate, run_names, tuned_on
 from litune.evaluation.suite import Protocol, Subject, run_task
 from litune.evaluation.tasks import Task, find_tasks
-from litune.features import FeatureStore
+from litune.image import encoding
+from litune.image.pictures import open_rgb
+from litune.pairs.benchmarks import read_set
+from litune.store.embed import embed
+from litune.store.store import FeatureStore
+from litune.tuning.tune import tune
 
 QUIET: dict[str, Any] = {"calibration": False, "contamination": False}
 

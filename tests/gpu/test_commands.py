@@ -16,11 +16,11 @@ from tests.gpu.conftest import World
 from tests.pretend_cuda import PretendGPU, pretend
 
 import litune
-from litune.commands import probe as probe_module
-from litune.commands.serve import describe, open_images
 from litune.config import ServeConfig
-from litune.data.pairs import read_pairs
-from litune.index import Index
+from litune.index.index import Index
+from litune.pairs.pairs import read_pairs
+from litune.serve.serve import describe, open_images
+from litune.studies import probe as probe_module
 
 
 def on_both(command: Callable[[str], Any]) -> tuple[Any, Any, PretendGPU]:

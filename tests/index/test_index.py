@@ -10,13 +10,13 @@ import torch
 from tests.conftest import random_store
 
 import litune
-from litune.commands.search import line, search
-from litune.commands.tune import tune
 from litune.config import TuneConfig
 from litune.errors import DataError, StoreError
-from litune.features import FeatureStore, StoreWriter
-from litune.index import EXACT_ROWS, Found, FoundCaption, Index, nearest_images, top_positions
 from litune.index.cells import make_cells
+from litune.index.index import EXACT_ROWS, Found, FoundCaption, Index, nearest_images, top_positions
+from litune.index.search import line, search
+from litune.store.store import FeatureStore, StoreWriter
+from litune.tuning.tune import tune
 
 
 class Plain:

@@ -11,9 +11,9 @@ import pytest
 from huggingface_hub import ModelCard
 
 from litune.cli import parse
-from litune.commands.tune import tune
 from litune.config import EvalConfig, TuneConfig
 from litune.interop.card import MARK, card, declared_licence, write_card
+from litune.tuning.tune import tune
 
 
 def test_card_of_a_tuned_run(tune_config: TuneConfig) -> None:

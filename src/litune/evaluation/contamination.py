@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from litune.errors import DataError, StoreError
-from litune.features import FeatureStore
 from litune.progress import track
+from litune.store.store import FeatureStore
 
 THRESHOLD = 0.8
 """Cosine from which two images count as copies (see docs/results-evaluation.md for how it was set)."""

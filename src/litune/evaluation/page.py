@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from litune.data.images import open_rgb
-from litune.data.references import read_bytes
 from litune.errors import DataError
 from litune.evaluation.confusion import class_rows
 from litune.evaluation.figures import (
@@ -35,6 +33,8 @@ from litune.evaluation.intervals import DEFINITION as INTERVALS
 from litune.evaluation.published import SYSTEMS, note
 from litune.evaluation.result import Result
 from litune.files import write_text
+from litune.image.pictures import open_rgb
+from litune.pairs.reference import read_bytes
 
 SHOWN, QUERIES, CLASSES = 6, 4, 12
 """Pictures of hits and of misses, captions of each, lines of the table of classes."""

@@ -20,15 +20,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from litune import distributed
-from litune.data.images import Decoded
-from litune.data.sets import EvalSet, picture_path
-from litune.encoding import encode_images, pick_alike, pick_runtime
 from litune.errors import DataError, StoreError
-from litune.features import MANIFEST, FeatureStore, StoreWriter, library_versions
 from litune.files import read_json
-from litune.model import LiT
+from litune.image.encoding import encode_images, pick_alike, pick_runtime
+from litune.image.pictures import Decoded
+from litune.image.runtimes import Runtime
+from litune.model.lit import LiT
+from litune.pairs.benchmarks import EvalSet, picture_path
 from litune.progress import say, track
-from litune.towers.runtimes import Runtime
+from litune.store.store import MANIFEST, FeatureStore, StoreWriter, library_versions
 
 DTYPE = "float16"
 SHARD_SECONDS = 5.0

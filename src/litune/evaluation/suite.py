@@ -20,17 +20,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from litune import distributed
-from litune.checkpoint import check_store
-from litune.data.names import prompted_name, write_prompts
-from litune.data.sets import EvalSet, picture_path
 from litune.devices import send
 from litune.errors import LituneError
-from litune.evaluation import prompts, published, retrieval, tasks, zero_shot
+from litune.evaluation import class_vectors as prompts
+from litune.evaluation import published, retrieval, tasks, zero_shot
 from litune.evaluation.result import Result
 from litune.evaluation.set_features import Embedded, embed_set, stored_set
-from litune.features import MANIFEST, FeatureStore
-from litune.model import LiT, scoring_device
+from litune.model.lit import LiT, scoring_device
+from litune.model.run_folder import check_store
+from litune.pairs.benchmarks import EvalSet, picture_path
 from litune.progress import say, track
+from litune.store.store import MANIFEST, FeatureStore
+from litune.text.prompts import prompted_name, write_prompts
 
 TEXTS = 8192  # captions that are encoded at once
 CHUNK = 1024  # texts that one rank encodes at a time

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from litune.errors import ExportError
-from litune.model import LiT
+from litune.model.lit import LiT
 
 Affine = tuple[Float[Tensor, "D W"], Float[Tensor, " D"]]
 

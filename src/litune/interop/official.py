@@ -18,15 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from litune.data.images import ImageTransform
-from litune.data.tokenizers import Tokenizer
 from litune.errors import DataError, RunError
 from litune.files import atomic
+from litune.image.pictures import ImageTransform
+from litune.image.registry import load_image_tower, weights_hash
 from litune.interop.layout import Block, Design, Entry, Shape, Transformer, entries, find_design
-from litune.model import LiT
-from litune.towers.heads import make_head
-from litune.towers.image import load_image_tower, weights_hash
-from litune.towers.text import HfTextTower, TextTower, VitTextTower, build_text_tower
+from litune.model.heads import make_head
+from litune.model.lit import LiT
+from litune.text.registry import HfTextTower, TextTower, VitTextTower, build_text_tower
+from litune.text.tokenizers import Tokenizer
 from litune.towers.vit import vit_name, vit_size
 
 DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("V2")}
@@ -148,7 +148,7 @@ def build(design: Design, tokenizer: Tokenizer) -> LiT:
 
 
 def text_architecture(design: Design) -> dict[str, Any]:
-    """The text tower of a design, as `litune.towers.text.build_text_tower` takes it."""
+    """The text tower of a design, as `litune.text.registry.build_text_tower` takes it."""
     if not design.bert:
         return {
             "kind": "vit",

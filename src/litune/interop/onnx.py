@@ -15,16 +15,16 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from litune.data.images import ImageTransform
 from litune.errors import ExportError, MissingExtraError
 from litune.evaluation.retrieval import retrieval
-from litune.features import FeatureStore
 from litune.files import atomic, write_json
+from litune.image.pictures import ImageTransform
+from litune.image.registry import ImageTower
 from litune.interop.plain import PlainImage, PlainText, plain_image, plain_text
 from litune.interop.samples import TEXTS, compare
 from litune.interop.tokenizer import save_tokenizer
-from litune.model import LiT
-from litune.towers.image import ImageTower
+from litune.model.lit import LiT
+from litune.store.store import FeatureStore
 
 OPSET = 18
 

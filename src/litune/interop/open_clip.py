@@ -15,15 +15,15 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from litune.data.images import ImageTransform, timm_settings
 from litune.errors import ExportError, MissingExtraError
 from litune.files import atomic, write_json
+from litune.image.pictures import ImageTransform, timm_settings
+from litune.image.registry import ImageTower
 from litune.interop.fold import Affine, image_affine, text_affine, without_bias
 from litune.interop.samples import TEXTS, compare, target_length
 from litune.interop.tokenizer import check_ids, save_tokenizer
-from litune.model import LiT
-from litune.towers.image import ImageTower
-from litune.towers.text import HfTextTower, VitTextTower
+from litune.model.lit import LiT
+from litune.text.registry import HfTextTower, VitTextTower
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 _HF_KINDS = ("bert", "roberta", "xlm-roberta")

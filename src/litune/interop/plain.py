@@ -1,6 +1,6 @@
 """The two halves of a run as plain modules: padded token ids, or pixels, to features. What other runtimes are given.
 
-Training packs texts into rows and skips padding (`litune.towers.packing`); here a batch is a rectangle with a mask,
+Training packs texts into rows and skips padding (`litune.text.packing`); here a batch is a rectangle with a mask,
 as every other library has it. Both give the same features.
 """
 
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from litune.errors import ExportError
-from litune.losses import normalize
-from litune.model import LiT
-from litune.towers.image import ImageTower
-from litune.towers.text import HfTextTower, TextTower, VitTextTower
+from litune.image.registry import ImageTower
+from litune.model.lit import LiT
+from litune.text.registry import HfTextTower, TextTower, VitTextTower
+from litune.tuning.losses import normalize
 
 
 def plain_text(model: LiT) -> PlainText:

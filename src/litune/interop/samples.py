@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from litune.errors import ExportError
-from litune.model import LiT
+from litune.model.lit import LiT
 
 TOLERANCE = 1e-5
 """The greatest difference of a feature's entries that an export may have, in float32."""

@@ -23,9 +23,9 @@ from litune.interop.fold import Affine, image_affine, text_affine
 from litune.interop.hf import save_vision
 from litune.interop.samples import compare
 from litune.interop.tokenizer import save_tokenizer
-from litune.model import LiT
+from litune.model.lit import LiT
+from litune.text.registry import HfTextTower
 from litune.towers.quiet import quiet_transformers
-from litune.towers.text import HfTextTower
 
 _POOLINGS = {"first": "cls", "mean": "mean", "last": "lasttoken"}
 TARGET = "sentence-transformers"

@@ -9,10 +9,10 @@ import numpy as np
 import tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from litune.data.tokenizers import Tokenizer
 from litune.errors import ExportError
 from litune.files import write_json, write_text
 from litune.interop.samples import TEXTS
+from litune.text.tokenizers import Tokenizer
 
 _PADS = ("[PAD]", "<pad>", "</s>", "<unk>", "[UNK]")
 

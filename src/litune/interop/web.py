@@ -31,20 +31,20 @@ import numpy as np
 import torch
 from PIL import Image
 
-from litune.data.images import ImageTransform, map_ahead, open_rgb
-from litune.data.names import BARE_TEMPLATES, DEFAULT_TEMPLATES, SHORT_TEMPLATES
-from litune.data.references import read_bytes
-from litune.data.tokenizers import Tokenizer
 from litune.devices import processor_cores
 from litune.errors import DataError, ExportError
-from litune.features import FeatureStore
 from litune.files import atomic, cache_folder, write_json, write_text
+from litune.image.pictures import ImageTransform, map_ahead, open_rgb
 from litune.interop.onnx import Runtime, need_packages, quantize_text, write_image_half, write_text_half
 from litune.interop.plain import plain_image, plain_text
 from litune.interop.samples import TEXTS, compare, pictures
 from litune.interop.tokenizer import save_tokenizer
-from litune.model import LiT
+from litune.model.lit import LiT
+from litune.pairs.reference import read_bytes
 from litune.progress import say, track
+from litune.store.store import FeatureStore
+from litune.text.prompts import BARE_TEMPLATES, DEFAULT_TEMPLATES, SHORT_TEMPLATES
+from litune.text.tokenizers import Tokenizer
 
 ONNXRUNTIME_WEB = "1.30.0"
 RUNTIME_FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")

@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from litune.config import ServeConfig
-from litune.data.alike import find_alike
-from litune.data.names import BARE_TEMPLATES, DEFAULT_TEMPLATES, SHORT_TEMPLATES, write_prompts
 from litune.errors import DataError, LituneError
-from litune.index import Found, Index, combine, fingerprint
 from litune.index.filters import Column, list_columns, select_rows
-from litune.losses import normalize
-from litune.model import LiT
+from litune.index.index import Found, Index, combine, fingerprint
+from litune.model.lit import LiT
 from litune.serve import messages
 from litune.serve.cache import Cache
 from litune.serve.metrics import Metrics
 from litune.serve.pictures import open_upload, thumbnail
 from litune.serve.problems import Problem
 from litune.serve.worker import Busy, Worker
+from litune.text.alike import find_alike
+from litune.text.prompts import BARE_TEMPLATES, DEFAULT_TEMPLATES, SHORT_TEMPLATES, write_prompts
+from litune.tuning.losses import normalize
 
 TEMPLATES = {"auto": DEFAULT_TEMPLATES, "bare": BARE_TEMPLATES, "short": SHORT_TEMPLATES}
 MAX_TEXTS = 8192

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from litune.data.images import open_rgb
-from litune.data.places import is_url
-from litune.data.references import parse, read_bytes
 from litune.errors import DataError
+from litune.image.pictures import open_rgb
+from litune.pairs.address import is_url
+from litune.pairs.reference import parse, read_bytes
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 MAX_FILE_BYTES = 512 << 20

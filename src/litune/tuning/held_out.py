@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from litune import distributed
-from litune.data.pixels import PixelLoader
 from litune.evaluation.retrieval import retrieval
-from litune.features import Selection
-from litune.model import LiT
+from litune.image.loader import PixelLoader
+from litune.model.lit import LiT
+from litune.store.store import Selection
 from litune.tuning.inputs import image_ids
 
 EVALUATE_MOST = 1000

@@ -17,33 +17,33 @@ from PIL import Image
 from torch import Tensor, nn
 
 from litune import distributed
-from litune.checkpoint import MANIFEST, STATE, save_model
 from litune.config import TuneConfig, parse_rates
-from litune.data.pixels import PixelLoader
-from litune.data.texts import TOKENIZED_MOST, LaterTokens, tokenize
-from litune.data.tokenizers import Tokens
 from litune.devices import deterministic, keep_freed_memory, pick_bfloat16, processor_cores, send, sent, tf32_products
 from litune.errors import ConfigError, RunError
-from litune.features import FeatureStore, Selection
 from litune.files import replace_folder
-from litune.gradient_cache import still_statistics
+from litune.image.loader import PixelLoader
+from litune.image.registry import is_convolutional
 from litune.interop.card import write_card
-from litune.mixture import source_names
-from litune.model import LiT
-from litune.optim import make_optimizer, parameter_groups, rate_of, set_rate
+from litune.model.lit import LiT
+from litune.model.run_folder import MANIFEST, STATE, save_model
 from litune.progress import Task, say, track
-from litune.run_log import OnLog, RunLog, board_writer
 from litune.schedules import parse_duration, parse_unlock, rate_share
-from litune.sharding import Shards, drop_states, is_shared
-from litune.towers.image import is_convolutional
-from litune.towers.kept import KeptTexts
+from litune.store.captions import TOKENIZED_MOST, LaterTokens, tokenize
+from litune.store.mixture import source_names
+from litune.store.store import FeatureStore, Selection
+from litune.text.packing import Rows
+from litune.text.tokenizers import Tokens
+from litune.text.vectors import KeptTexts
 from litune.towers.locking import lock, train_unlocked
-from litune.towers.packing import Rows
 from litune.tuning.batching import default_duration, evaluation_steps, make_batches
+from litune.tuning.gradient_cache import still_statistics
 from litune.tuning.held_out import HeldOut
 from litune.tuning.inputs import Inputs, Micro, Preparation, on_device
 from litune.tuning.interrupt import after_the_step
+from litune.tuning.log import OnLog, RunLog, board_writer
 from litune.tuning.memory import ON_CPU, choose_micro, halved
+from litune.tuning.optim import make_optimizer, parameter_groups, rate_of, set_rate
+from litune.tuning.sharding import Shards, drop_states, is_shared
 from litune.tuning.state import BEST, Checkpoints, Progress, manifest
 from litune.tuning.step import NEVER, Reading, Step, describe_bad
 

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from litune import distributed
-from litune.checkpoint import MANIFEST, STATE, load_tensors, model_state, save_tensors
-from litune.data.text_shards import shards
 from litune.errors import RunError
-from litune.features import library_versions
 from litune.files import read_json, replace_folder, sweep_temporaries
+from litune.image.registry import weights_hash
+from litune.model.run_folder import MANIFEST, STATE, load_tensors, model_state, save_tensors
 from litune.progress import say
-from litune.run_log import drop_lines_after
-from litune.sharding import FACTS, find_state, load_state, save_state
-from litune.towers.image import weights_hash
+from litune.store.store import library_versions
+from litune.store.text_shards import shards
 from litune.tuning.inputs import Micro
+from litune.tuning.log import drop_lines_after
+from litune.tuning.sharding import FACTS, find_state, load_state, save_state
 
 if TYPE_CHECKING:
     from litune.tuning.run import Tuning
