@@ -15,7 +15,7 @@ import torch
 from litune.config import TuneConfig
 from litune.store.store import FeatureStore
 from litune.towers.locking import train_unlocked
-from litune.tuning import Tuning
+from litune.tuning.run import Tuning
 from litune.tuning.tune import choose_pairs, make_model, make_tokenizer, text_spec
 
 

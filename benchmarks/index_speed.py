@@ -21,7 +21,7 @@ from bench_run import machine
 
 from litune.index.index import Index
 from litune.store.store import FeatureStore, StoreWriter
-from litune.tuning.losses import normalize
+from litune.vectors import normalize
 
 SHARD = 65536
 

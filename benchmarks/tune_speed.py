@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from litune.text.packing import in_rows
 from litune.text.registry import parse_text_spec
-from litune.tuning import Tuning
+from litune.tuning.run import Tuning
 
 WARM_UP = 2
 PROFILED = 3

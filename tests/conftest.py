@@ -195,7 +195,7 @@ def random_timm_tower(name: str = "resnet10t", **options: object) -> ImageTower:
 
 def interrupt(step: int, config: TuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Begin or go on with a run, and press Ctrl-C at this step."""
-    from litune.tuning import Tuning
+    from litune.tuning.run import Tuning
     from litune.tuning.tune import tune
 
     take = Tuning.step

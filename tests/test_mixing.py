@@ -21,8 +21,8 @@ from litune.config import TuneConfig
 from litune.errors import ConfigError, DataError, RunError, StoreError
 from litune.store.store import FeatureStore, StoreWriter
 from litune.studies.plan import read_plan
-from litune.tuning import Tuning
 from litune.tuning.batches import Batch
+from litune.tuning.run import Tuning
 from litune.tuning.tune import choose_mixture, make_model, make_tokenizer, text_spec, tune
 
 WIDTH = 12

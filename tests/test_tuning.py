@@ -35,11 +35,12 @@ from litune.store.store import FeatureStore
 from litune.text.registry import HfTextTower, TextTower
 from litune.text.vocabulary import TunedRows
 from litune.towers.locking import train_unlocked
-from litune.tuning import Tuning, evaluation_steps
 from litune.tuning.batches import Batch
+from litune.tuning.batching import evaluation_steps
 from litune.tuning.inputs import Inputs
 from litune.tuning.losses import softmax_loss
 from litune.tuning.optim import make_optimizer
+from litune.tuning.run import Tuning
 from litune.tuning.step import Reading
 from litune.tuning.tune import choose_pairs, make_model, make_tokenizer, text_spec, tune
 

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 
-from litune.curation.facts import open_picture
 from litune.errors import DataError
 from litune.files import write_text
 from litune.image.pictures import open_rgb
+from litune.pairs.reference import open_picture
 
 PICTURE = 220
 """The longer side of a picture in a page, in pixels."""

@@ -45,8 +45,8 @@ from litune.interop import web
 from litune.interop.official import Checkpoint, read_model
 from litune.interop.tokenizer import plain_tokenizer
 from litune.model.lit import LiT
+from litune.prompts import write_prompts
 from litune.schedules import rate_share
-from litune.text.prompts import write_prompts
 from litune.text.sentencepiece import SentencePiece
 from litune.text.tokenizers import Tokenizer, Tokens, wordpiece
 from litune.tuning.optim import make_optimizer, parameter_groups, set_rate

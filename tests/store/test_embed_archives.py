@@ -14,10 +14,10 @@ from tests.pairs.packed import NAMES, hub_table, picture, sample, write_shards, 
 from litune.cli import parse
 from litune.errors import DataError
 from litune.image import encoding
-from litune.image.loader import PixelLoader
 from litune.pairs.reference import read_bytes
 from litune.store.embed import embed
 from litune.store.store import FeatureStore
+from litune.tuning.pixels import PixelLoader
 
 
 @pytest.fixture

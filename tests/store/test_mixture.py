@@ -14,7 +14,7 @@ from tests.conftest import random_store
 from litune.config import TuneConfig
 from litune.store.mixture import Mixture, source_names
 from litune.store.store import FeatureStore, Selection
-from litune.tuning import make_batches
+from litune.tuning.batching import make_batches
 from litune.tuning.tune import choose_pairs
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from litune.tuning.losses import Ids, MoreImages, normalize, sigmoid_loss, softmax_loss
+from litune.tuning.losses import Ids, MoreImages, sigmoid_loss, softmax_loss
+from litune.vectors import normalize
 
 IMAGE_IDS = torch.tensor([0, 1, 1, 2, 3, 4, 5])  # rows 1 and 2 are captions of one image
 TEXT_IDS = torch.tensor([0, 1, 2, 3, 3, 0, 6])  # rows 3 and 4, and 0 and 5, have one caption

@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from litune.tuning.losses import Ids, MoreImages, normalize, sigmoid_loss, softmax_loss
+from litune.tuning.losses import Ids, MoreImages, sigmoid_loss, softmax_loss
 from litune.tuning.pair_losses import pair_losses
+from litune.vectors import normalize
 
 
 def features(seed: int, rows: int) -> torch.Tensor:

@@ -25,8 +25,9 @@ from litune.model.run_folder import load, load_tensors
 from litune.store.store import FeatureStore
 from litune.text import registry as text_towers
 from litune.text.registry import parse_text_spec
-from litune.tuning import Tuning, after_the_step
+from litune.tuning.interrupt import after_the_step
 from litune.tuning.losses import softmax_loss
+from litune.tuning.run import Tuning
 from litune.tuning.tune import choose_pairs, make_model, make_tokenizer, tune
 
 

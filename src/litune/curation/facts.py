@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -17,9 +16,8 @@ from PIL import Image
 from litune.errors import DataError
 from litune.files import atomic, read_json, sweep_temporaries, write_json
 from litune.image.pictures import map_ahead
-from litune.pairs.address import is_url, open_file
 from litune.pairs.pairs import Damage
-from litune.pairs.reference import parse, read_bytes
+from litune.pairs.reference import open_picture
 from litune.progress import say, track
 
 PART = 2000
@@ -27,13 +25,6 @@ _ABOUT = "about.json"
 
 Facts = dict[str, Any]
 """What is known of one image; `damage` holds the reason where it can't be used, and is empty otherwise."""
-
-
-def open_picture(path: str) -> BinaryIO:
-    """The bytes of the picture that a reference points to, as a file to read."""
-    if is_url(path) or not isinstance(parse(path), str):
-        return io.BytesIO(read_bytes(path))
-    return open_file(path)  # of a plain file the header alone may be enough
 
 
 def read_facts(path: str, *, content: bool = False, look: Callable[[bytes], object] | None = None) -> Facts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from litune.config import EmbedConfig, ReadingConfig
+from litune.config import ReadingConfig
 from litune.errors import DataError, nearest
-from litune.pairs.pairs import Pairs, read_pairs, select_captions
-from litune.progress import say
+from litune.pairs.pairs import Pairs, read_files, say_pairs, select_captions
 from litune.store.store import MANIFEST, FeatureStore, StoreWriter
 
 
@@ -39,30 +37,6 @@ def read_source(config: ReadingConfig) -> Source:
         source = Source(read_files(config))
     say_pairs(source.pairs)
     return source
-
-
-def read_files(config: ReadingConfig | EmbedConfig, keep: Sequence[str] = ()) -> Pairs:
-    """The pairs of a command, out of files; `keep` names further columns. Raises `DataError`."""
-    return read_pairs(
-        config.pairs,
-        images=config.images,
-        image_column=config.image_column,
-        caption_columns=config.caption_column,
-        split_column=config.split_column,
-        lang_column=config.lang_column,
-        keep=keep,
-        split=config.split,
-        lang=config.lang,
-        max_damaged=config.max_damaged,
-    )
-
-
-def say_pairs(pairs: Pairs) -> None:
-    """Say how many pairs there are, of what kind, and what was skipped."""
-    say(f"pairs: {len(pairs):,} images, {pairs.captions:,} captions ({pairs.source})")
-    if pairs.damaged:
-        first = pairs.damaged[0]
-        say(f"skipped {len(pairs.damaged):,} inputs that can't be used, first {first.key}: {first.reason}")
 
 
 def store_pairs(store: FeatureStore) -> pa.Table:

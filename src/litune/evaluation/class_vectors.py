@@ -17,8 +17,8 @@ from torch import Tensor
 
 from litune.errors import ConfigError, MissingExtraError, nearest
 from litune.progress import track
-from litune.text.prompts import BARE_TEMPLATES, SHORT_TEMPLATES, prompted_name, prompted_template, write_prompts
-from litune.tuning.losses import normalize
+from litune.prompts import BARE_TEMPLATES, SHORT_TEMPLATES, prompted_name, prompted_template, write_prompts
+from litune.vectors import normalize
 
 TemplateSet = Literal["lit", "clip", "short", "bare"]
 

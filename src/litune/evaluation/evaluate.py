@@ -32,8 +32,8 @@ from litune.model.run_folder import CONFIG, check_store, load
 from litune.model.run_folder import MANIFEST as RUN_MANIFEST
 from litune.pairs.pairs import class_folders
 from litune.progress import say, track
+from litune.prompts import prompted_name, read_templates
 from litune.store.store import MANIFEST, FeatureStore, Selection, library_versions
-from litune.text.prompts import prompted_name, read_templates
 from litune.tuning.tune import choose_mixture
 
 CHUNK = 2048  # captions that one rank encodes at a time

@@ -30,8 +30,8 @@ from litune.model.lit import LiT, scoring_device
 from litune.model.run_folder import check_store
 from litune.pairs.benchmarks import EvalSet, picture_path
 from litune.progress import say, track
+from litune.prompts import prompted_name, write_prompts
 from litune.store.store import MANIFEST, FeatureStore
-from litune.text.prompts import prompted_name, write_prompts
 
 TEXTS = 8192  # captions that are encoded at once
 CHUNK = 1024  # texts that one rank encodes at a time

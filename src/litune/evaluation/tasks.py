@@ -19,7 +19,7 @@ from litune.evaluation import class_vectors as prompts
 from litune.evaluation.published import mismatch, published_shares
 from litune.evaluation.result import Result
 from litune.pairs.benchmarks import TEST_SPLITS, WNID, EvalSet, Kind, read_set
-from litune.text.prompts import canonicalize, prompted_name
+from litune.prompts import canonicalize, prompted_name
 
 Metric = Literal["accuracy", "mean_per_class", "text_to_image recall@1"]
 

@@ -45,7 +45,7 @@ from litune.index.filters import select_rows
 from litune.model.lit import LiT, Picture, scoring_device
 from litune.progress import track
 from litune.store.store import FeatureStore
-from litune.tuning.losses import normalize
+from litune.vectors import normalize
 
 FORMAT = 1
 FILE = "index.safetensors"

@@ -17,11 +17,11 @@ from litune.errors import ExportError
 from litune.files import read_json, write_json, write_text
 from litune.image.pictures import ImageTransform, timm_settings
 from litune.image.registry import ImageTower
-from litune.interop.card import card
 from litune.interop.fold import image_affine, last_norm, text_affine, without_bias
 from litune.interop.open_clip import last_layer_norm, timm_model, timm_name
 from litune.interop.samples import compare, pictures, target_length
 from litune.interop.tokenizer import save_tokenizer
+from litune.model.card import card
 from litune.model.lit import LiT
 from litune.text.bert import BERT_LIKE
 from litune.text.registry import HfTextTower

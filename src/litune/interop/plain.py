@@ -17,7 +17,7 @@ from litune.errors import ExportError
 from litune.image.registry import ImageTower
 from litune.model.lit import LiT
 from litune.text.registry import HfTextTower, TextTower, VitTextTower
-from litune.tuning.losses import normalize
+from litune.vectors import normalize
 
 
 def plain_text(model: LiT) -> PlainText:

@@ -9,8 +9,8 @@ from typing import Any
 from litune.config import PushConfig, command
 from litune.errors import ConfigError, ExportError, RunError
 from litune.files import read_json
-from litune.interop.card import write_card
 from litune.interop.export import ABOUT
+from litune.model.card import write_card
 from litune.model.run_folder import CONFIG, MANIFEST, STATE
 from litune.progress import say
 

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from litune.errors import ExportError, MissingExtraError
 from litune.files import write_text
-from litune.interop.card import card
 from litune.interop.fold import Affine, image_affine, text_affine
 from litune.interop.hf import save_vision
 from litune.interop.samples import compare
 from litune.interop.tokenizer import save_tokenizer
+from litune.model.card import card
 from litune.model.lit import LiT
 from litune.text.registry import HfTextTower
 from litune.towers.quiet import quiet_transformers

@@ -42,8 +42,8 @@ from litune.interop.tokenizer import save_tokenizer
 from litune.model.lit import LiT
 from litune.pairs.reference import read_bytes
 from litune.progress import say, track
+from litune.prompts import BARE_TEMPLATES, DEFAULT_TEMPLATES, SHORT_TEMPLATES
 from litune.store.store import FeatureStore
-from litune.text.prompts import BARE_TEMPLATES, DEFAULT_TEMPLATES, SHORT_TEMPLATES
 from litune.text.tokenizers import Tokenizer
 
 ONNXRUNTIME_WEB = "1.30.0"

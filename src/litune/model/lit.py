@@ -17,11 +17,11 @@ from litune.errors import DataError, TowerError
 from litune.image.pictures import open_rgb
 from litune.image.registry import ImageTower
 from litune.pairs.reference import read_bytes
+from litune.prompts import read_templates, write_prompts
 from litune.text.packing import Packed
-from litune.text.prompts import read_templates, write_prompts
 from litune.text.registry import TextTower
 from litune.text.tokenizers import Tokenizer, Tokens
-from litune.tuning.losses import normalize, wide
+from litune.vectors import normalize, wide
 
 Picture = str | Path | Image.Image
 

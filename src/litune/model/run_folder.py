@@ -7,7 +7,7 @@
     metrics.jsonl       one JSON object per logged step and per evaluation
     README.md           the model card
     state.safetensors   weights, optimizer moments and step while tuning goes on; gone when it is done
-    state-STEP/         the same with --shard, each rank's part in files of its own (see litune.tuning.sharding)
+    state-STEP/         the same with --shard, each rank's part in files of its own (see litune.sharding)
     best/               a run folder of its own: the model as it was best on the held-out pairs
 
 Every file is written under a temporary name and renamed. There is no pickle.
@@ -32,11 +32,11 @@ from litune.files import atomic, read_json, write_json
 from litune.image.registry import ImageTower, differences, load_image_tower, with_random_weights
 from litune.model.heads import make_head
 from litune.model.lit import LiT
+from litune.sharding import is_shared, own_part, whole_tensor
 from litune.text.registry import TextTower, build_text_tower
 from litune.text.rows import DrawnRows, without_weights
 from litune.text.tokenizers import load_tokenizer
 from litune.towers.locking import lock
-from litune.tuning.sharding import is_shared, own_part, whole_tensor
 
 FORMAT = 1
 MANIFEST, CONFIG, MODEL, TOKENIZER = "manifest.json", "config.json", "model.safetensors", "tokenizer.json"

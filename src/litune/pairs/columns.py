@@ -33,7 +33,7 @@ from litune.pairs.sample import (
 )
 from litune.pairs.tables import IMAGE_COLUMNS
 from litune.pairs.tars import short_names
-from litune.text.prompts import canonicalize
+from litune.prompts import canonicalize
 
 ROWS = 10_000
 PICTURES = [*IMAGE_COLUMNS, "image_bytes", "bytes", *(suffix[1:] for suffix in sorted(IMAGE_SUFFIXES))]

@@ -15,7 +15,7 @@ from litune.pairs.address import read_all
 from litune.pairs.reference import first_line
 from litune.pairs.sample import IMAGE_SUFFIXES, MOST_TEXT, Damage, Options, Sample, Source, decode_text
 from litune.pairs.tars import load_facts, pick_texts
-from litune.text.prompts import canonicalize
+from litune.prompts import canonicalize
 
 LOOKED_INTO = 1000
 """Folders that are looked into for a hint."""

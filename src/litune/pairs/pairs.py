@@ -14,11 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from litune.config import EmbedConfig, ReadingConfig
 from litune.errors import DataError, nearest
 from litune.pairs.find import find_source
 from litune.pairs.folders import class_folders, image_files
 from litune.pairs.sample import CAPTION_COLUMNS, Damage, Options, Sample, Source
 from litune.pairs.tables import join
+from litune.progress import say
 
 __all__ = ["Damage", "Pairs", "class_folders", "image_files", "read_pairs", "select_captions"]
 
@@ -89,6 +91,30 @@ def read_pairs(
     options = Options(images, image_column, caption_columns, split_column, lang_column, keep)
     pairs = _collect(find_source(str(source), options), options, max_damaged)
     return _select(pairs, split, lang)
+
+
+def read_files(config: ReadingConfig | EmbedConfig, keep: Sequence[str] = ()) -> Pairs:
+    """The pairs of a command, out of files; `keep` names further columns. Raises `DataError`."""
+    return read_pairs(
+        config.pairs,
+        images=config.images,
+        image_column=config.image_column,
+        caption_columns=config.caption_column,
+        split_column=config.split_column,
+        lang_column=config.lang_column,
+        keep=keep,
+        split=config.split,
+        lang=config.lang,
+        max_damaged=config.max_damaged,
+    )
+
+
+def say_pairs(pairs: Pairs) -> None:
+    """Say how many pairs there are, of what kind, and what was skipped."""
+    say(f"pairs: {len(pairs):,} images, {pairs.captions:,} captions ({pairs.source})")
+    if pairs.damaged:
+        first = pairs.damaged[0]
+        say(f"skipped {len(pairs.damaged):,} inputs that can't be used, first {first.key}: {first.reason}")
 
 
 def _collect(source: Source, options: Options, max_damaged: float) -> Pairs:

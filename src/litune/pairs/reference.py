@@ -9,6 +9,7 @@ Nothing is ever unpacked: a member's name is never used as a path.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import tarfile
@@ -17,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -264,3 +265,10 @@ def open_arrow(file: str) -> pa.Table:
 def first_line(why: Any) -> str:
     """A library's error in one line."""
     return (str(why) or type(why).__name__).splitlines()[0]
+
+
+def open_picture(path: str) -> BinaryIO:
+    """The bytes of the picture that a reference points to, as a file to read."""
+    if is_url(path) or not isinstance(parse(path), str):
+        return io.BytesIO(read_bytes(path))
+    return open_file(path)  # of a plain file the header alone may be enough

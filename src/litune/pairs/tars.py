@@ -28,7 +28,7 @@ from litune.pairs.sample import (
     each,
     split_of,
 )
-from litune.text.prompts import canonicalize
+from litune.prompts import canonicalize
 
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 _KINDS = {

@@ -17,6 +17,7 @@ from litune.errors import DataError, LituneError
 from litune.index.filters import Column, list_columns, select_rows
 from litune.index.index import Found, Index, combine, fingerprint
 from litune.model.lit import LiT
+from litune.prompts import BARE_TEMPLATES, DEFAULT_TEMPLATES, SHORT_TEMPLATES, write_prompts
 from litune.serve import messages
 from litune.serve.cache import Cache
 from litune.serve.metrics import Metrics
@@ -24,8 +25,7 @@ from litune.serve.pictures import open_upload, thumbnail
 from litune.serve.problems import Problem
 from litune.serve.worker import Busy, Worker
 from litune.text.alike import find_alike
-from litune.text.prompts import BARE_TEMPLATES, DEFAULT_TEMPLATES, SHORT_TEMPLATES, write_prompts
-from litune.tuning.losses import normalize
+from litune.vectors import normalize
 
 TEMPLATES = {"auto": DEFAULT_TEMPLATES, "bare": BARE_TEMPLATES, "short": SHORT_TEMPLATES}
 MAX_TEXTS = 8192

@@ -13,7 +13,6 @@ import pyarrow as pa
 
 from litune import distributed
 from litune.config import EmbedConfig, command
-from litune.curation.source import read_files, say_pairs
 from litune.devices import pick_device
 from litune.errors import DataError, LituneError, OutputExistsError, StoreError
 from litune.files import clear_output, read_json
@@ -22,7 +21,7 @@ from litune.image.pictures import Decoded
 from litune.image.registry import ImageTower, differences
 from litune.image.runtimes import Runtime
 from litune.model.run_folder import find_image_tower
-from litune.pairs.pairs import Damage, Pairs
+from litune.pairs.pairs import Damage, Pairs, read_files, say_pairs
 from litune.pairs.reference import absolute
 from litune.progress import Task, say, track
 from litune.store.store import MANIFEST, FeatureStore, StoreWriter, library_versions

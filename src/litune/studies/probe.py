@@ -37,7 +37,8 @@ from litune.studies.compare import grid
 from litune.text.registry import USE_M3, TextTower, make_text_tower, parse_text_spec
 from litune.text.tokenizers import Tokenizer
 from litune.towers.locking import train_unlocked
-from litune.tuning import Tuning, default_duration
+from litune.tuning.batching import default_duration
+from litune.tuning.run import Tuning
 from litune.tuning.tune import choose_pairs, make_model, make_tokenizer, text_spec
 
 KS = (1, 5, 10)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from litune.text.prompts import prompted_name
+from litune.prompts import prompted_name
 
 
 def find_alike(names: Sequence[str]) -> str | None:

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from litune.devices import sent
 from litune.text.dropout import drop, keep_mask
 from litune.text.tokenizers import Tokens
-from litune.tuning.losses import wide
+from litune.vectors import wide
 
 ROW = 32
 """The least width of a row: two captions of 16 tokens."""

@@ -64,7 +64,7 @@ class TextTower(nn.Module):
     architecture: dict[str, Any]
     _compiled = False
     shared = False
-    """Whether each rank has only its rows of the parameters (see `litune.tuning.sharding`)."""
+    """Whether each rank has only its rows of the parameters (see `litune.sharding`)."""
 
     def pack(self, tokens: Tokens, device: torch.device, *, bfloat16: bool = False) -> Packed:
         """N texts as `forward` reads them, for `device`, under autocast to bfloat16 or not; all tensors on the CPU.

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from litune.errors import TowerError
+from litune.sharding import own_rows
 from litune.text.registry import HfTextTower, TextTower
-from litune.tuning.sharding import own_rows
 
 
 class DrawnRows(TorchDispatchMode):

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from litune import distributed
 from litune.evaluation.retrieval import retrieval
-from litune.image.loader import PixelLoader
 from litune.model.lit import LiT
 from litune.store.store import Selection
 from litune.tuning.inputs import image_ids
+from litune.tuning.pixels import PixelLoader
 
 EVALUATE_MOST = 1000
 

@@ -29,8 +29,6 @@ from torch.nn import functional as F
 from litune import distributed
 from litune.devices import send
 
-EPSILON = 1e-8
-
 Negatives = Literal["global", "local"]
 
 
@@ -52,19 +50,6 @@ class MoreImages:
     features: Float[Tensor, "M D"]
     images: Int[Tensor, " M"]
     texts: Int[Tensor, "M K"]
-
-
-def wide(x: Tensor) -> Tensor:
-    """`x` in float32, or in float64 where it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def normalize(z: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-    """Z / (|z| + 1e-8): features of length one; a zero vector stays zero (LiT's official code)."""
-    # A zero vector's length has no gradient: where() keeps the NaN of 0/0 out of the backward pass.
-    squared = z.square().sum(dim=-1, keepdim=True)
-    zero = squared == 0
-    return z / (torch.where(zero, torch.ones_like(squared), squared).sqrt().masked_fill(zero, 0.0) + EPSILON)
 
 
 def softmax_loss(

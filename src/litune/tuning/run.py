@@ -21,13 +21,12 @@ from litune.config import TuneConfig, parse_rates
 from litune.devices import deterministic, keep_freed_memory, pick_bfloat16, processor_cores, send, sent, tf32_products
 from litune.errors import ConfigError, RunError
 from litune.files import replace_folder
-from litune.image.loader import PixelLoader
 from litune.image.registry import is_convolutional
-from litune.interop.card import write_card
 from litune.model.lit import LiT
 from litune.model.run_folder import MANIFEST, STATE, save_model
 from litune.progress import Task, say, track
 from litune.schedules import parse_duration, parse_unlock, rate_share
+from litune.sharding import Shards, drop_states, is_shared
 from litune.store.captions import TOKENIZED_MOST, LaterTokens, tokenize
 from litune.store.mixture import source_names
 from litune.store.store import FeatureStore, Selection
@@ -43,7 +42,7 @@ from litune.tuning.interrupt import after_the_step
 from litune.tuning.log import OnLog, RunLog, board_writer
 from litune.tuning.memory import ON_CPU, choose_micro, halved
 from litune.tuning.optim import make_optimizer, parameter_groups, rate_of, set_rate
-from litune.tuning.sharding import Shards, drop_states, is_shared
+from litune.tuning.pixels import PixelLoader
 from litune.tuning.state import BEST, Checkpoints, Progress, manifest
 from litune.tuning.step import NEVER, Reading, Step, describe_bad
 
@@ -508,7 +507,6 @@ class Tuning:
         if distributed.is_main():
             (self.config.out / STATE).unlink(missing_ok=True)
             drop_states(self.config.out)
-            write_card(self.config.out)
         distributed.barrier()
         say(f"wrote {self.config.out}" + self._recall_note())
 

@@ -19,11 +19,11 @@ from litune.files import read_json, replace_folder, sweep_temporaries
 from litune.image.registry import weights_hash
 from litune.model.run_folder import MANIFEST, STATE, load_tensors, model_state, save_tensors
 from litune.progress import say
+from litune.sharding import FACTS, find_state, load_state, save_state
 from litune.store.store import library_versions
 from litune.store.text_shards import shards
 from litune.tuning.inputs import Micro
 from litune.tuning.log import drop_lines_after
-from litune.tuning.sharding import FACTS, find_state, load_state, save_state
 
 if TYPE_CHECKING:
     from litune.tuning.run import Tuning

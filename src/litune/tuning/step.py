@@ -18,12 +18,12 @@ from litune import distributed
 from litune.config import TuneConfig
 from litune.devices import receive, send
 from litune.model.lit import LiT
+from litune.sharding import Shards
 from litune.tuning.gradient_cache import Encoded
 from litune.tuning.inputs import FieldPairs, Inputs, Piece
 from litune.tuning.losses import MoreImages, sigmoid_loss, softmax_loss
 from litune.tuning.optim import stepping
 from litune.tuning.pair_losses import pair_losses
-from litune.tuning.sharding import Shards
 
 SCORES = 2**26
 """The most scores that a loss holds at once: 256 MB of float32."""

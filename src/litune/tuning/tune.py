@@ -19,10 +19,12 @@ from litune.devices import pick_bfloat16, pick_device
 from litune.errors import ConfigError, OutputExistsError, RunError, StoreError
 from litune.files import clear_output, read_json, write_json
 from litune.image.registry import ImageTower, load_image_tower, with_random_weights
+from litune.model.card import write_card
 from litune.model.heads import make_head
 from litune.model.lit import LiT
 from litune.model.run_folder import CONFIG, MANIFEST, MODEL, image_tower_finder, load, load_without_text
 from litune.progress import say
+from litune.sharding import Rows, share
 from litune.store.captions import Captions, integers, join_texts
 from litune.store.mixture import Mixture, check_one_tower, known_store, source_names
 from litune.store.store import FeatureStore, Selection
@@ -31,9 +33,8 @@ from litune.text.registry import USE_M3, TextSpec, TextTower, make_text_tower, p
 from litune.text.rows import DrawnRows, StoredRows, hf_files, hf_names, without_weights
 from litune.text.tokenizers import Tokenizer, find_tokenizer, train_tokenizer
 from litune.text.use_m3 import use_tokenizer
-from litune.tuning import Tuning
 from litune.tuning.log import OnLog
-from litune.tuning.sharding import Rows, share
+from litune.tuning.run import Tuning
 from litune.tuning.state import go_on
 
 CPU = torch.device("cpu")
@@ -72,7 +73,11 @@ def tune(config: TuneConfig, on_log: OnLog | None = None) -> LiT:
         run.announce()
         if goes_on:
             go_on(run)
-        run.fit()
+        try:
+            run.fit()
+        finally:
+            if distributed.is_main() and (config.out / MANIFEST).exists():
+                write_card(config.out)
     if run.shards is not None:
         model.find_image_tower = image_tower_finder(model, None)
         return model

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 from litune.cli import parse
 from litune.config import EvalConfig, TuneConfig
-from litune.interop.card import MARK, card, declared_licence, write_card
+from litune.model.card import MARK, card, declared_licence, write_card
 from litune.tuning.tune import tune
 
 

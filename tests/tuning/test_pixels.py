@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from litune.errors import DataError, TowerError
-from litune.image.loader import PixelLoader, inception_box
 from litune.image.pictures import ImageTransform, open_rgb
 from litune.tuning.batches import Batch, Batches, Field
+from litune.tuning.pixels import PixelLoader, inception_box
 
 TRANSFORM = ImageTransform((16, 24), (0.5,) * 3, (0.5,) * 3, crop_pct=0.875)
 N = 12

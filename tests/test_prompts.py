@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from litune.errors import ConfigError
-from litune.text.prompts import DEFAULT_TEMPLATES, canonicalize, read_templates, write_prompts
+from litune.prompts import DEFAULT_TEMPLATES, canonicalize, read_templates, write_prompts
 
 
 def test_canonicalize() -> None:

@@ -20,11 +20,11 @@ from bench_held import Held
 
 from litune import distributed
 from litune.config import TuneConfig
+from litune.sharding import own_part, own_rows, whole_tensor
 from litune.text.registry import TextTower, make_text_tower, parse_text_spec
 from litune.text.tokenizers import Tokens
-from litune.tuning import Tuning
 from litune.tuning import tune as tuning
-from litune.tuning.sharding import own_part, own_rows, whole_tensor
+from litune.tuning.run import Tuning
 from litune.tuning.state import Checkpoints
 from litune.tuning.tune import tune
 
@@ -77,8 +77,8 @@ def same_weights(spec: str) -> bool:
 
 def bfloat16_differs() -> float:
     """By how much features and gradients differ from those without sharing, relative to their norms, at the worst."""
+    from litune.sharding import share
     from litune.text.rows import DrawnRows, without_weights
-    from litune.tuning.sharding import share
 
     make = partial(make_text_tower, parse_text_spec("hf:bert?init=random"), vocab_size=73, max_tokens=8, dropout=0.0)
     tokens = Tokens(np.arange(40), np.full(5, 8))
