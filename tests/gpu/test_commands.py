@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.commands.test_probe import worded_store
+from tests.store.test_probe import worded_store
 from tests.conftest import COLORS, draw
 from tests.gpu.conftest import World
 from tests.pretend_cuda import PretendGPU, pretend
