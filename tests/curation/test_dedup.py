@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import ImageOps
-from tests.pairs.test_alignment import scene
+from tests.curation.test_alignment import scene
 
 from litune.claims import claim
 from litune.curation import dedup as data_dedup

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.store.test_probe import worded_store
 from tests.conftest import COLORS, draw
 from tests.gpu.conftest import World
 from tests.pretend_cuda import PretendGPU, pretend
+from tests.studies.test_probe import worded_store
 
 import litune
 from litune.config import ServeConfig

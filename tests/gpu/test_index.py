@@ -10,8 +10,8 @@ from tests.pretend_cuda import PretendGPU, pretend
 
 import litune
 from litune.evaluation.retrieval import rank
+from litune.index import index as module
 from litune.index.index import Index
-from litune.index.index import index as module
 
 TEXTS = [f"a {color} {shape}" for color in ("red", "blue", "green") for shape in ("box", "ring")]
 

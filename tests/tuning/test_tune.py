@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.conftest import interrupt, random_store, random_timm_tower
-from tests.test_features import clip_retrieval_folder
+from tests.store.test_store import clip_retrieval_folder
 
 import litune
 from litune.claims import claim
