@@ -21,7 +21,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from jaxtyping import install_import_hook
 
 _hook = install_import_hook(
-    ["litune.tuning.losses", "litune.evaluation", "litune.index.index", "litune.model.lit", "litune.towers"],
+    [
+        "litune.tuning.losses",
+        "litune.evaluation",
+        "litune.index",
+        "litune.model",
+        "litune.image",
+        "litune.text",
+        "litune.vectors",
+    ],
     "beartype.beartype",
 )
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from litune import __version__
 from litune.config import ExportConfig, command
 from litune.errors import RunError
 from litune.files import clear_output, read_json, write_json
@@ -35,7 +35,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     clear_output(out, (out / ABOUT).is_file(), "export", config.overwrite)
     out.mkdir(parents=True, exist_ok=True)
     about = {
-        "litune": __version__,
+        "litune": version("litune"),
         "to": config.to,
         "run": str(config.run),
         "dim": model.dim,
