@@ -22,9 +22,9 @@ from litune.errors import MissingExtraError, OutputExistsError
 from litune.files import write_json
 from litune.image.pictures import open_rgb
 from litune.pages import write_page
+from litune.model.build import make_tokenizer, text_spec
 from litune.pairs.reference import names_of
 from litune.progress import say
-from litune.tuning.tune import make_tokenizer, text_spec
 
 REPORT, PAGE = "overview.json", "overview.html"
 SAMPLE = 20_000
