@@ -21,8 +21,8 @@ from litune.devices import processor_cores
 from litune.errors import MissingExtraError, OutputExistsError
 from litune.files import write_json
 from litune.image.pictures import open_rgb
-from litune.pages import write_page
 from litune.model.build import make_tokenizer, text_spec
+from litune.pages import write_page
 from litune.pairs.reference import names_of
 from litune.progress import say
 
