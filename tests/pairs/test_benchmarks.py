@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -19,7 +20,7 @@ from litune.errors import DataError
 from litune.image.pictures import open_rgb
 from litune.pairs.benchmarks import EvalSet, read_set
 from litune.pairs.cifar import read_batch
-from litune.pairs.reference import read_bytes
+from litune.pairs.reference import file_of, is_there, read_bytes
 
 Rows = list[tuple[str, str]]
 
@@ -114,7 +115,10 @@ def test_webdataset_of_captions(tmp_path: Path) -> None:
         tmp_path, [{"jpg": picture("red"), "txt": b"a red box\nred"}, {"jpg": picture("blue"), "txt": b"blue"}]
     )
     (tmp_path / "dataset_type.txt").write_text("retrieval\n")
-    assert read_set(tmp_path, "retrieval").captions == [["a red box", "red"], ["blue"]]
+    found = read_set(tmp_path, "retrieval")
+    assert found.captions == [["a red box", "red"], ["blue"]]
+    named = "".join(f"{key}\0{len(read_bytes(one))}\0" for key, one in zip(found.keys, found.pictures, strict=True))
+    assert found.fingerprint() == hashlib.sha256(named.encode()).hexdigest()
 
 
 @pytest.fixture
@@ -138,6 +142,15 @@ def test_cifar(cifar: Path) -> None:
     pixels = np.asarray(open_rgb(read_bytes(found.pictures[2])))
     assert (pixels == data[2].reshape(3, 32, 32).transpose(1, 2, 0)).all()
     assert len(read_set(cifar, "classification", splits=("train",))) == 20
+    stamps = [hashlib.sha256(row.tobytes()).hexdigest()[:16] for row in data]  # as features were kept before
+    named = "".join(f"{key}\0{stamp}\0" for key, stamp in zip(found.keys, stamps, strict=True))
+    assert found.fingerprint() == hashlib.sha256(named.encode()).hexdigest()
+    reference = found.pictures[2]
+    assert (file_of(reference), is_there(reference)) == (reference.removesuffix("::2::pixels"), True)
+    with pytest.raises(DataError, match="has changed: it has no row 4 any more"):
+        read_bytes(reference.replace("::2::", "::4::"))
+    with pytest.raises(DataError, match=r"batches\.meta has no data of 3 × 32 × 32 pixels"):
+        read_bytes(reference.replace("test_batch", "batches.meta"))
 
 
 class Bad:
