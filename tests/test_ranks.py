@@ -32,7 +32,8 @@ from litune.model.run_folder import load_tensors
 from litune.pairs.benchmarks import EvalSet
 from litune.store.embed import embed
 from litune.store.store import FeatureStore
-from litune.tuning.tune import prepare_run, tune
+from litune.tuning.output import prepare_run
+from litune.tuning.tune import tune
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
