@@ -96,7 +96,7 @@ def test_interrupted_in_an_epoch(
 ) -> None:
     monkeypatch.setattr("litune.tuning.batches.BLOCK", 4)
     monkeypatch.setattr("litune.tuning.batches.WINDOW", 3)
-    monkeypatch.setattr("litune.tuning.run.TOKENIZED_MOST", 0 if shuffle == "window" else 10**6)
+    monkeypatch.setattr("litune.tuning.setup.TOKENIZED_MOST", 0 if shuffle == "window" else 10**6)
     config = dataclasses.replace(config, mix=mix, shuffle=shuffle, checkpoint_seconds=0.0, evaluations=1)
     tune.run(config)
     broken = dataclasses.replace(config, out=tmp_path / "broken")
@@ -375,7 +375,7 @@ def test_wrong_texts(config: TuneConfig, tmp_path: Path) -> None:
 def test_tokens_made_ahead_change_nothing(config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokenised before the first step or ahead of each: the same losses, and the same weights to rounding."""
     tune.run(config)
-    monkeypatch.setattr("litune.tuning.run.TOKENIZED_MOST", 10)
+    monkeypatch.setattr("litune.tuning.setup.TOKENIZED_MOST", 10)
     later = dataclasses.replace(config, out=tmp_path / "later")
     tune.run(later)
     losses = [[line["loss"] for line in log_of(out)] for out in (config.out, later.out)]

@@ -33,7 +33,8 @@ from litune.pairs.pairs import Pairs
 from litune.store import build
 from litune.store.embed import embed
 from litune.store.store import FeatureStore
-from litune.tuning.tune import prepare_run, tune
+from litune.tuning.output import prepare_run
+from litune.tuning.tune import tune
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 

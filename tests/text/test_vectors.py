@@ -52,7 +52,7 @@ def test_a_locked_text_tower_encodes_each_caption_once(
     tune.run(config)
     once = sum(texts)
     texts.clear()
-    monkeypatch.setattr("litune.tuning.run.KEPT_MOST", 0)
+    monkeypatch.setattr("litune.tuning.setup.KEPT_MOST", 0)
     anew = dataclasses.replace(config, out=config.out.with_name("anew"))
     tune.run(anew)
     assert once < sum(texts) == 240

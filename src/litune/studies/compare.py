@@ -19,7 +19,8 @@ from litune.model.run_folder import CONFIG, MANIFEST
 from litune.progress import say
 from litune.store.store import FeatureStore
 from litune.studies.plan import DIRECTIONS, RETRIEVAL, ZERO_SHOT, Plan, Run, describe, read_plan
-from litune.tuning.tune import both_sides, tune
+from litune.tuning.output import both_sides
+from litune.tuning.tune import tune
 
 TABLE, RESULTS = "table.md", "results.json"
 FACTS = ("seconds", "steps", "pairs_seen", "tuned_parameters")  # from a run's manifest, where it has them

@@ -261,7 +261,7 @@ def tuning_time(train: Selection, settings: TuneConfig) -> dict[str, Any]:
         "pairs_per_second": round(rate, 1),
         "pairs": steps * run.size,
         "seconds": round(steps * run.size / rate, 1),
-        "tuned_parameters": run.tuned_parameters,
+        "tuned_parameters": run.tuned.parameters,
         "measured": f"its own steps, timed for {MEASURE_SECONDS:.0f} seconds at its default settings",
     }
 

@@ -29,7 +29,8 @@ from litune.store.store import FeatureStore, library_versions
 from litune.studies import emoji as emoji_pairs
 from litune.studies.emoji import Emoji
 from litune.studies.recipes import quickstart_embed, quickstart_eval, quickstart_tune
-from litune.tuning.tune import changed_settings, tune
+from litune.tuning.output import changed_settings
+from litune.tuning.tune import tune
 
 T = TypeVar("T")
 

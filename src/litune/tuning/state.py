@@ -89,7 +89,7 @@ def _model_tensors(run: Tuning) -> dict[str, Tensor]:
 
 def _of_all_ranks(run: Tuning, name: str, state: Tensor) -> Tensor:
     """A tensor of the optimizer's state; of a parameter that ranks share, one that has the rows of all."""
-    if name not in run.shared or state.ndim == 0:
+    if name not in run.tuned.own_rows or state.ndim == 0:
         return state
     assert run.shards is not None
     return run.shards.shared(name.removeprefix("text."), state)
@@ -167,7 +167,7 @@ def _to_fill(run: Tuning, there: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, parameter in named_tuned(run):
         prefix = f"optimizer.{name}."
         for key, like in ((key, like) for key, like in there.items() if key.startswith(prefix)):
-            shape = parameter.shape if name in run.shared and like.ndim else like.shape
+            shape = parameter.shape if name in run.tuned.own_rows and like.ndim else like.shape
             state = torch.zeros(shape, dtype=like.dtype, device=parameter.device)
             run.optimizer.state[parameter][key.removeprefix(prefix)] = state
             tensors[key] = _of_all_ranks(run, name, state)
@@ -207,7 +207,7 @@ def manifest(run: Tuning) -> dict[str, Any]:
             "captions": int(run.train.offsets[-1]),
             "held_out_images": len(run.val) if run.val else 0,
         },
-        "tuned_parameters": run.tuned_parameters,
+        "tuned_parameters": run.tuned.parameters,
         "steps": done,
         "batch_size": run.size,
         "pairs_seen": done * run.size,
