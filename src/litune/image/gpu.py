@@ -1,4 +1,4 @@
-"""A tower on a GPU: batches that follow one another without a wait, of a size that is fast and fits the memory."""
+"""A tower on a GPU: batches in a continuous stream, of a size that is fast and fits the memory."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from litune.progress import say
 
 T = TypeVar("T")
 Encode = Callable[[Tensor], Tensor]
-"""Preprocessed pictures [B, …] to features [B, W], on the device that computes."""
+"""Preprocessed pictures [B, …] to features [B, W], on the tower's device."""
 
 BATCH = 32
-"""Pictures in a batch where none were tried: on processors, and of few pictures."""
+"""The batch size where none was measured: on CPUs, and for few pictures."""
 START, MOST = 64, 1024
-"""The first batch size to try, and the largest: what could gain beyond it is faster than pictures can be decoded."""
+"""The first batch size to try, and the largest: beyond it, decoding pictures is slower than any GPU that would gain."""
 GAIN = 1.05
-"""A batch of twice the size must be this much faster, since it takes twice the memory."""
+"""A batch of twice the size must be faster by this factor, since it takes twice the memory."""
 ROOM = 0.8
-"""The share of the free memory that a batch may take: more leaves no room for what else comes and goes."""
+"""The share of the free memory that a batch may take; the rest is for other, temporary allocations."""
 IN_FLIGHT = 2
-"""Batches that the GPU has beyond the one whose features are waited for."""
+"""Batches queued on the GPU behind the one whose features are awaited."""
 
 
 def stream(encode: Encode, batches: Iterable[tuple[T, Tensor | None]]) -> Iterator[tuple[T, Tensor | None]]:
-    """For each batch of pictures the features, on the CPU, in order, with what stands beside it; None stays None.
+    """The features of each batch of pictures, on the CPU and in order, with its companion; None stays None.
 
-    A batch is launched before the features of those before it are waited for, so that the GPU always has work.
+    Batches are launched before the features of earlier ones are awaited, so that the GPU always has work.
     """
     waiting: deque[tuple[T, Callable[[], Tensor | None]]] = deque()
     for beside, pixels in batches:
@@ -46,8 +46,8 @@ def stream(encode: Encode, batches: Iterable[tuple[T, Tensor | None]]) -> Iterat
 
 
 def stream_rate(encode: Encode, pixels: Tensor, seconds: float) -> float:
-    """Pictures a second in batches like this one, one after the other, over this time or longer."""
-    list(stream(encode, [(None, pixels)]))  # kernels are chosen and memory is taken
+    """Pictures per second in a stream of batches like this one, measured for at least this many seconds."""
+    list(stream(encode, [(None, pixels)]))  # warm-up: chooses kernels, allocates memory
     began = time.perf_counter()
 
     def until() -> Iterator[tuple[None, Tensor]]:
@@ -61,8 +61,8 @@ def stream_rate(encode: Encode, pixels: Tensor, seconds: float) -> float:
 class Parts:
     """A tower's `encode` for batches of `size` pictures, in smaller parts once the memory is too small for them.
 
-    Each time that memory runs out, `size` is halved for good. With `fill`, a part of fewer pictures is filled up, and
-    what is too much dropped again: the network sees one shape, for which it is compiled once.
+    Each time memory runs out, `size` is halved for good. With `fill`, a smaller part is padded to `size` and the
+    padding's features are dropped: the network sees one shape and is compiled once.
     """
 
     def __init__(self, encode: Encode, size: int, *, fill: bool = False) -> None:
@@ -73,11 +73,11 @@ class Parts:
         """Features [B, W] of pictures [B, …]. Raises `TowerError` where not even one picture fits."""
         while True:
             with suppress(torch.OutOfMemoryError), torch.inference_mode():
-                found = [self._one(part) for part in pixels.split(self.size)]
-                return found[0] if len(found) == 1 else torch.cat(found)
-            self._halve()  # only here, as the error holds what was computed so far
+                features = [self._encode_part(part) for part in pixels.split(self.size)]
+                return features[0] if len(features) == 1 else torch.cat(features)
+            self._halve()  # not in an except block: the error would keep the parts computed so far in memory
 
-    def _one(self, part: Tensor) -> Tensor:
+    def _encode_part(self, part: Tensor) -> Tensor:
         missing = self.size - len(part)
         if missing and self._fill:
             return self._encode(torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]))[: len(part)]
@@ -92,14 +92,14 @@ class Parts:
 
 
 def repeated(pixels: Tensor, size: int) -> Tensor:
-    """A batch of `size` pictures, made of these again and again."""
+    """A batch of `size` pictures, made by repeating these."""
     return pixels[torch.arange(size) % len(pixels)]
 
 
 def best_batch(rate: Callable[[int], float | None], most: int) -> int:
-    """The batch size, a power of two up to `most`, beyond which twice the size is hardly faster or does not fit.
+    """The batch size up to `most` at which doubling it stops paying: the double is hardly faster or does not fit.
 
-    `rate` gives the pictures a second in batches of a size, None where they don't fit. Raises `TowerError` where
+    `rate` gives the pictures per second for a batch size, None where it does not fit. Raises `TowerError` where
     nothing fits.
     """
     size = first = min(START, most)
@@ -110,29 +110,29 @@ def best_batch(rate: Callable[[int], float | None], most: int) -> int:
     if best is None:
         raise TowerError("the GPU's memory is too small for --batch-size 1: free some of it, or give --device cpu")
     while first <= size <= most // 2:
-        twice = rate(2 * size)
-        if twice is None or twice < GAIN * best:
+        doubled = rate(2 * size)
+        if doubled is None or doubled < GAIN * best:
             break
-        size, best = 2 * size, twice
+        size, best = 2 * size, doubled
     return size
 
 
 def fitting_batch(encode: Encode, pixels: Tensor, device: torch.device, most: int) -> int:
-    """The batch size up to `most` that suits a tower and a CUDA device's free memory; `pixels` are some pictures."""
-    bytes_of_one = 0.0
+    """The best batch size up to `most` for a tower in a CUDA device's free memory, tried on copies of `pixels`."""
+    bytes_per_picture = 0.0
 
     def rate(size: int) -> float | None:
-        nonlocal bytes_of_one
-        if size * bytes_of_one > ROOM * free_memory(device):
+        nonlocal bytes_per_picture
+        if size * bytes_per_picture > ROOM * free_memory(device):
             return None
-        before, found = torch.cuda.memory_allocated(device), None
+        before, images_per_second = torch.cuda.memory_allocated(device), None
         torch.cuda.reset_peak_memory_stats(device)
         with suppress(torch.OutOfMemoryError), torch.inference_mode():
-            found = stream_rate(encode, repeated(pixels, size).pin_memory(), 0.2)
-        if found is None:
+            images_per_second = stream_rate(encode, repeated(pixels, size).pin_memory(), 0.2)
+        if images_per_second is None:
             torch.cuda.empty_cache()
         else:
-            bytes_of_one = (torch.cuda.max_memory_allocated(device) - before) / size
-        return found
+            bytes_per_picture = (torch.cuda.max_memory_allocated(device) - before) / size
+        return images_per_second
 
     return best_batch(rate, most)

@@ -1,8 +1,8 @@
-"""transformers vision models as image towers, on their own image processor's preprocessing.
+"""transformers vision models as image towers, with the preprocessing of their own image processor.
 
-What is pooled follows the family: the first token after the final normalisation of a ViT (its pooler is a tanh layer
-that pre-training does not fill), the projected features of CLIP, the attention head of SigLIP, the model's own pooler
-of all others. Two-tower models give their vision half.
+Pooling depends on the family: a ViT's first token after the final normalisation (its pooler is a tanh layer that
+pre-training does not train), CLIP's projected features, SigLIP's attention head, the model's own pooler for all
+others. Of two-tower models only the vision half is loaded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FIRST_TOKEN = {"vit", "deit", "vit_msn", "vit_mae", "dinov2", "dinov2_with_regis
 CLIP = {"clip", "clip_vision_model"}
 SIGLIP = {"siglip", "siglip_vision_model"}
 POOLED = {"convnext", "convnextv2", "levit", *CLIP, *SIGLIP}
-"""Families that pool without a part named so."""
+"""Families that pool without a module named `pooler`."""
 
 
 class HfPreprocess:
@@ -40,7 +40,7 @@ class HfPreprocess:
         return np.asarray(values[0], dtype=np.float32)
 
     def describe(self) -> dict[str, Any]:
-        """The settings, as they stand in a store's fingerprint."""
+        """The settings, as recorded in a store's fingerprint."""
         settings = json.loads(self.processor.to_json_string())
         return {k: v for k, v in sorted(settings.items()) if v is not None}
 
@@ -66,7 +66,7 @@ class HfNetwork(nn.Module):
         return hidden[:, 0]
 
     def _masked_autoencoder(self, pixels: Tensor) -> Tensor:
-        # It hides the patches that random numbers rank last, none of them here; rising ones keep their order.
+        # It masks the patches with the largest noise, none with mask_ratio 0; rising noise keeps the patches in order.
         patches = self.model.embeddings.patch_embeddings.num_patches
         rising = torch.arange(patches, device=pixels.device, dtype=torch.float32).expand(len(pixels), -1)
         hidden: Tensor = self.model(pixel_values=pixels, noise=rising).last_hidden_state
@@ -114,13 +114,13 @@ def hf_tower(spec: str, name: str, options: dict[str, str]) -> ImageTower:
 
 
 def _vision_half(name: str, config: Any, projected: bool) -> tuple[Any, Any, dict[str, Any]]:
-    """The class, the config and the further arguments that make a model's vision half, or all of a vision model."""
+    """The class, config and further arguments to load a vision model, or the vision half of a two-tower model."""
     import transformers
 
     kind = config.model_type
     if kind in CLIP:
         vision = getattr(config, "vision_config", config)
-        vision.projection_dim = config.projection_dim  # the two-tower model's is what its weights have
+        vision.projection_dim = config.projection_dim  # the weights have the size of the two-tower config
         return transformers.CLIPVisionModelWithProjection if projected else transformers.CLIPVisionModel, vision, {}
     if kind in SIGLIP:
         return transformers.SiglipVisionModel, getattr(config, "vision_config", config), {}
@@ -131,13 +131,13 @@ def _vision_half(name: str, config: Any, projected: bool) -> tuple[Any, Any, dic
         )
     if kind == "vit_mae":
         config.mask_ratio = 0.0
-    # No pooler for models that keep the CLS token: a missing one would be filled at random.
+    # No pooler for models whose CLS token is used: a missing one would be initialised at random.
     extra = {"add_pooling_layer": False} if kind in ("vit", "deit") else {}
     return transformers.AutoModel, config, extra
 
 
 def _check_complete(name: str, report: dict[str, Any], kind: str) -> None:
-    mismatched = sorted(str(found[0] if isinstance(found, tuple) else found) for found in report["mismatched_keys"])
+    mismatched = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"])
     if mismatched:
         raise TowerError(f"{name} has weights of other shapes than its config says, {mismatched[0]!r} first")
     missing = sorted(report["missing_keys"])

@@ -25,7 +25,7 @@ class _OnnxNetwork:
         self.input = session.get_inputs()[0]
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        # A model exported with a fixed batch takes its images in batches of just that size, the last one filled up.
+        # A model exported with a fixed batch size needs exactly that size: the last batch is padded.
         fixed = self.input.shape[0] if isinstance(self.input.shape[0], int) else len(pixels)
         output = self.session.get_outputs()[0].name
         parts = []
@@ -38,7 +38,7 @@ class _OnnxNetwork:
 
 
 def onnx_tower(spec: str, name: str, options: dict[str, str]) -> ImageTower:
-    """The tower of `onnx:FILE`, preprocessed as its options or a JSON file beside it say."""
+    """The tower of `onnx:FILE`, with the preprocessing in its options or in a JSON file beside it."""
     try:
         import onnxruntime
     except ImportError:
@@ -64,12 +64,12 @@ def onnx_tower(spec: str, name: str, options: dict[str, str]) -> ImageTower:
 
 
 def _onnx_transform(spec: str, file: Path, options: dict[str, str]) -> ImageTransform:
-    """From the spec's options, else from a preprocessor_config.json (or FILE.json) beside the model."""
+    """The preprocessing in the spec's options, else in FILE.json or preprocessor_config.json beside the model."""
     known = ["size", "mean", "std", "crop_pct", "crop_mode", "interpolation"]
     for beside in (file.with_suffix(".json"), file.parent / "preprocessor_config.json"):
         if not options and beside.is_file():
-            found = json.loads(beside.read_text(encoding="utf-8"))
-            options = {k: ",".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in found.items()}
+            settings = json.loads(beside.read_text(encoding="utf-8"))
+            options = {k: ",".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in settings.items()}
             break
     if "size" not in options or "mean" not in options or "std" not in options:
         raise TowerError(

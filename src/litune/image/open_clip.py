@@ -24,9 +24,9 @@ class OpenClipNetwork(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Features [B, W] of preprocessed pictures [B, 3, H, W]."""
         features = self.model(pixels)
-        # CoCa's gives its tokens too.
-        found: Tensor = features[0] if isinstance(features, tuple) else features
-        return found
+        # CoCa's vision half returns (features, tokens).
+        pooled: Tensor = features[0] if isinstance(features, tuple) else features
+        return pooled
 
 
 class OpenClipPreprocess:

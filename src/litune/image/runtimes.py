@@ -1,10 +1,10 @@
-"""The same locked tower in whatever runs it fastest: torch, ONNX Runtime, OpenVINO, torch.compile.
+"""Runs a locked tower in the fastest runtime: torch, ONNX Runtime, OpenVINO or torch.compile.
 
-A locked tower only ever runs forward, so any runtime will do whose features agree with those of torch in float32. Which
-is fastest depends on the tower and the machine: `fastest` tries those that are installed on some of the pictures at
-hand, leaves out any that fails or doesn't agree, and remembers the answer in the user's cache.
+A locked tower only ever runs forward, so any runtime whose features agree with those of torch in float32 will do. Which
+is fastest depends on the tower and the machine: `fastest` tries the installed ones on some of the pictures to encode,
+leaves out any that fails or disagrees, and stores its choice in the user's cache.
 
-On a GPU torch and torch.compile are tried, on batches of the size that they will meet (see `litune.image.gpu`).
+On a GPU, torch and torch.compile are tried on batches of the size used for encoding (see `litune.image.gpu`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ AGREEMENT = 0.9999
 """The least mean cosine of a runtime's features with those of torch in float32."""
 ROUNDS, FEW = 3, 16
 HOPELESS = 0.5
-"""What reaches less than this share of the fastest rate in the first round is not tried again."""
+"""A runtime below this share of the fastest rate in the first round is not timed again."""
 CHOICES = "runtimes.json"
 
 T = TypeVar("T")
@@ -51,22 +51,22 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Runtime:
-    """A way to run a tower: `name` and `precision` as a store records them."""
+    """A way to run a tower; `name` and `precision` are recorded in the store."""
 
     name: str
     precision: str
     run: Encode
-    """Preprocessed pictures [B, …] to float32 features [B, W], on the device that computes; a GPU is not waited for."""
+    """Preprocessed pictures [B, …] to float32 features [B, W] on its device; asynchronous on a GPU."""
     parallel: bool = False
-    """Whether it is meant to be called by several threads at once, each call computing on one core."""
+    """Whether several threads should call it at once, each call computing on one core."""
     device: str = "cpu"
-    """The kind of device that computes: cpu, cuda or mps."""
+    """The kind of device: cpu, cuda or mps."""
     batch_size: int = BATCH
-    """The pictures that it is to be given at once."""
+    """The number of pictures to give it at once."""
 
     @property
     def facts(self) -> dict[str, str]:
-        """What a store says of how its features were computed."""
+        """How the features were computed, as recorded in a store."""
         return {"precision": self.precision, "runtime": self.name, "device": self.device}
 
     def __str__(self) -> str:
@@ -75,7 +75,7 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Trial:
-    """How a runtime did: pictures a second on all cores, and its mean cosine with torch in float32."""
+    """A runtime's measurements: pictures per second on all cores, and mean cosine with torch in float32."""
 
     name: str
     precision: str
@@ -85,9 +85,9 @@ class Trial:
 
 @contextmanager
 def shared_by_threads(runtime: Runtime) -> Iterator[Callable[[Tensor], Tensor]]:
-    """`runtime.run` for any number of threads: each computes on one core; where it is not parallel, they take turns.
+    """`runtime.run` for any number of threads: each computes on one core, or they take turns if it is not parallel.
 
-    Afterwards torch computes with as many threads as before.
+    Afterwards torch has as many threads as before.
     """
     before = torch.get_num_threads()
     turn: Any = nullcontext() if runtime.parallel else threading.Lock()
@@ -107,10 +107,10 @@ def shared_by_threads(runtime: Runtime) -> Iterator[Callable[[Tensor], Tensor]]:
 
 
 def build(tower: ImageTower, name: str, precision: str, pixels: Tensor) -> Runtime:
-    """The tower in this runtime; `pixels` are some preprocessed pictures [B, …] of the kind it will meet.
+    """The tower in this runtime; `pixels` are some preprocessed pictures [B, …] like those to encode.
 
-    All but torch on the CPU compute one of them: compilers, and GPUs, fail at their first run. Raises `TowerError`
-    where the runtime can't take the tower, `MissingExtraError` where it is not installed.
+    All but torch on the CPU encode one of them, as compilers and GPUs only fail at the first run. Raises `TowerError`
+    where the runtime can't run the tower, `MissingExtraError` where it is not installed.
     """
     if name not in BUILDERS:
         raise TowerError(f"there is no runtime {name!r}: known: {', '.join(BUILDERS)}")
@@ -119,7 +119,7 @@ def build(tower: ImageTower, name: str, precision: str, pixels: Tensor) -> Runti
     try:
         runtime = BUILDERS[name](tower, precision, pixels)
         if len(pixels) and (name, runtime.device) != ("torch", "cpu"):
-            # OpenVINO's threads that meet in a process's first inference can wait for each other for ever, too.
+            # It also keeps OpenVINO's threads from deadlocking in a process's first inference.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the compiler recommends TF32
                 runtime.run(pixels[:1])
@@ -132,7 +132,7 @@ def build(tower: ImageTower, name: str, precision: str, pixels: Tensor) -> Runti
 
 def _torch(tower: ImageTower, precision: str, pixels: Tensor) -> Runtime:
     if not isinstance(tower.network, nn.Module):
-        return Runtime("torch", "float32", tower.encode)  # whatever is asked: it runs by itself
+        return Runtime("torch", "float32", tower.encode)  # whatever precision is asked for: it runs by itself
     encode, device, size = _encoder(_arranged(tower, precision), precision), tower.device.type, len(pixels) or BATCH
     if device == "cpu":
         return Runtime("torch", precision, encode, parallel=True)
@@ -140,10 +140,10 @@ def _torch(tower: ImageTower, precision: str, pixels: Tensor) -> Runtime:
 
 
 def _compiled(tower: ImageTower, precision: str, pixels: Tensor) -> Runtime:
-    """By torch's compiler, for one batch size.
+    """The tower compiled by torch, for one batch size.
 
-    In its usual mode: batches fill the GPU for longer than their kernels take to launch, so CUDA graphs would only pin
-    memory, and trying every product's kernels takes minutes.
+    In the default mode: batches keep the GPU busy for longer than their kernels take to launch, so CUDA graphs would
+    only pin memory, and autotuning every matrix product takes minutes.
     """
     size = len(pixels) or BATCH
     tower = _arranged(copy.deepcopy(tower) if precision == "float32" else tower, precision)
@@ -153,7 +153,7 @@ def _compiled(tower: ImageTower, precision: str, pixels: Tensor) -> Runtime:
 
 
 def _arranged(tower: ImageTower, precision: str) -> ImageTower:
-    """The tower, of bfloat16 a copy, with its weights as they are needed: cast and laid out once, not in every call."""
+    """The tower with its weights cast and laid out once, not in every call; a copy of it for bfloat16."""
     if precision == "bfloat16":
         tower = copy.deepcopy(tower)
         for layer in tower.modules():
@@ -167,7 +167,7 @@ def _encoder(tower: ImageTower, precision: str) -> Encode:
 
 
 def _on_processor(tower: ImageTower) -> ImageTower:
-    """The tower on the CPU, a copy if it is elsewhere: for runtimes that know no GPU."""
+    """The tower on the CPU, copied if it is elsewhere: for runtimes without GPU support."""
     return tower if tower.device.type == "cpu" else copy.deepcopy(tower).cpu()
 
 
@@ -212,7 +212,7 @@ def export_onnx(network: nn.Module, example: Tensor, file: Path) -> None:
     if find_spec("onnx") is None:
         raise MissingExtraError("another runtime than torch", "onnx", "onnx")
     with warnings.catch_warnings(), torch.no_grad(), redirect_stdout(None):
-        warnings.simplefilter("ignore")  # the exporter speaks of itself
+        warnings.simplefilter("ignore")  # about the exporter itself
         torch.onnx.export(
             network,
             (example,),
@@ -226,7 +226,7 @@ def export_onnx(network: nn.Module, example: Tensor, file: Path) -> None:
 
 
 def _quantized(file: Path, pixels: Tensor) -> Path:
-    """The network with int8 weights and activations, whose ranges are those that these pictures give."""
+    """The network with int8 weights and activations, calibrated on these pictures."""
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -281,9 +281,9 @@ BUILDERS: dict[str, Callable[[ImageTower, str, Tensor], Runtime]] = {
 
 
 def candidates(tower: ImageTower, name: str, precision: str, *, compiled: bool = True) -> list[tuple[str, str]]:
-    """The runtimes and precisions to try: those asked for, of those that are installed here.
+    """The (runtime, precision) choices to try: those of the installed ones that were asked for.
 
-    `compiled`: whether torch's compiler is among them on a GPU where none is named.
+    `compiled`: whether torch.compile is among them on a GPU if no runtime is named.
     """
     device = tower.device
     if not isinstance(tower.network, nn.Module):
@@ -295,14 +295,14 @@ def candidates(tower: ImageTower, name: str, precision: str, *, compiled: bool =
         names = ["torch", *others]
     else:
         names = ["torch", "compile"] if compiled else ["torch"]
-    found = [(n, p) for n in names for p in PRECISIONS[n] if precision in (p, "auto")]
+    choices = [(n, p) for n in names for p in PRECISIONS[n] if precision in (p, "auto")]
     if precision == "auto":
-        found = [(n, p) for n, p in found if p == "float32" or (p == "bfloat16" and fast_bfloat16(device))]
-    if not found:
+        choices = [(n, p) for n, p in choices if p == "float32" or (p == "bfloat16" and fast_bfloat16(device))]
+    if not choices:
         able = " or ".join(n for n, known in PRECISIONS.items() if precision in known)
         what = "no runtime that is installed can" if name == "auto" else f"{name} can't"
         raise TowerError(f"{what} compute in {precision}: use --runtime {able}")
-    return found
+    return choices
 
 
 PRECISIONS = {
@@ -324,9 +324,9 @@ def fastest(
 ) -> Runtime:
     """The fastest runtime of this tower whose features agree, on these preprocessed pictures [B, …].
 
-    `name` and `precision` narrow the choice. On a CUDA device `largest_batch` has the batch size chosen, too, up to
-    that; else it is B. Measured once per tower, machine and set of versions; the answer is kept in the user's cache.
-    Raises `TowerError` where nothing that was asked for can run the tower.
+    `name` and `precision` narrow the choice. With `largest_batch`, on a CUDA device, the batch size is chosen too, up
+    to that; otherwise it is B. Measured once per tower, machine and set of versions; the choice is kept in the user's
+    cache. Raises `TowerError` where no runtime that was asked for can run the tower.
     """
     wanted = candidates(tower, name, precision, compiled=compiled)
     try:
@@ -342,7 +342,7 @@ def fastest(
 def _remembered(
     tower: ImageTower, wanted: Sequence[tuple[str, str]], pixels: Tensor, largest_batch: int | None
 ) -> Runtime:
-    """What was chosen before, if it still runs; else what is chosen now."""
+    """The runtime in the user's cache if it still runs; else one chosen now."""
     key = _key(tower, wanted, pixels, largest_batch)
     file = cache_folder() / CHOICES
     known = _read(file)
@@ -351,7 +351,7 @@ def _remembered(
             chosen, its_precision = known[key]["chosen"]
             return build(tower, chosen, its_precision, repeated(pixels, known[key].get("batch_size", len(pixels))))
         except LituneError:
-            pass  # no longer so
+            pass  # it no longer runs: choose again
     if largest_batch is not None:
         precisions = {precision for _, precision in wanted}
         used = "bfloat16" if "bfloat16" in precisions else "float32"
@@ -371,7 +371,7 @@ def _remembered(
 
 @dataclass
 class _Entrant:
-    """A runtime that is tried: its mean cosine with torch in float32, and its pictures a second."""
+    """A runtime under trial: its mean cosine with torch in float32, and its pictures per second."""
 
     runtime: Runtime
     cosine: float
@@ -379,34 +379,32 @@ class _Entrant:
 
 
 def measure(tower: ImageTower, wanted: Sequence[tuple[str, str]], pixels: Tensor) -> tuple[Runtime, list[Trial]]:
-    """The fastest of these runtimes that agrees, and how each did that could run.
+    """The fastest of these runtimes that agrees with torch, and the trials of all that ran.
 
-    One that fails, however it does, is left out with a line that says why. Raises `TowerError` where none is left.
+    One that fails in any way is left out with a line that says why. Raises `TowerError` where none is left.
     """
     say(f"trying what runs {tower.spec} fastest here: {', '.join(f'{n} ({p})' for n, p in wanted)}")
-    # On a GPU `pixels` are a whole batch, of a few pictures again and again.
-    shown, timed = (pixels, pixels[:FEW]) if tower.device.type == "cpu" else (pixels[:BATCH], pixels)
-    expected = _reference(tower, shown)
+    # On a GPU `pixels` is a whole batch: a few pictures repeated.
+    sample, timed = (pixels, pixels[:FEW]) if tower.device.type == "cpu" else (pixels[:BATCH], pixels)
+    expected = _reference(tower, sample)
     if not expected.isfinite().all(1).any():
         raise TowerError(
-            f"{tower.spec} gives no finite features for the first {len(shown)} pictures: check its weights, or "
+            f"{tower.spec} gives no finite features for the first {len(sample)} pictures: check its weights, or "
             "go on with --runtime torch --precision float32, which leaves such pictures out"
         )
     reasons: list[str] = []
 
     def enter(name: str, precision: str) -> _Entrant:
         runtime = build(tower, name, precision, pixels)
-        return _Entrant(runtime, _cosine(runtime.run(shown), expected), images_per_second(runtime, timed))
+        return _Entrant(runtime, _cosine(runtime.run(sample), expected), images_per_second(runtime, timed))
 
     tried = [
         _attempt(f"{tower.spec} can't run in {name} ({precision})", reasons, partial(enter, name, precision))
         for name, precision in wanted
     ]
-    entrants = _timed_in_turns([one for one in tried if one is not None], timed, reasons)
-    trials = [
-        Trial(one.runtime.name, one.runtime.precision, round(one.rate, 1), round(one.cosine, 6)) for one in entrants
-    ]
-    agreeing = [(one.rate, i) for i, one in enumerate(entrants) if agrees(one.cosine)]
+    entrants = _timed_in_turns([entrant for entrant in tried if entrant is not None], timed, reasons)
+    trials = [Trial(e.runtime.name, e.runtime.precision, round(e.rate, 1), round(e.cosine, 6)) for e in entrants]
+    agreeing = [(entrant.rate, i) for i, entrant in enumerate(entrants) if agrees(entrant.cosine)]
     if not agreeing:
         raise TowerError(reasons[0] if reasons else f"no runtime agrees with torch in float32 on {tower.spec}")
     best = entrants[max(agreeing)[1]].runtime
@@ -416,31 +414,31 @@ def measure(tower: ImageTower, wanted: Sequence[tuple[str, str]], pixels: Tensor
 
 
 def _timed_in_turns(entrants: Sequence[_Entrant], pixels: Tensor, reasons: list[str]) -> list[_Entrant]:
-    """Those that can still run, their rates the best of several rounds; the hopeless and the inexact run no more."""
+    """The entrants that never failed, with their best rate of several rounds; slow and inexact ones run only once."""
     running = list(entrants)
-    for _ in range(ROUNDS - 1):  # in turns, so that whatever else the machine does hits them alike
-        best = max((one.rate for one in running), default=0.0)
-        for one in [one for one in running if agrees(one.cosine) and one.rate > HOPELESS * best]:
-            rate = _attempt(f"{one.runtime} failed", reasons, partial(images_per_second, one.runtime, pixels))
+    for _ in range(ROUNDS - 1):  # in turns, so that other load on the machine affects all of them
+        best = max((entrant.rate for entrant in running), default=0.0)
+        for entrant in [e for e in running if agrees(e.cosine) and e.rate > HOPELESS * best]:
+            rate = _attempt(f"{entrant.runtime} failed", reasons, partial(images_per_second, entrant.runtime, pixels))
             if rate is None:
-                running.remove(one)
+                running.remove(entrant)
             else:
-                one.rate = max(one.rate, rate)
+                entrant.rate = max(entrant.rate, rate)
     return running
 
 
 def _attempt(what: str, reasons: list[str], work: Callable[[], T]) -> T | None:
-    """What `work` gives; where it fails None, one more of the reasons, and a line that says it."""
+    """The result of `work`; if it fails, None, and the reason is printed and appended to `reasons`."""
     try:
         return work()
-    except Exception as why:  # no C compiler, no Triton, no memory, and whatever else a compiler meets
+    except Exception as why:  # no C compiler, no Triton, no memory, or anything else that makes a compiler fail
         reasons.append(str(why) if isinstance(why, LituneError) else reason(what, why))
     say(f"left out: {reasons[-1]}")
     return None
 
 
 def _reference(tower: ImageTower, pixels: Tensor) -> Tensor:
-    """Features of torch in float32, on the CPU."""
+    """The features that torch computes in float32, sent to the CPU."""
     try:
         return Parts(tower.encode, BATCH)(pixels).cpu()
     except LituneError:
@@ -450,21 +448,21 @@ def _reference(tower: ImageTower, pixels: Tensor) -> Tensor:
         raise TowerError(reason(what, why)) from why
 
 
-def _cosine(found: Tensor, expected: Tensor) -> float:
-    """The mean cosine of features [B, W] with those expected, over the pictures whose features are numbers at all."""
+def _cosine(features: Tensor, expected: Tensor) -> float:
+    """The mean cosine of features [B, W] with those expected, over the pictures whose expected features are finite."""
     usable = expected.isfinite().all(1)
-    return F.cosine_similarity(found.cpu()[usable].double(), expected[usable].double()).mean().item()
+    return F.cosine_similarity(features.cpu()[usable].double(), expected[usable].double()).mean().item()
 
 
 def agrees(cosine: float) -> bool:
-    """Whether features of this mean cosine with those of torch in float32 may stand for them."""
+    """Whether features with this mean cosine to those of torch in float32 may replace them."""
     return cosine >= AGREEMENT
 
 
 def images_per_second(runtime: Runtime, pixels: Tensor, seconds: float = 0.5) -> float:
-    """Pictures a second that a runtime encodes, in batches of this size, over this time or longer.
+    """Pictures per second that a runtime encodes in batches of this size, measured for at least this many seconds.
 
-    On the CPU with all cores; on a GPU out of pinned memory, as `litune.image.encoding` does it.
+    On the CPU with all cores; on a GPU from pinned memory, as in `litune.image.encoding`.
     """
     if runtime.device != "cpu":
         return stream_rate(runtime.run, pixels.pin_memory() if runtime.device == "cuda" else pixels, seconds)
@@ -479,9 +477,9 @@ def images_per_second(runtime: Runtime, pixels: Tensor, seconds: float = 0.5) ->
 
 
 def _key(tower: ImageTower, wanted: Sequence[tuple[str, str]], pixels: Tensor, largest_batch: int | None) -> str:
-    """What the choice depends on, hashed: tower, pictures, candidates, versions, device, cores."""
+    """A hash of what the choice depends on: tower, pictures, candidates, versions, device, cores."""
     device = tower.device
-    facts = {
+    parts = {
         "weights": tower.provenance["weights"],
         "pixels": [*pixels.shape, str(pixels.dtype)],
         "wanted": list(wanted),
@@ -491,7 +489,7 @@ def _key(tower: ImageTower, wanted: Sequence[tuple[str, str]], pixels: Tensor, l
         "host": os.uname().nodename if hasattr(os, "uname") else "",
         **({} if largest_batch is None else {"largest_batch": largest_batch}),
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _version(package: str) -> str | None:
@@ -503,7 +501,7 @@ def _version(package: str) -> str | None:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        choices = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return choices if isinstance(choices, dict) else {}

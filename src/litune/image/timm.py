@@ -67,33 +67,33 @@ def timm_tower(spec: str, name: str, options: dict[str, str]) -> ImageTower:
 
 @contextmanager
 def _missing_weights() -> Iterator[list[str]]:
-    """What timm says inside of weights that it did not find; without a classifier it only logs that."""
-    found: list[str] = []
+    """Collects timm's messages about missing weights; for models without a classifier, timm only logs them."""
+    messages: list[str] = []
 
-    class Keep(logging.Handler):
+    class KeepMessages(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             text = record.getMessage()
             if text.startswith("Missing keys"):
-                found.append(text.partition(" discovered")[0])
+                messages.append(text.partition(" discovered")[0])
 
-    logger, keep = logging.getLogger("timm.models._builder"), Keep()
+    logger, handler = logging.getLogger("timm.models._builder"), KeepMessages()
     level, propagate = logger.level, logger.propagate
-    logger.addHandler(keep)
+    logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
     try:
-        yield found
+        yield messages
     finally:
-        logger.removeHandler(keep)
+        logger.removeHandler(handler)
         logger.setLevel(level)
         logger.propagate = propagate
 
 
 def load_checkpoint(model: nn.Module, file: Path) -> None:
-    """Fill all of a timm model's weights from a file; its classifier and what else it does not use may be left over.
+    """Fill all of a timm model's weights from a file; its classifier and other unused weights are ignored.
 
-    Raises `TowerError` where a weight is missing, has another shape, or blocks are left over, and where the file is
-    damaged or holds pickled code.
+    Raises `TowerError` where a weight is missing, has another shape, or belongs to a block that the model lacks, and
+    where the file is damaged or holds pickled code.
     """
     if file.suffix.lower() == ".npz":
         _load_npz(model, file)
@@ -121,14 +121,14 @@ def _name(model: Any) -> str:
 
 
 def _read_weights(file: Path) -> dict[str, Any]:
-    """The tensors of a checkpoint, out of what training scripts wrap around them."""
+    """The tensors of a checkpoint by name, without the dicts and prefixes that training scripts add."""
     from safetensors.torch import load_file
 
     try:
         if file.suffix.lower() == ".safetensors":
-            found: Any = load_file(file)
+            weights: Any = load_file(file)
         else:
-            found = torch.load(file, map_location="cpu", weights_only=True)
+            weights = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise TowerError(
             f"{file} is damaged or holds more than weights (pickled objects): save its state dict as safetensors"
@@ -136,18 +136,18 @@ def _read_weights(file: Path) -> dict[str, Any]:
     except Exception as why:
         raise TowerError(reason(f"{file} can't be read as a checkpoint", why)) from None
     for wrapper in ("state_dict_ema", "model_ema", "state_dict", "model", "teacher"):
-        if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
-            found = found[wrapper]
-    if not isinstance(found, dict) or not any(isinstance(v, Tensor) for v in found.values()):
+        if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
+            weights = weights[wrapper]
+    if not isinstance(weights, dict) or not any(isinstance(v, Tensor) for v in weights.values()):
         raise TowerError(f"{file} holds no weights by name: save the model's state dict")
     for prefix in ("_orig_mod.", "module.", "base_encoder.", "backbone."):  # compiled, data-parallel, MoCo, DINO
-        if any(name.startswith(prefix) for name in found):
-            found = {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
-    return dict(found)
+        if any(name.startswith(prefix) for name in weights):
+            weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    return dict(weights)
 
 
 def _renamed(model: nn.Module, weights: dict[str, Any], file: Path) -> dict[str, Tensor]:
-    """The weights under timm's names, positions at the model's size, as timm does it for the weights it publishes."""
+    """The weights under timm's names and with positions resized to the model, by timm's own filter for checkpoints."""
     rename = getattr(importlib.import_module(type(model).__module__), "checkpoint_filter_fn", None)
     if rename is not None:
         try:
@@ -157,7 +157,7 @@ def _renamed(model: nn.Module, weights: dict[str, Any], file: Path) -> dict[str,
     return {name: value for name, value in weights.items() if isinstance(value, Tensor)}
 
 
-# What names a block in the published .npz archives of ViT, MLP-Mixer and BiT.
+# The names of blocks in the published .npz archives of ViT, MLP-Mixer and BiT.
 _BLOCK = re.compile(r"encoderblock_\d+|MixerBlock_\d+|block\d+/unit\d+")
 
 
@@ -166,10 +166,10 @@ def _load_npz(model: Any, file: Path) -> None:
 
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.fill_(torch.nan)  # what is not filled again was not in the file
+            parameter.fill_(torch.nan)  # parameters that are still NaN afterwards were not in the file
         try:
             with np.load(file, allow_pickle=False) as arrays:
-                blocks = {found[0] for name in arrays.files if (found := _BLOCK.search(name))}
+                blocks = {match[0] for name in arrays.files if (match := _BLOCK.search(name))}
                 if isinstance(model, MlpMixer):
                     _load_mixer(model, arrays)
             if not isinstance(model, MlpMixer):
@@ -191,7 +191,7 @@ def _load_npz(model: Any, file: Path) -> None:
 
 
 def _load_mixer(model: Any, arrays: Any) -> None:
-    """The archives of MLP-Mixer (arXiv 2105.01601) as published."""
+    """Load the published archives of MLP-Mixer (arXiv 2105.01601)."""
 
     def fill(layer: Any, name: str) -> None:
         kernel = torch.from_numpy(arrays[f"{name}/{'scale' if isinstance(layer, nn.LayerNorm) else 'kernel'}"])
@@ -215,7 +215,7 @@ def _load_mixer(model: Any, arrays: Any) -> None:
 
 
 def with_timm_config(spec: str, model: Any, config: dict[str, Any], size: tuple[int, int] | None) -> ImageTower:
-    """A timm model as a locked tower, its preprocessing as timm's `config` says, for another input size if asked."""
+    """A timm model as a locked tower with the preprocessing of timm's `config`; `size` overrides the input size."""
     if size is not None:
         _resize_timm(spec, model, size)
     transform = ImageTransform(
@@ -239,7 +239,7 @@ def with_timm_config(spec: str, model: Any, config: dict[str, Any], size: tuple[
 def _resize_timm(spec: str, model: Any, size: tuple[int, int]) -> None:
     """Make a timm model take pictures of this height and width. Raises `TowerError` where it can't."""
     try:
-        if hasattr(model, "set_input_size"):  # tables of positions: convolutions take any size
+        if hasattr(model, "set_input_size"):  # models with position tables; convolutions take any size
             model.set_input_size(img_size=size)
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, *size))
@@ -248,11 +248,11 @@ def _resize_timm(spec: str, model: Any, size: tuple[int, int]) -> None:
 
 
 def _timm_pooling(model: Any) -> str:
-    """How a timm model pools, as one word: avg, token, map and so on."""
+    """How a timm model pools, in a word: avg, token, map and so on."""
     for owner in (model, getattr(model, "head", None)):
-        found: Any = getattr(owner, "global_pool", None)
-        if isinstance(found, str) and found:
-            return found
-        if isinstance(getattr(found, "pool_type", None), str):
-            return str(found.pool_type)
+        pool: Any = getattr(owner, "global_pool", None)
+        if isinstance(pool, str) and pool:
+            return pool
+        if isinstance(getattr(pool, "pool_type", None), str):
+            return str(pool.pool_type)
     return "the model's own"

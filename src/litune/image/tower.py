@@ -1,4 +1,4 @@
-"""What an image tower is: an encoder with its own preprocessing, locked unless it is asked for unlocked.
+"""Image towers: an encoder with its own preprocessing, locked unless `unlock` is called.
 
 Locked means no gradients and `eval()` mode: no dropout, no drop-path, frozen batch-norm statistics.
 """
@@ -22,17 +22,16 @@ from litune.towers.specs import reason
 
 
 class ImageTower(nn.Module):
-    """An image encoder: pictures to raw features of its own width. It is made locked; `unlock` makes it trainable.
+    """An image encoder: pictures to raw features of its own width. It starts locked; `unlock` makes it trainable.
 
-    `encode` and `forward` take preprocessed pictures; `preprocess` makes them. `provenance` says which tower this
-    is: equal provenance means equal features. That of an unlocked tower stays the one of its start.
+    `encode` and `forward` take preprocessed pictures; `preprocess` makes them. `provenance` identifies the tower:
+    equal provenance means equal features. An unlocked tower keeps the provenance of its initial weights.
 
     Batch norm in train mode uses the statistics of the pictures of one call of `forward`, which are those of a
-    micro-batch where a batch is cut into such. Its running statistics move with every call, also where gradient
+    micro-batch where a batch is split. Its running statistics move with every call, also where gradient
     checkpointing computes the same features again (`litune.tuning.gradient_cache` puts them back after that).
 
-    A network that is no `nn.Module` runs where it likes: it is given pictures on the CPU, whatever device the tower is
-    moved to.
+    A network that is not an `nn.Module` chooses its own device: it gets pictures on the CPU, wherever the tower is.
     """
 
     mean: Tensor
@@ -65,13 +64,13 @@ class ImageTower(nn.Module):
         if isinstance(network, nn.Module):
             self.register_buffer("mean", 255 * mean.view(3, 1, 1), persistent=False)
             self.register_buffer("std", 255 * std.view(3, 1, 1), persistent=False)
-        else:  # no buffers, which would move with the model that the tower is in
+        else:  # not buffers, which would move with the model that contains the tower
             self.mean, self.std = 255 * mean.view(3, 1, 1), 255 * std.view(3, 1, 1)
         lock(self)
 
     @property
     def device(self) -> torch.device:
-        """Where the network takes its pictures."""
+        """The device on which the network takes its pictures."""
         return self.mean.device
 
     @property
@@ -92,14 +91,14 @@ class ImageTower(nn.Module):
             parameter.requires_grad_(parameter.is_floating_point())
 
     def train(self, mode: bool = True) -> ImageTower:
-        """Set the mode of all parts that are not locked; locked parts, or all of a locked tower, stay in eval mode."""
+        """Set the mode of all unlocked parts; locked parts, or the whole of a locked tower, stay in eval mode."""
         super().train(mode and not self.locked)
         if self.training:
             eval_locked(self)
         return self
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
-        """Keep few activations for the backward pass and compute the others again: less memory, same gradients.
+        """Recompute most activations in the backward pass instead of keeping them: less memory, same gradients.
 
         Raises `TowerError` where the network can't.
         """
@@ -115,7 +114,7 @@ class ImageTower(nn.Module):
             raise TowerError(reason(f"{self.spec} can't do gradient checkpointing", why)) from None
 
     def forward(self, pixels: Tensor, *, bfloat16: bool = False) -> Float[Tensor, "B W"]:
-        """Raw float32 features [B, width] of preprocessed pictures [B, 3, H, W], with gradients where they are on."""
+        """Raw float32 features [B, width] of preprocessed pictures [B, 3, H, W], with gradients if enabled."""
         pixels = send(pixels, self.device)
         if self.normalize:
             pixels = (pixels.float() - self.mean) / self.std
@@ -129,7 +128,7 @@ class ImageTower(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, *, bfloat16: bool = False) -> Float[Tensor, "B W"]:
-        """`forward` without gradients, in the mode that the tower is in: call `eval` first on an unlocked one."""
+        """`forward` without gradients, in the tower's current mode: call `eval` first on an unlocked one."""
         features: Tensor = self(pixels, bfloat16=bfloat16)
         return features
 
@@ -139,21 +138,21 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
     The spec may differ: the same weights, pooling and preprocessing give the same features.
     """
-    found = []
+    clauses = []
     for part in ("weights", "pooling", "preprocess"):
         a, b = one.get(part), other.get(part)
         if isinstance(a, dict) and isinstance(b, dict):
             keys = sorted({*a, *b})
-            found += [f"{part} {k} {a.get(k)!r} and {b.get(k)!r}" for k in keys if a.get(k) != b.get(k)]
+            clauses += [f"{part} {k} {a.get(k)!r} and {b.get(k)!r}" for k in keys if a.get(k) != b.get(k)]
         elif a != b:
-            found.append(f"{part} {str(a)[:12]} and {str(b)[:12]}")
-    return found
+            clauses.append(f"{part} {str(a)[:12]} and {str(b)[:12]}")
+    return clauses
 
 
 def is_convolutional(tower: ImageTower | None) -> bool:
     """Whether the tower has more convolutions than linear layers (a ViT has one, for its patches)."""
     layers = list(tower.modules()) if tower is not None else []
-    return sum(isinstance(one, nn.Conv2d) for one in layers) > sum(isinstance(one, nn.Linear) for one in layers)
+    return sum(isinstance(layer, nn.Conv2d) for layer in layers) > sum(isinstance(layer, nn.Linear) for layer in layers)
 
 
 def weights_hash(module: nn.Module) -> str:
@@ -169,9 +168,9 @@ def weights_hash(module: nn.Module) -> str:
 def _hf_checkpointing(model: Any, enabled: bool) -> Callable[[], None] | None:
     """The method of a transformers model that turns gradient checkpointing on or off; None where it has none."""
     word = "enable" if enabled else "disable"
-    # transformers 5 renamed both; the later name comes first, as the earlier one warns.
+    # transformers 5 renamed both; the new name comes first, as the old one warns.
     for name in (f"activation_checkpointing_{word}", f"gradient_checkpointing_{word}"):
         if hasattr(model, name):
-            found: Callable[..., None] = getattr(model, name)
-            return partial(found, {"use_reentrant": False}) if enabled else found
+            method: Callable[..., None] = getattr(model, name)
+            return partial(method, {"use_reentrant": False}) if enabled else method
     return None

@@ -1,4 +1,4 @@
-"""The Vision Transformers of LiT's released models, as image towers without weights of their own."""
+"""The Vision Transformers of LiT's released models, as image towers without pre-trained weights."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from litune.towers.vit import check_vit_size, vit_size
 
 
 def vit_tower(spec: str, name: str, options: dict[str, str]) -> ImageTower:
-    """`vit:B/16?init=random`: the official Vision Transformer (size/patch), without weights of its own.
+    """`vit:B/16?init=random`: the official Vision Transformer (size/patch), without pre-trained weights.
 
-    CLS token after the last LayerNorm (epsilon 1e-6), tanh GELU, pictures as LiT's released models take them.
+    CLS token after the last LayerNorm (epsilon 1e-6), tanh GELU, the preprocessing of LiT's released models.
     """
     from timm.models.vision_transformer import VisionTransformer
 
@@ -24,8 +24,8 @@ def vit_tower(spec: str, name: str, options: dict[str, str]) -> ImageTower:
     no_more(spec, options, ["init", "size"])
     if not random:
         raise TowerError(f"{spec!r} has no weights of its own: add ?init=random, or name a run that has (run:RUN)")
-    size_name, found, patch = name.partition("/")
-    if not found or not patch.isdecimal() or int(patch) < 1:
+    size_name, slash, patch = name.partition("/")
+    if not slash or not patch.isdecimal() or int(patch) < 1:
         raise TowerError(f"{spec!r} should read vit:SIZE/PATCH, as in vit:B/16")
     check_vit_size(spec, size_name)
     if size[0] % int(patch) or size[1] % int(patch):

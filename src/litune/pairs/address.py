@@ -1,4 +1,4 @@
-"""Files on this machine and elsewhere: addresses, patterns that stand for many, and reading a part of a file.
+"""Local and remote files: addresses, patterns that match many files, and reading part of a file.
 
 An address is a path, or a URL that fsspec knows (s3://, gs://, hf://, memory://, …).
 """
@@ -19,7 +19,7 @@ from fsspec.core import url_to_fs
 from litune.errors import DataError, MissingExtraError
 
 MOST_FILES = 1_000_000
-"""A pattern that stands for more files than this is a slip of the pen."""
+"""A pattern that expands to more files than this is taken for a typing mistake."""
 
 BUFFER = 1 << 16
 
@@ -29,12 +29,12 @@ _RANGE = re.compile(r"(\d+)\.\.(\d+)$")
 
 
 def is_url(address: str | Path) -> bool:
-    """Whether an address is one of fsspec's, elsewhere than in this machine's file system."""
+    """Whether an address is a URL for fsspec, not a path in the local file system."""
     return _URL.match(str(address)) is not None
 
 
 def local(address: str | Path) -> str:
-    """An address with file:// taken off, for the file system."""
+    """An address without file://, as the file system takes it."""
     return re.sub(r"^(file|local)://", "", str(address))
 
 
@@ -44,22 +44,22 @@ def is_pattern(address: str) -> bool:
 
 
 def expand(address: str) -> list[str]:
-    """The files that a pattern stands for, braces in their order, what a * stands for sorted.
+    """The files that a pattern expands to: braces in the order written, matches of a * sorted.
 
-    Files out of braces need not exist. Raises `DataError` where a * stands for nothing.
+    Files from braces need not exist. Raises `DataError` if nothing matches.
     """
-    found: list[str] = []
-    for one in _braces(address):
-        if not has_magic(one):
-            found.append(one)
-        elif is_url(one):
-            system, path = _system(one)
-            found += sorted(system.unstrip_protocol(p) for p in _asking(one, system.glob, path))
+    files: list[str] = []
+    for pattern in _braces(address):
+        if not has_magic(pattern):
+            files.append(pattern)
+        elif is_url(pattern):
+            system, path = _system(pattern)
+            files += sorted(system.unstrip_protocol(p) for p in _call(pattern, system.glob, path))
         else:
-            found += sorted(glob(one))  # noqa: PTH207 (a pattern may be absolute)
-    if not found:
+            files += sorted(glob(pattern))  # noqa: PTH207 (a pattern may be absolute)
+    if not files:
         raise DataError(f"no file is named like {address}")
-    return found
+    return files
 
 
 def _braces(address: str) -> list[str]:
@@ -77,60 +77,60 @@ def _braces(address: str) -> list[str]:
     rest = _braces(address[match.end() :])
     if len(choices) * len(rest) > MOST_FILES:
         raise DataError(f"{address} stands for more than {MOST_FILES:,} files: write a smaller range")
-    return [address[: match.start()] + one + after for one, after in itertools.product(choices, rest)]
+    return [address[: match.start()] + choice + after for choice, after in itertools.product(choices, rest)]
 
 
 def folder_of(address: str) -> str:
-    """The folder that a file is in, with the slashes of its address as they are."""
+    """The folder that a file is in; the slashes of a URL stay as they are."""
     return address.rpartition("/")[0] if is_url(address) else str(Path(address).parent)
 
 
 def files_under(folder: str) -> list[str]:
-    """All files under a folder elsewhere, as addresses, sorted."""
+    """All files under a remote folder, as addresses, sorted."""
     system, path = _system(folder)
-    return sorted(_address(folder, system, path, one) for one in _asking(folder, system.find, path))
+    return sorted(_address(folder, system, path, file) for file in _call(folder, system.find, path))
 
 
 def folders_in(folder: str) -> list[str]:
-    """The folders in a folder, as addresses, sorted, without the hidden ones."""
+    """The folders directly in a folder, as addresses, sorted; hidden ones are left out."""
     if not is_url(folder):
         return sorted(str(p) for p in Path(folder).iterdir() if p.is_dir() and not p.name.startswith("."))
     system, path = _system(folder)
-    entries = _asking(folder, system.ls, path, detail=True)
-    found = (one["name"].rstrip("/") for one in entries if one["type"] == "directory")
-    return sorted(_address(folder, system, path, one) for one in found if not one.rpartition("/")[2].startswith("."))
+    entries = _call(folder, system.ls, path, detail=True)
+    names = (entry["name"].rstrip("/") for entry in entries if entry["type"] == "directory")
+    return sorted(_address(folder, system, path, p) for p in names if not p.rpartition("/")[2].startswith("."))
 
 
-def _address(folder: str, system: Any, path: str, found: str) -> str:
-    """The address of what a file system found in a folder, written as the folder's is."""
+def _address(folder: str, system: Any, path: str, entry: str) -> str:
+    """The address of `entry`, which a file system listed under a folder, spelled as the folder's address is."""
     inside = f"{path.rstrip('/')}/"
-    if not found.startswith(inside):
-        return str(system.unstrip_protocol(found))
-    return f"{folder.rstrip('/')}/{found.removeprefix(inside)}"
+    if not entry.startswith(inside):
+        return str(system.unstrip_protocol(entry))
+    return f"{folder.rstrip('/')}/{entry.removeprefix(inside)}"
 
 
 def is_file(address: str) -> bool:
     """Whether there is a file at an address."""
     if not is_url(address):
         return os.path.isfile(address)  # noqa: PTH113 (a Path would cost more than the question)
-    if address.endswith("/"):  # of a web server's folder, fsspec says that it is a file
+    if address.endswith("/"):  # fsspec takes a folder on a web server for a file
         return False
     system, path = _system(address)
-    return bool(_asking(address, system.isfile, path))
+    return bool(_call(address, system.isfile, path))
 
 
 def open_file(address: str) -> BinaryIO:
-    """A file, open for reading. Raises `OSError`, or `DataError` where it is none."""
+    """A file, open for reading. Raises `OSError`, or `DataError` where it is not a regular file."""
     if is_url(address):
         system, path = _system(address)
-        return io.BufferedReader(_Elsewhere(address, _asking(address, system.open, path, "rb")), BUFFER)
+        return io.BufferedReader(_Elsewhere(address, _call(address, system.open, path, "rb")), BUFFER)
     if not stat.S_ISREG(os.stat(address).st_mode):  # noqa: PTH116
         raise DataError(f"{address} is not a regular file")
     return open(address, "rb")
 
 
 class _Elsewhere(io.RawIOBase):
-    """A file that fsspec has opened; its failures, of whatever kind, are `OSError`."""
+    """A file opened by fsspec; failures of any kind are raised as `OSError`."""
 
     def __init__(self, address: str, file: Any) -> None:
         self._address, self._file = address, file
@@ -142,7 +142,7 @@ class _Elsewhere(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        data = _asking(self._address, self._file.read, len(buffer))
+        data = _call(self._address, self._file.read, len(buffer))
         buffer[: len(data)] = data
         return len(data)
 
@@ -163,10 +163,10 @@ def size_of(file: BinaryIO) -> int:
 
 
 def read_part(address: str, start: int, length: int) -> bytes:
-    """`length` bytes from `start` on, fewer where the file ends before. Raises as `open_file`."""
+    """`length` bytes from `start` on, fewer if the file ends earlier. Raises what `open_file` raises."""
     if is_url(address):
         system, path = _system(address)
-        data = cast(bytes, _asking(address, system.cat_file, path, start=start, end=start + length))
+        data = cast(bytes, _call(address, system.cat_file, path, start=start, end=start + length))
         if len(data) > length:
             raise OSError(f"{address}: the server gives whole files, no parts of them: copy the file to this machine")
         return data
@@ -175,7 +175,7 @@ def read_part(address: str, start: int, length: int) -> bytes:
 
 
 def read_all(address: str, most: int) -> bytes:
-    """The bytes of a whole file. Raises as `open_file`, and `DataError` where it has more than `most` bytes."""
+    """The bytes of a whole file. Raises what `open_file` raises, and `DataError` for more than `most` bytes."""
     with open_file(address) as file:
         data = file.read(most + 1)
     if len(data) > most:
@@ -184,7 +184,7 @@ def read_all(address: str, most: int) -> bytes:
 
 
 def _system(address: str) -> tuple[Any, str]:
-    """Fsspec's file system for an address, and the path in it. Raises `DataError` where there is none."""
+    """Fsspec's file system for an address, and the path in it. Raises `DataError` where fsspec knows none."""
     try:
         system, path = url_to_fs(address)
     except ImportError as why:
@@ -197,12 +197,12 @@ def _system(address: str) -> tuple[Any, str]:
     return system, path
 
 
-def _asking(address: str, function: Any, *args: Any, **settings: Any) -> Any:
-    """What a file system answers; its failures, of whatever kind, as `OSError`."""
+def _call(address: str, function: Any, *args: Any, **settings: Any) -> Any:
+    """The result of a file system's function; failures of any kind are raised as `OSError`."""
     try:
         return function(*args, **settings)
     except OSError:
         raise
-    except Exception as why:  # each service's own kinds
+    except Exception as why:  # each service has exceptions of its own
         reason = (str(why) or type(why).__name__).splitlines()[0]
         raise OSError(f"{address} can't be read: {reason}") from None

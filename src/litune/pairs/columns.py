@@ -1,6 +1,6 @@
 """Pictures in a column: Parquet as Hugging Face and img2dataset write it, and Arrow folders of `save_to_disk`.
 
-Only the other columns are read here; pictures are read row group by row group when they are encoded.
+Only the other columns are read here; the pictures are read when they are encoded, one row group at a time.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PICTURES = [*IMAGE_COLUMNS, "image_bytes", "bytes", *(suffix[1:] for suffix in s
 
 
 def holds_pictures(file: str) -> bool:
-    """Whether a Parquet file has a column of pictures' bytes; also where it is too damaged to tell."""
+    """Whether a Parquet file has a column of pictures' bytes; False if it can't be read."""
     try:
         with open_file(file) as opened:
             return picture_column(pa.parquet.read_schema(opened), None) is not None
@@ -50,12 +50,12 @@ def holds_pictures(file: str) -> bool:
 
 def picture_column(schema: pa.Schema, wanted: str | None) -> str | None:
     """The column with pictures' bytes: binary, or Hugging Face's struct of bytes and path."""
-    found = [field.name for field in schema if _binary(field.type) or _is_struct(field.type)]
+    candidates = [field.name for field in schema if _binary(field.type) or _is_struct(field.type)]
     if wanted is not None:
-        return wanted if wanted in found else None
-    usual = [name for usual in PICTURES for name in found if name.lower() == usual]
-    structs = [name for name in found if _is_struct(schema.field(name).type)]
-    return next(iter([*usual, *structs, *(found if len(found) == 1 else [])]), None)
+        return wanted if wanted in candidates else None
+    usual = [name for usual in PICTURES for name in candidates if name.lower() == usual]
+    structs = [name for name in candidates if _is_struct(schema.field(name).type)]
+    return next(iter([*usual, *structs, *(candidates if len(candidates) == 1 else [])]), None)
 
 
 def _binary(kind: pa.DataType) -> bool:
@@ -77,8 +77,8 @@ def arrow_source(folder: Path, options: Options) -> Source:
     parts = {"": folder}
     if (folder / "dataset_dict.json").is_file():
         names = read_json(folder / "dataset_dict.json", DataError).get("splits")
-        there = [part.name for part in sorted(folder.iterdir()) if (part / "state.json").is_file()]
-        parts = {name: folder / name for name in (names if isinstance(names, list) else there) if _plain(name)}
+        folders = [part.name for part in sorted(folder.iterdir()) if (part / "state.json").is_file()]
+        parts = {name: folder / name for name in (names if isinstance(names, list) else folders) if _is_file_name(name)}
     files = [(str(file), split) for split, part in parts.items() for file in _arrow_files(part)]
     if not files:
         raise DataError(f"{folder} has no .arrow files: save the dataset to disk again")
@@ -91,21 +91,21 @@ def arrow_files(files: Sequence[str], options: Options, splits: Sequence[str] = 
 
 
 def _arrow_files(folder: Path) -> list[Path]:
-    """The files that a dataset's state names, be they there or not."""
+    """The files listed in a dataset's state.json, whether they exist or not."""
     if not (folder / "state.json").is_file():
-        return [folder / "state.json"]  # which is then named as missing
+        return [folder / "state.json"]  # reported as missing when it is read
     listed = read_json(folder / "state.json", DataError).get("_data_files")
-    names = [one.get("filename") for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
-    return [folder / str(name) for name in names if _plain(name)] or sorted(folder.glob("*.arrow"))
+    names = [entry.get("filename") for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    return [folder / str(name) for name in names if _is_file_name(name)] or sorted(folder.glob("*.arrow"))
 
 
-def _plain(name: Any) -> bool:
-    """Whether this is the name of something in a folder, and of nothing elsewhere."""
+def _is_file_name(name: Any) -> bool:
+    """Whether this is a plain file name: no path that could lead out of its folder."""
     return isinstance(name, str) and PurePosixPath(name).name == name
 
 
 def _hub_split(file: str) -> str:
-    """The split that the name of one of the hub's files begins with: train_all-00000-of-00002.parquet."""
+    """The split at the start of a file's name on the Hugging Face hub: train_all-00000-of-00002.parquet."""
     name, of, _ = PurePosixPath(file).name.rpartition("-of-")
     return name.rpartition("-")[0] if of else split_of(PurePosixPath(file).stem)
 
@@ -136,23 +136,23 @@ def _read_file(file: str, name: str, split: str, options: Options, absent: list[
             except DataError as why:
                 yield Damage(file, str(why).removeprefix(f"{file} "), whole_file=True)
                 return
-            found = _Columns(file, table.schema, options)
-            rest = table.select(found.read)
+            columns = _Columns(file, table.schema, options)
+            rest = table.select(columns.read)
             for start in range(0, len(table), ROWS):
-                missing = _missing(table[found.picture].slice(start, ROWS))
-                yield from found.samples(rest.slice(start, ROWS), missing, (0, start, start), name, split, absent)
+                missing = _without_picture(table[columns.picture].slice(start, ROWS))
+                yield from columns.samples(rest.slice(start, ROWS), missing, (0, start, start), name, split, absent)
             return
         with open_file(file) as opened, pa.parquet.ParquetFile(opened) as parquet:
-            found = _Columns(file, parquet.schema_arrow, options)
+            columns = _Columns(file, parquet.schema_arrow, options)
             before = 0
             for group in range(parquet.num_row_groups):
-                rest = parquet.read_row_group(group, columns=found.read)
+                rest = parquet.read_row_group(group, columns=columns.read)
                 rest.validate(full=True)
-                missing = _missing_in(parquet, group, found.picture)
+                missing = _without_picture_in(parquet, group, columns.picture)
                 for start in range(0, len(missing), ROWS):
-                    place = (group, start, before + start)
-                    part = missing[start : start + ROWS]
-                    yield from found.samples(rest.slice(start, ROWS), part, place, name, split, absent)
+                    position = (group, start, before + start)
+                    missing_part = missing[start : start + ROWS]
+                    yield from columns.samples(rest.slice(start, ROWS), missing_part, position, name, split, absent)
                 before += len(missing)
     except FileNotFoundError:
         yield Damage(file, "the file does not exist", whole_file=True)
@@ -160,8 +160,8 @@ def _read_file(file: str, name: str, split: str, options: Options, absent: list[
         yield Damage(file, f"the file can't be read: {first_line(why)}", whole_file=True)
 
 
-def _missing(pictures: pa.ChunkedArray) -> np.ndarray:
-    """Which cells have neither bytes nor a path, [N]."""
+def _without_picture(pictures: pa.ChunkedArray) -> np.ndarray:
+    """Which of N cells have neither bytes nor a path: bool [N]."""
     absent = pc.is_null(pictures)
     if pa.types.is_struct(pictures.type):
         names = [pictures.type.field(i).name for i in range(pictures.type.num_fields)]
@@ -170,20 +170,20 @@ def _missing(pictures: pa.ChunkedArray) -> np.ndarray:
     return np.asarray(absent.to_numpy())
 
 
-def _missing_in(parquet: pa.parquet.ParquetFile, group: int, picture: str) -> np.ndarray:
-    """`_missing` of a row group; the file's own count of nulls spares reading the pictures."""
-    about = parquet.metadata.row_group(group)
-    for i in range(about.num_columns):
-        leaf = about.column(i)
+def _without_picture_in(parquet: pa.parquet.ParquetFile, group: int, picture: str) -> np.ndarray:
+    """`_without_picture` of a row group; the pictures are not read if the file's statistics say that none is null."""
+    row_group = parquet.metadata.row_group(group)
+    for i in range(row_group.num_columns):
+        leaf = row_group.column(i)
         if leaf.path_in_schema in (picture, f"{picture}.bytes"):
-            known = leaf.statistics
-            if known is not None and known.has_null_count and known.null_count == 0:
-                return np.zeros(about.num_rows, bool)
-    return _missing(parquet.read_row_group(group, columns=[picture])[picture])
+            statistics = leaf.statistics
+            if statistics is not None and statistics.has_null_count and statistics.null_count == 0:
+                return np.zeros(row_group.num_rows, bool)
+    return _without_picture(parquet.read_row_group(group, columns=[picture])[picture])
 
 
 class _Columns:
-    """What each column of a file is."""
+    """The columns of a file by their role: pictures, captions, split, language, label, key."""
 
     def __init__(self, file: str, schema: pa.Schema, options: Options) -> None:
         """Raises `DataError` where a column that was asked for is not there."""
@@ -211,16 +211,16 @@ class _Columns:
         self,
         rest: pa.Table,
         missing: np.ndarray,
-        place: tuple[int, int, int],
+        position: tuple[int, int, int],
         name: str,
         split: str,
         absent: list[int],
     ) -> Iterator[Sample]:
-        """Rows that have a picture, those without counted in `absent`.
+        """Samples of the rows with a picture; the number of rows without one is appended to `absent`.
 
-        `place` is the row group, the part's first row in it, and that row's number in the file.
+        `position` is the row group, the part's first row in it, and that row's number in the file.
         """
-        group, start, number = place
+        group, start, number = position
         cells = {column: rest[column].to_pylist() for column in self.read}
         absent.append(int(missing.sum()))
         for i in np.flatnonzero(~missing).tolist():
@@ -241,7 +241,7 @@ class _Columns:
             )
 
     def _label(self, value: Any) -> str | None:
-        """A class's name, out of its number where the file has the names."""
+        """The name of a class, looked up by its number if the file has class names."""
         names = self.classes.get(str(self.label), [])
         if isinstance(value, int) and names:
             return str(names[value]) if 0 <= value < len(names) else None
@@ -249,11 +249,13 @@ class _Columns:
 
 
 def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
-    """The names of the classes that Hugging Face's metadata gives, by column."""
+    """The class names in Hugging Face's metadata, by column."""
     try:
-        facts = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        features = facts.get("info", {}).get("features", {})
-        found = {name: about.get("names") for name, about in features.items() if about.get("_type") == "ClassLabel"}
+        metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = metadata.get("info", {}).get("features", {})
+        classes = {
+            name: feature.get("names") for name, feature in features.items() if feature.get("_type") == "ClassLabel"
+        }
     except (ValueError, AttributeError, RecursionError):
         return {}
-    return {name: names for name, names in found.items() if isinstance(names, list)}
+    return {name: names for name, names in classes.items() if isinstance(names, list)}

@@ -1,4 +1,4 @@
-"""Sources: each kind of file that people keep pairs in, recognised by looking at it."""
+"""Recognises what kind of pairs an address holds (tars, Parquet, tables, folders, stores) and opens it as a source."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from litune.pairs.tars import tar_source
 NOT_HERE = "has Arrow data, which is read on this machine alone: copy it, or write it as Parquet"
 _ROWS = re.compile(rb"\s*\[\s*\{")
 MOST_LISTS = 10
-"""More .json files than this in a folder belong to its images, one each."""
+"""A folder with more .json files than this has one beside each image, not a table."""
 MISSING = "give a folder of images, a table of captions, webdataset shards or Parquet files"
 
 
 def find_source(address: str, options: Options) -> Source:
-    """The source at an address: a path, a URL, or a pattern. Raises `DataError` where there is none that is known."""
+    """The source at an address: a path, a URL or a pattern. Raises `DataError` where no known kind is there."""
     address = local(address)
     try:
         # A folder may be called "photos [2020]".
@@ -56,7 +56,7 @@ def find_source(address: str, options: Options) -> Source:
 
 
 def _from_elsewhere(folder: str, options: Options) -> Source:
-    """What a folder that is not on this machine holds, of all files in it and below it."""
+    """The source in a remote folder, chosen by the names of all files under it."""
     folder = folder.rstrip("/")
     below = len(folder) + 1
     paths = [file for file in files_under(folder) if not any(p.startswith(".") for p in file[below:].split("/"))]
@@ -83,8 +83,8 @@ def _from_elsewhere(folder: str, options: Options) -> Source:
         lambda file: file in lists and len(lists) <= MOST_LISTS and _kind(file) == "table",
     )
     for of_kind in of_kinds:
-        if found := [file for file in paths if of_kind(file)]:
-            return _from_files(found, options)
+        if matches := [file for file in paths if of_kind(file)]:
+            return _from_files(matches, options)
     if any(map(is_picture, names.get("", []))):
         return files_source(folder, {"": names[""].copy}, options)
     classes = {
@@ -100,8 +100,8 @@ def _from_files(files: Sequence[str], options: Options) -> Source:
     """Files of one kind, given by name."""
     kinds = {_kind(file): file for file in files}
     if len(kinds) > 1:
-        one, other = list(kinds.values())[:2]
-        raise DataError(f"{one} and {other} are files of different kinds: give one kind at a time")
+        first, other = list(kinds.values())[:2]
+        raise DataError(f"{first} and {other} are files of different kinds: give one kind at a time")
     kind = next(iter(kinds))
     if kind == "tar":
         return tar_source(files, options)
@@ -117,7 +117,7 @@ def _from_files(files: Sequence[str], options: Options) -> Source:
 
 
 def _kind(file: str) -> str:
-    """What a file is, by its first bytes, else by its name; a damaged one still has its name."""
+    """The kind of a file: by the suffix that shards and Parquet files keep even if damaged, else by its first bytes."""
     suffix = PurePosixPath(file).suffix.lower()
     if suffix == ".arrow" and is_url(file):
         raise DataError(f"{file} {NOT_HERE}")
@@ -143,7 +143,7 @@ def _kind(file: str) -> str:
 
 
 def _from_folder(folder: Path, options: Options) -> Source:
-    """What a folder on this machine holds, the plainest sign first."""
+    """The source in a local folder; the most specific signs are checked first."""
     if tars := sorted(folder.glob("*.tar")) or sorted(folder.glob("*/*.tar")):
         beside = [file for file in sorted(folder.glob("*.parquet")) if not file.with_suffix(".tar").is_file()]
         if beside and holds_pictures(str(beside[0])):

@@ -18,7 +18,7 @@ from litune.pairs.tars import load_facts, pick_texts
 from litune.prompts import canonicalize
 
 LOOKED_INTO = 1000
-"""Folders that are looked into for a hint."""
+"""The most folders that are searched for a hint in an error message."""
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 
 _PART = re.compile(r"\d{5,}")
@@ -30,7 +30,7 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def pictures_in(folder: Path) -> Iterable[Path]:
-    """The image files directly in `folder`, as they come."""
+    """The image files directly in `folder`, in no particular order."""
     return (p for p in folder.iterdir() if is_picture(p.name))
 
 
@@ -54,7 +54,7 @@ def class_folders(root: Path) -> dict[str, list[Path]]:
 
 
 def _hint(root: Path) -> str:
-    """Where something lies that litune reads, for the end of a message."""
+    """The end of an error message: where under `root` there is something that litune reads; empty if nowhere."""
     for folder, _, names in itertools.islice(os.walk(root), LOOKED_INTO):
         if packed := [name for name in sorted(names) if name.endswith(PACKED)]:
             return f": {Path(folder, packed[0])} is compressed, unpack it first"
@@ -66,7 +66,7 @@ def _hint(root: Path) -> str:
 
 
 def class_source(root: str, classes: Mapping[str, Sequence[str]]) -> Source:
-    """A tree of class folders, of which `classes` has the addresses of the images; the classes' names are captions."""
+    """A class-per-folder tree, captioned by class name; `classes` maps each class to the addresses of its images."""
 
     def read() -> Iterator[Sample]:
         for name, files in classes.items():
@@ -78,25 +78,25 @@ def class_source(root: str, classes: Mapping[str, Sequence[str]]) -> Source:
 
 
 def parts_of(folder: Path) -> list[Path]:
-    """The folders 00000, 00001, … of img2dataset's output as files, which has a table or counts beside each."""
+    """The folders 00000, 00001, … of img2dataset's `files` output: those with a table or statistics beside them."""
     parts = sorted(p for p in folder.iterdir() if is_part(p.name) and p.is_dir())
     return [p for p in parts if any((folder / name).is_file() for name in beside_part(p.name))]
 
 
 def is_part(name: str) -> bool:
-    """Whether a folder is named as img2dataset's are: 00000."""
+    """Whether a folder's name looks like one of img2dataset's: 00000."""
     return _PART.fullmatch(name) is not None
 
 
 def beside_part(name: str) -> tuple[str, str]:
-    """The names of what img2dataset writes beside its folder of this name, one or both."""
+    """The names of the table and the statistics that img2dataset writes beside a folder; either may be missing."""
     return f"{name}.parquet", f"{name}_stats.json"
 
 
 def files_source(folder: str, parts: Mapping[str, Callable[[], Iterable[str]]], options: Options) -> Source:
     """Images with the text files beside them: in a folder, or in the parts that img2dataset wrote.
 
-    `parts` has the names of the files in each part, asked for when it is its turn; the folder itself is the part "".
+    `parts` maps each part to a function that lists its files, called when the part is read; "" is the folder itself.
     """
     captions: set[bool] = set()
 
@@ -106,9 +106,9 @@ def files_source(folder: str, parts: Mapping[str, Callable[[], Iterable[str]]], 
             for name in sorted(filter(is_picture, names)):
                 file = f"{folder}/{part}/{name}" if part else f"{folder}/{name}"
                 key = f"{part}/{_stem(name)}" if part else name
-                for one in _read_file(file, key, names, options):
-                    captions.add(isinstance(one, Sample) and bool(one.texts))
-                    yield one
+                for sample in _read_file(file, key, names, options):
+                    captions.add(isinstance(sample, Sample) and bool(sample.texts))
+                    yield sample
 
     def about(count: int) -> str:
         if "" not in parts:
@@ -133,10 +133,10 @@ def _stem(name: str) -> str:
 def _read_file(file: str, key: str, names: set[str], options: Options) -> Iterator[Sample | Damage]:
     """One picture with the .txt and .json beside it."""
     texts: dict[str, Any] = {}
-    facts: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     for suffix in ("txt", "json"):
-        both = (f"{_stem(file)}.{one}" for one in (suffix, suffix.upper()))
-        beside = next((one for one in both if one.rpartition("/")[2] in names), None)
+        candidates = (f"{_stem(file)}.{spelling}" for spelling in (suffix, suffix.upper()))
+        beside = next((path for path in candidates if path.rpartition("/")[2] in names), None)
         if beside is None:
             continue
         try:
@@ -146,16 +146,16 @@ def _read_file(file: str, key: str, names: set[str], options: Options) -> Iterat
             continue
         if suffix == "txt":
             texts["txt"] = text if (text := decode_text(data)) is not None else data
-        elif isinstance(found := load_facts(data), Damage):
-            yield Damage(key, f"{found.reason}: the image is kept without it")
+        elif isinstance(parsed := load_facts(data), Damage):
+            yield Damage(key, f"{parsed.reason}: the image is kept without it")
         else:
-            facts = found
+            metadata = parsed
     yield Sample(
         key,
         key,
         file,
-        pick_texts(texts, facts, options),
-        facts.get(options.lang_column) or "",
-        facts.get(options.split_column) or "",
-        extra={name: facts[name] for name in options.kept if name in facts},
+        pick_texts(texts, metadata, options),
+        metadata.get(options.lang_column) or "",
+        metadata.get(options.split_column) or "",
+        extra={name: metadata[name] for name in options.kept if name in metadata},
     )

@@ -1,4 +1,4 @@
-"""Pairs: images with their captions, out of whatever files people keep them in."""
+"""Reads pairs, images with their captions, from any kind of source into one table."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from litune.progress import say
 __all__ = ["Damage", "Pairs", "class_folders", "image_files", "read_pairs", "select_captions"]
 
 ROWS = 20_000
-"""Samples that are Python objects at once; then they are Arrow columns."""
+"""The most samples held as Python objects before they become Arrow columns."""
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
@@ -36,8 +36,8 @@ class Pairs:
 
     `table` has one row per image: `key` (its name in the source), `path` (where its bytes are: a file or another
     reference, see `litune.pairs.reference`), `captions` (a list, possibly empty), and, where the source has them,
-    `langs` and `fields` (one per caption: its language, and the column that it is from), `split`, `label` (the
-    class), `url` and what else was to be kept.
+    `langs` and `fields` (one per caption: its language, and the column it came from), `split`, `label` (the
+    class), `url` and the further columns asked for with `keep`.
     """
 
     table: pa.Table
@@ -53,14 +53,14 @@ class Pairs:
         return int(pc.sum(pc.list_value_length(self.table["captions"])).as_py() or 0)
 
     def fingerprint(self) -> str:
-        """A hash over keys, captions, languages, splits, labels and all else but the paths, in order."""
+        """A hash over all columns but the paths (keys, captions, languages, splits, labels …), in order."""
         digest = hashlib.sha256()
         for name in self.table.column_names:
             if name == "path":
                 continue
             digest.update(name.encode())
             for chunk in self.table[name].chunks:
-                # Values and offsets by themselves: an Arrow buffer may hold more than the chunk's slice.
+                # Values and lengths are hashed, not the Arrow buffers, which may hold more than the chunk's slice.
                 flat = pc.list_flatten(chunk) if pa.types.is_list(chunk.type) else chunk
                 for start in range(0, len(flat), ROWS):
                     part = flat.slice(start, ROWS).to_pylist()
@@ -94,7 +94,7 @@ def read_pairs(
 
 
 def read_files(config: ReadingConfig | EmbedConfig, keep: Sequence[str] = ()) -> Pairs:
-    """The pairs of a command, out of files; `keep` names further columns. Raises `DataError`."""
+    """The pairs that a command's settings ask for; `keep` names further columns. Raises `DataError`."""
     return read_pairs(
         config.pairs,
         images=config.images,
@@ -110,7 +110,7 @@ def read_files(config: ReadingConfig | EmbedConfig, keep: Sequence[str] = ()) ->
 
 
 def say_pairs(pairs: Pairs) -> None:
-    """Say how many pairs there are, of what kind, and what was skipped."""
+    """Print the number of pairs, their source, and what was skipped."""
     say(f"pairs: {len(pairs):,} images, {pairs.captions:,} captions ({pairs.source})")
     if pairs.damaged:
         first = pairs.damaged[0]
@@ -118,14 +118,14 @@ def say_pairs(pairs: Pairs) -> None:
 
 
 def _collect(source: Source, options: Options, max_damaged: float) -> Pairs:
-    """All samples of a source as columns; what is damaged is kept by name, and too much of it is an error."""
-    columns = _Columns(options)
+    """All samples of a source as a table, with a list of the damaged ones. Raises `DataError` for too many of them."""
+    columns = _PairColumns(options)
     damaged: list[Damage] = []
-    for one in source.samples:
-        if isinstance(one, Damage):
-            damaged.append(one)
+    for sample in source.samples:
+        if isinstance(sample, Damage):
+            damaged.append(sample)
         else:
-            damaged += columns.add(one)
+            damaged += columns.add(sample)
     _check_damage(source.name, damaged, columns.captions or columns.rows, source.files, max_damaged)
     if not columns.rows:
         raise DataError(f"{source.name} has no samples: expected images with captions")
@@ -147,11 +147,11 @@ def _check_damage(name: str, damaged: Sequence[Damage], good: int, files: int, m
     remedy = "mend them or raise --max-damaged"
     if damaged and not good:
         raise DataError(f"{name} has no usable caption: {damaged[0].key}: {damaged[0].reason}")
-    lost = [one for one in damaged if one.whole_file]
-    if len(lost) > max_damaged * files:
+    lost_files = [d for d in damaged if d.whole_file]
+    if len(lost_files) > max_damaged * files:
         raise DataError(
-            f"{len(lost):,} of {files:,} files in {name} can't be used (at most {max_damaged:.1%} may): "
-            f"{lost[0].key}: {lost[0].reason}; {remedy}"
+            f"{len(lost_files):,} of {files:,} files in {name} can't be used (at most {max_damaged:.1%} may): "
+            f"{lost_files[0].key}: {lost_files[0].reason}; {remedy}"
         )
     if len(damaged) > max_damaged * (good + len(damaged)):
         raise DataError(
@@ -160,8 +160,8 @@ def _check_damage(name: str, damaged: Sequence[Damage], good: int, files: int, m
         )
 
 
-class _Columns:
-    """Checked samples as Arrow columns, which grow part by part."""
+class _PairColumns:
+    """Checks samples and collects them as Arrow columns, part by part."""
 
     def __init__(self, options: Options) -> None:
         self.rows = self.captions = 0
@@ -177,50 +177,50 @@ class _Columns:
         self._extra: dict[str, list[Any]] = {name: [] for name in self._kept}
 
     def add(self, sample: Sample) -> list[Damage]:
-        """Take a sample over; returns what of it can't be used. One whose captions are all bad is left out."""
+        """Add a sample and return the damage in it. A sample without a usable caption is left out."""
         damaged: list[Damage] = []
         for what, text in (("name", sample.key), ("path", sample.path)):
             reason = _reason(text) if isinstance(text, str) else f"is {text!r:.80}, expected a text"
             if reason or "\0" in text:
                 return [Damage(_printable(sample.where), f"the image's {what} {reason or 'has a NUL character'}")]
-        found: list[tuple[str, str, str]] = []
+        captions: list[tuple[str, str, str]] = []
         for field, cell in _cells(sample, damaged).items():
-            self._check(sample, field, cell, found, damaged)
-        if sample.texts and not found:
+            self._check(sample, field, cell, captions, damaged)
+        if sample.texts and not captions:
             return damaged
         self._several |= len(sample.texts) > 1
-        langs = [lang for _, _, lang in found]
+        langs = [lang for _, _, lang in captions]
         split, label = (_text(value) for value in (sample.split, sample.label))
-        self._seen |= {name for name, there in (("langs", any(langs)), ("split", split), ("label", label)) if there}
+        self._seen |= {name for name, present in (("langs", any(langs)), ("split", split), ("label", label)) if present}
         for name, values in (
-            ("captions", [c for c, _, _ in found]),
-            ("fields", [f for _, f, _ in found]),
+            ("captions", [c for c, _, _ in captions]),
+            ("fields", [f for _, f, _ in captions]),
             ("langs", langs),
         ):
             self._lists[name].append(values)
         for name, value in (("key", str(sample.key)), ("path", sample.path), ("split", split), ("label", label)):
             self._texts[name].append(value)
-        for name, kept in self._extra.items():
-            kept.append(sample.extra.get(name))
+        for name, extra in self._extra.items():
+            extra.append(sample.extra.get(name))
         self.rows += 1
-        self.captions += len(found)
+        self.captions += len(captions)
         if len(self._texts["key"]) >= ROWS:
             self._close_part()
         return damaged
 
     def _check(
-        self, sample: Sample, field: str, cell: Any, found: list[tuple[str, str, str]], damaged: list[Damage]
+        self, sample: Sample, field: str, cell: Any, captions: list[tuple[str, str, str]], damaged: list[Damage]
     ) -> None:
         cell = _text_of(cell)
-        captions = [_text_of(one) for one in cell] if isinstance(cell, list) else [cell]
+        cells = [_text_of(c) for c in cell] if isinstance(cell, list) else [cell]
         lang = sample.lang.get(field, "") if isinstance(sample.lang, dict) else sample.lang
-        if isinstance(lang, list) and len(lang) != len(captions):
-            reason = f"{len(captions)} captions but {len(lang)} languages"
+        if isinstance(lang, list) and len(lang) != len(cells):
+            reason = f"{len(cells)} captions but {len(lang)} languages"
             damaged.append(Damage(sample.where, reason))
             return
-        if not captions:
+        if not cells:
             damaged.append(Damage(sample.where, "the list of captions is empty"))
-        for i, caption in enumerate(captions):
+        for i, caption in enumerate(cells):
             if isinstance(caption, bytes):
                 damaged.append(Damage(sample.where, "the caption is not UTF-8"))
             elif not isinstance(caption, str):
@@ -230,37 +230,37 @@ class _Columns:
             elif not (clean := _clean(caption)):
                 damaged.append(Damage(sample.where, "the caption is empty"))
             else:
-                found.append((clean, field, _text(lang[i] if isinstance(lang, list) else lang) or ""))
+                captions.append((clean, field, _text(lang[i] if isinstance(lang, list) else lang) or ""))
 
     def _close_part(self) -> None:
-        made: dict[str, pa.Array] = {name: pa.array(self._texts[name], pa.string()) for name in ("key", "path")}
-        made |= {name: pa.array(values, pa.list_(pa.string())) for name, values in self._lists.items()}
-        made |= {name: pa.array(self._texts[name], pa.string()) for name in ("split", "label")}
-        made |= {name: _plain(values) for name, values in self._extra.items()}
-        self._parts.append(pa.table(made))
+        columns: dict[str, pa.Array] = {name: pa.array(self._texts[name], pa.string()) for name in ("key", "path")}
+        columns |= {name: pa.array(values, pa.list_(pa.string())) for name, values in self._lists.items()}
+        columns |= {name: pa.array(self._texts[name], pa.string()) for name in ("split", "label")}
+        columns |= {name: _metadata_column(values) for name, values in self._extra.items()}
+        self._parts.append(pa.table(columns))
         self._clear()
 
     def table(self) -> pa.Table:
-        """One row per sample; columns that no sample has are left out."""
+        """One row per sample; columns that are empty for all samples are left out."""
         if self._texts["key"]:
             self._close_part()
         several = {"fields"} if self._several else set()
         absent = {"langs", "split", "label", "fields"} - self._seen - several
         absent |= {name for name in self._extra if all(p[name].null_count == len(p) for p in self._parts)}
         names = [name for name in self._parts[0].column_names if name not in absent]
-        # A column of numbers in one part and of texts in another is one of texts.
+        # A column that has numbers in one part and texts in another becomes text.
         texts = {n for n in self._extra if n in names and any(pa.types.is_string(p[n].type) for p in self._parts)}
         parts = []
         for part in self._parts:
             for name in texts:
-                place = part.column_names.index(name)
-                part = part.set_column(place, name, part[name].cast(pa.string()))
+                index = part.column_names.index(name)
+                part = part.set_column(index, name, part[name].cast(pa.string()))
             parts.append(part.select(names))
         return pa.concat_tables(parts, promote_options="permissive").combine_chunks()
 
 
 def _cells(sample: Sample, damaged: list[Damage]) -> dict[str, Any]:
-    """The text fields of a sample; of several it may lack some, not all."""
+    """The non-empty text fields of a sample; one that has several fields must fill at least one."""
     if len(sample.texts) <= 1:
         return sample.texts
     cells = {name: cell for name, cell in sample.texts.items() if cell not in (None, "", [])}
@@ -270,14 +270,14 @@ def _cells(sample: Sample, damaged: list[Damage]) -> dict[str, Any]:
 
 
 def _text_of(cell: Any) -> Any:
-    """What a struct around a caption, or around a list of captions, holds: {"raw": "a dog", "tokens": …}."""
+    """The caption or captions inside a struct such as {"raw": "a dog", "tokens": …}; other cells as they are."""
     if not isinstance(cell, dict):
         return cell
     return next((cell[name] for name in ("raw", *CAPTION_COLUMNS) if name in cell), cell)
 
 
 def _reason(text: str) -> str:
-    """Why a text can't be a name or a caption; empty where it can."""
+    """Why a text can't be used as a name or a caption; empty if it can."""
     if text.isascii():
         return ""
     try:
@@ -288,7 +288,7 @@ def _reason(text: str) -> str:
 
 
 def _clean(caption: str) -> str:
-    """A caption without control characters (each is a blank) and blanks around it; all else stays as it is."""
+    """A caption with control characters replaced by blanks and stripped; otherwise unchanged."""
     return (caption if caption.isprintable() else _CONTROL.sub(" ", caption)).strip()
 
 
@@ -297,16 +297,16 @@ def _printable(text: str) -> str:
 
 
 def _text(value: Any) -> str:
-    """A cell as text that can be stored; empty where there is none."""
+    """A cell as text that can be stored; empty for None."""
     return "" if value is None else _clean(_printable(str(value)))
 
 
-def _plain(values: list[Any]) -> pa.Array:
-    """Values of metadata as numbers where they all are, else as texts."""
-    there = [value for value in values if value is not None]
+def _metadata_column(values: list[Any]) -> pa.Array:
+    """A column of metadata: int64 or float64 if all values are numbers, else text."""
+    present = [value for value in values if value is not None]
     try:
-        if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in there):
-            return pa.array(values, pa.int64() if all(isinstance(value, int) for value in there) else pa.float64())
+        if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in present):
+            return pa.array(values, pa.int64() if all(isinstance(value, int) for value in present) else pa.float64())
     except (pa.ArrowException, OverflowError):
         pass
     texts = [v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False, default=str) for v in values]
@@ -314,7 +314,7 @@ def _plain(values: list[Any]) -> pa.Array:
 
 
 def _group(name: str, table: pa.Table) -> pa.Table:
-    """One row per image, in order of first appearance; its captions in the table's order."""
+    """One row per image, in order of first appearance, with all its captions in the table's order."""
     images = table["path"].combine_chunks().dictionary_encode()
     if len(images.dictionary) == len(images):
         return table
@@ -325,9 +325,11 @@ def _group(name: str, table: pa.Table) -> pa.Table:
         splits = table["split"].combine_chunks().dictionary_encode().indices.to_numpy()
         mixed = np.flatnonzero(splits != splits[first][codes])
         if mixed.size:
-            one, two = (table["split"][int(row)].as_py() for row in (first[codes[mixed[0]]], mixed[0]))
+            first_split, second_split = (table["split"][int(row)].as_py() for row in (first[codes[mixed[0]]], mixed[0]))
             image = table["path"][int(mixed[0])].as_py()
-            raise DataError(f"{name}: the image {image} is in the splits {one!r} and {two!r}: keep it in one")
+            raise DataError(
+                f"{name}: the image {image} is in the splits {first_split!r} and {second_split!r}: keep it in one"
+            )
     grouped = table.take(pa.array(first))
     for column in ("captions", "langs", "fields"):
         if column in table.column_names:
@@ -340,7 +342,7 @@ def _group(name: str, table: pa.Table) -> pa.Table:
 
 
 def _select(pairs: Pairs, split: Sequence[str], lang: Sequence[str]) -> Pairs:
-    """Only the images of these splits and the captions in these languages; all where none are named."""
+    """Only the images of these splits and the captions in these languages; an empty list selects all."""
     table = pairs.table
     if split:
         known = _known(table, "split", split, "--split")
@@ -370,18 +372,18 @@ def _known(table: pa.Table, column: str, wanted: Sequence[str], option: str) -> 
 
 
 def select_captions(table: pa.Table, column: Literal["langs", "fields"], wanted: Sequence[str]) -> pa.Table:
-    """The table with only the captions in these languages or of these fields; images may be left without any."""
+    """The table with only the captions in these languages or fields; some images may be left without captions."""
     table = table.combine_chunks()
     values = pc.list_flatten(table[column]).combine_chunks()
     parents = pc.list_parent_indices(table[column]).combine_chunks().to_numpy()
-    keep = pc.is_in(values, pa.array(list(wanted))).to_numpy(zero_copy_only=False)
-    counts = np.bincount(parents[keep], minlength=table.num_rows)
+    selected = pc.is_in(values, pa.array(list(wanted))).to_numpy(zero_copy_only=False)
+    counts = np.bincount(parents[selected], minlength=table.num_rows)
     offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
-    rows = pa.array(np.flatnonzero(keep))
+    rows = pa.array(np.flatnonzero(selected))
     for name in ("captions", "langs", "fields"):
         if name not in table.column_names:
             continue
         values = pc.list_flatten(table[name]).combine_chunks().take(rows)
-        place = table.column_names.index(name)
-        table = table.set_column(place, name, pa.ListArray.from_arrays(offsets, values))
+        index = table.column_names.index(name)
+        table = table.set_column(index, name, pa.ListArray.from_arrays(offsets, values))
     return table

@@ -1,4 +1,4 @@
-"""What every source gives: samples, and what of it can't be used."""
+"""What every source yields: samples, or damage for input that can't be used."""
 
 from __future__ import annotations
 
@@ -47,22 +47,22 @@ SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "
 OWN = ("key", "path", "captions", "langs", "fields", "split", "label")
 SHOWN_FROM = 20
 MOST_TEXT = 16 << 20
-"""A caption's or a sample's metadata file has at most so many bytes."""
+"""The most bytes of a caption, or of a sample's metadata file."""
 
 
 @dataclass(frozen=True)
 class Damage:
-    """One input that can't be used: its name, and why."""
+    """One input that can't be used: its name and the reason."""
 
     key: str
     reason: str
     whole_file: bool = False
-    """Whether it is a file of many samples."""
+    """Whether the input is a file of many samples."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a user says about a source; see `EmbedConfig`."""
+    """How to read a source, as the user asked; see `EmbedConfig`."""
 
     images: Path | str | None = None
     image_column: str | None = None
@@ -73,28 +73,28 @@ class Options:
 
     @property
     def several_fields(self) -> bool:
-        """Whether captions are kept as text fields of their own."""
+        """Whether captions are kept as separate text fields."""
         return len(dict.fromkeys(self.caption_columns)) > 1
 
     @property
     def kept(self) -> list[str]:
-        """Columns that go into the store beside those of all pairs: an image's address is never left behind."""
+        """Further columns that go into the store: those asked for and, always, an image's URL."""
         return [name for name in dict.fromkeys([*self.keep, "url"]) if name not in OWN]
 
 
 @dataclass(slots=True)
 class Sample:
-    """An image and what is said about it, not yet checked."""
+    """An image with its captions and metadata, not yet checked."""
 
     where: str
-    """Where it stands, for messages."""
+    """Its position in the source, for messages."""
     key: Any
     path: str
     """The image's reference, or its name in the folder that `Source.base` finds."""
     texts: dict[str, Any]
-    """What stands in each text field: a string, a list of strings, or anything else that a damaged file has."""
+    """The content of each text field: a string, a list of strings or, in a damaged file, anything else."""
     lang: Any = ""
-    """The captions' language; a list has one for each, a dict a list for each field."""
+    """The captions' language: a string, a list with one per caption, or a dict of lists by text field."""
     split: Any = ""
     label: Any = None
     extra: dict[str, Any] = field(default_factory=dict)
@@ -102,21 +102,21 @@ class Sample:
 
 @dataclass
 class Source:
-    """Samples out of one source, read once, and what to say of it."""
+    """The samples of one source, which can be read once, and how to describe it."""
 
     about: Callable[[int], str]
-    """One line, given the number of images."""
+    """A one-line description, given the number of images."""
     samples: Iterator[Sample | Damage]
     name: str
     files: int = 1
     base: Callable[[Sequence[str]], str] | None = None
-    """For tables: the folder of the images, found by (some of) their names. Rows that name one image are one."""
+    """For tables: finds the images' folder from their names. Rows that name the same image are merged."""
 
 
 def pick_column(where: str, names: Sequence[str], wanted: str | None, usual: Sequence[str], what: str) -> str:
-    """The column that is wanted, else the first usual one. Raises `DataError` where there is none.
+    """The wanted column, else the first of the usual ones. Raises `DataError` where there is none.
 
-    `what` is the option that names it, and what it holds.
+    `what` is the option that names the column followed by what the column holds.
     """
     option, _, held = what.partition(" ")
     if wanted is not None:
@@ -131,7 +131,7 @@ def pick_column(where: str, names: Sequence[str], wanted: str | None, usual: Seq
 
 
 def optional_column(where: str, names: Sequence[str], wanted: str, usual: str) -> str | None:
-    """The column of splits or languages; None where there is none and none was asked for."""
+    """The column of splits or languages; None if there is none and none was asked for."""
     if wanted in names:
         return wanted
     if wanted != usual:
@@ -140,7 +140,7 @@ def optional_column(where: str, names: Sequence[str], wanted: str, usual: str) -
 
 
 def split_of(name: str) -> str:
-    """The split that a file's name says it is of: train-00000-of-00002.parquet, val2017, cc3m-test-{0..3}.tar.
+    """The split in a file's name, empty if there is none: train-00000-of-00002.parquet, val2017, cc3m-test-{0..3}.tar.
 
     >>> split_of("train-00000-of-00002.parquet"), split_of("captions_val2017.json"), split_of("00000.tar")
     ('train', 'val', '')
@@ -152,7 +152,7 @@ def split_of(name: str) -> str:
 
 
 def each(files: Sequence[str], unit: str) -> Iterator[str]:
-    """The files one by one; of many, it is shown how far it is."""
+    """The files one by one, with a progress bar if there are many."""
     if len(files) < SHOWN_FROM:
         yield from files
         return
@@ -163,7 +163,7 @@ def each(files: Sequence[str], unit: str) -> Iterator[str]:
 
 
 def decode_text(data: bytes) -> str | None:
-    """UTF-8 bytes as text without a byte-order mark; None where they are none."""
+    """UTF-8 bytes as text, without a byte-order mark; None if they are not UTF-8."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:

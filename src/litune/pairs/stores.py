@@ -1,4 +1,4 @@
-"""The pairs that a feature store or a folder of clip-retrieval keeps beside its features, to embed them anew."""
+"""Reads the pairs in the metadata of a feature store or of clip-retrieval's output, to embed them again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROWS = 10_000
 
 
 def is_store(folder: Path) -> bool:
-    """Whether a folder has features and metadata as clip-retrieval and litune write them."""
+    """Whether a folder has features and metadata in the layout of clip-retrieval and litune."""
     return (folder / "metadata").is_dir() and (folder / "img_emb").is_dir()
 
 
@@ -49,8 +49,8 @@ def _rows(file: Path, rows: list[dict[str, Any]], options: Options) -> Iterator[
         texts: dict[str, Any] = {"caption": captions} if captions not in (None, "", []) else {}
         fields, langs = row.get("fields"), row.get("langs") or ""
         if isinstance(fields, list) and isinstance(captions, list) and len(fields) == len(captions):
-            texts = {name: _of(name, fields, captions) for name in dict.fromkeys(fields)}
-            langs = {name: _of(name, fields, langs) for name in texts} if langs else ""
+            texts = {name: _values_of_field(name, fields, captions) for name in dict.fromkeys(fields)}
+            langs = {name: _values_of_field(name, fields, langs) for name in texts} if langs else ""
         yield Sample(
             f"row {i + 1} of {file.name}",
             row.get("key") or path,
@@ -63,6 +63,6 @@ def _rows(file: Path, rows: list[dict[str, Any]], options: Options) -> Iterator[
         )
 
 
-def _of(name: Any, fields: list[Any], values: Any) -> list[Any]:
+def _values_of_field(name: Any, fields: list[Any], values: Any) -> list[Any]:
     """The values of one text field."""
     return [value for value, field in zip(values, fields, strict=True) if field == name]

@@ -16,7 +16,7 @@ import pyarrow.parquet
 
 from litune.errors import DataError
 from litune.pairs.address import folder_of, folders_in, is_file, is_url, open_file
-from litune.pairs.reference import BROKEN, Member, Row, first_line, parse
+from litune.pairs.reference import BROKEN, file_of, first_line
 from litune.pairs.sample import (
     CAPTION_COLUMNS,
     IMAGE_SUFFIXES,
@@ -48,19 +48,19 @@ DELIMITERS: dict[str, Literal[0, 3]] = {
     "|": csv.QUOTE_NONE,
     ";": csv.QUOTE_MINIMAL,
 }
-"""How each kind is quoted: captions between tabs or bars are written as they are and may hold a lone quote."""
+"""Quoting by delimiter: captions between tabs or bars are not quoted, so a lone quote in them is text."""
 ROWS = 10_000
 ASKED_ELSEWHERE = 5
-"""Images that are looked for to find their folder, where each takes a request."""
+"""How many images are looked up to find their folder where each lookup is a request."""
 
 Line = tuple[str, dict[str, Any]] | Damage
-"""Where a row stands and its cells by column; or why it can't be read."""
+"""A row's position (for messages) and its cells by column; or why it can't be read."""
 
 csv.field_size_limit(MOST_TEXT)
 
 
 def table_source(files: Sequence[str], options: Options) -> Source:
-    """The pairs in a table, or in several of one kind."""
+    """The pairs in one table, or in several of the same kind."""
     first = PurePosixPath(files[0])
     lines = (line for file in files for line in read_lines(file))
     name = files[0] if len(files) == 1 else f"{folder_of(files[0])} ({len(files)} tables)"
@@ -86,7 +86,7 @@ def _samples(file: str, lines: Iterator[Line], options: Options) -> Iterator[Sam
             continue
         where, cells = line
         if names is None or not cells.keys() <= set(names):
-            # The columns of a JSON Lines file are known row by row.
+            # Each row of a JSON Lines file may bring new columns.
             names = [*dict.fromkeys([*(names or []), *cells])]
             image, captions, split, lang = _columns(file, names, options)
         path = cells.get(image)
@@ -108,11 +108,11 @@ def _samples(file: str, lines: Iterator[Line], options: Options) -> Iterator[Sam
 
 
 def _listed(cell: Any) -> Any:
-    """A cell as it is; or, where it is a list of texts written as JSON, the list."""
+    """A cell as it is, or the list if it is a JSON list of strings."""
     if isinstance(cell, str) and cell.startswith('["') and cell.endswith('"]'):
         with suppress(ValueError, RecursionError):
-            found = json.loads(cell)
-            return found if all(isinstance(one, str) for one in found) else cell
+            texts = json.loads(cell)
+            return texts if all(isinstance(text, str) for text in texts) else cell
     return cell
 
 
@@ -132,7 +132,7 @@ def _columns(file: str, names: list[str], options: Options) -> tuple[str, list[s
 
 
 def read_lines(file: str) -> Iterator[Line]:
-    """The rows of a table, one by one. Raises `DataError` where it is none."""
+    """The rows of a table, one by one. Raises `DataError` where the file is not a table."""
     suffix = PurePosixPath(file).suffix.lower()
     try:
         if suffix == ".parquet":
@@ -202,7 +202,7 @@ def _read_json(file: str, opened: Any) -> Iterator[Line]:
 
 
 def _read_csv(file: str, opened: Any, suffix: str) -> Iterator[Line]:
-    """Every cell as text: a caption of digits stays a caption."""
+    """The rows of a CSV or TSV file, every cell as text: a caption of digits stays a caption."""
     name = PurePosixPath(file).name
     first = opened.readline(MOST_TEXT)
     if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -250,7 +250,7 @@ def _read_csv(file: str, opened: Any, suffix: str) -> Iterator[Line]:
 
 
 def _unquoted(cell: str) -> str:
-    """A cell between tabs, without the quotes that spreadsheets put around it where it has some inside."""
+    """A tab-separated cell without the quotes that spreadsheets put around cells that contain quotes."""
     inside = cell[1:-1]
     if len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inside.replace('""', ""):
         return inside.replace('""', '"')
@@ -258,26 +258,26 @@ def _unquoted(cell: str) -> str:
 
 
 def _decode(line: bytes) -> str:
-    """A line as text. What is not UTF-8 becomes lone surrogates, which the check of every cell finds."""
+    """A line as text. Bytes that are not UTF-8 become lone surrogates, which the check of each cell catches."""
     return line.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
 
 
 def _header(line: str, suffix: str) -> tuple[str, list[str]]:
-    """The delimiter and the names of the columns, out of a table's first line; no names where it is no table.
+    """The delimiter and the column names from a table's first line; no names if it is not a table.
 
-    A table without names is known by the picture that its first line begins with.
+    A table without a header is recognised by the picture at the start of its first line.
     """
     if re.match(r"[^\t]+#\d+\t", line):
         return "\t", ["image#", "caption"]
-    usual = "\t" if suffix == ".tsv" else ","
-    for delimiter in sorted(DELIMITERS, key=lambda d: d != usual):
+    expected = "\t" if suffix == ".tsv" else ","
+    for delimiter in sorted(DELIMITERS, key=lambda d: d != expected):
         cells = _split(line, delimiter)
         if len(cells) > 1 and _is_picture(cells[0]):
             return delimiter, ["image", "caption"] if len(cells) == 2 else ["image", "number", "caption"][: len(cells)]
         if {cell.lower() for cell in cells} & set(IMAGE_COLUMNS) and len(cells) > 1:
             return delimiter, cells
-    cells = _split(line, usual)
-    return usual, cells if suffix in (".csv", ".tsv") else []
+    cells = _split(line, expected)
+    return expected, cells if suffix in (".csv", ".tsv") else []
 
 
 def _split(line: str, delimiter: str) -> list[str]:
@@ -291,7 +291,7 @@ def _is_picture(name: str) -> bool:
 
 
 def image_base(file: str, images: Path | str | None, keys: Sequence[str]) -> str:
-    """The folder that a table's image paths are relative to: the candidate where most of a sample exist."""
+    """The folder that a table's image paths are relative to: the candidate that has most of a sample."""
     most = ASKED_ELSEWHERE if is_url(file) else 200
     sample = [str(key) for key in keys[:: -(-len(keys) // most)]]
     if images is not None:
@@ -305,11 +305,11 @@ def image_base(file: str, images: Path | str | None, keys: Sequence[str]) -> str
         if PurePosixPath(here).name == "annotations":
             candidates += [folder for folder in _folders_in(above) if folder != here]
         candidates.append(above)
-        found = {base: sum(exists(base, key) for key in sample) for base in candidates}
+        hits = {base: sum(exists(base, key) for key in sample) for base in candidates}
     except OSError as why:
         raise DataError(first_line(why)) from None
-    best = max(candidates, key=lambda base: found[base])
-    if found[best] == 0:
+    best = max(candidates, key=lambda base: hits[base])
+    if hits[best] == 0:
         raise DataError(
             f"none of the images that {file} names was found (the first: {sample[0]}) in {here} or the folders "
             "in it: name their folder with --images"
@@ -320,19 +320,17 @@ def image_base(file: str, images: Path | str | None, keys: Sequence[str]) -> str
 def _folders_in(folder: str) -> list[str]:
     try:
         return folders_in(folder)
-    except OSError:  # not every web server lists a folder's files
+    except OSError:  # not every web server lists folders
         return []
 
 
 def exists(base: str, key: str) -> bool:
-    """Whether the file that an image lies in is there."""
-    place = parse(join(base, key))
-    file = place.shard if isinstance(place, Member) else place.file if isinstance(place, Row) else place
-    return is_url(key) or is_file(file)  # an address of its own is asked for when it is its turn
+    """Whether the file that holds an image exists."""
+    return is_url(key) or is_file(file_of(join(base, key)))  # an image's own URL is only requested when it is read
 
 
 def join(base: str, key: str) -> str:
-    """An image's reference out of the folder and the name that a table gives."""
+    """An image's reference: the name in a table, relative to a folder unless it is absolute or a URL."""
     if is_url(key) or key.startswith("/"):
         return key
     return f"{base}/{key}" if is_url(base) else str(Path(base) / key)

@@ -1,4 +1,4 @@
-"""Kept pairs as a table that `read_pairs` reads back."""
+"""Writes pairs as a table that `read_pairs` reads back."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def write_table(file: Path, rows: pa.Table) -> None:
 
 
 def write_pairs(file: Path, pairs: pa.Table) -> None:
-    """Write pairs (the columns of `Pairs.table`): an image a row, in .csv a caption a row.
+    """Write pairs (the columns of `Pairs.table`): one row per image, or per caption in .csv.
 
-    Images are named from the table's folder where they lie in it, else in full; `key` is the name they had. Text fields
-    have a column each.
+    Images inside the table's folder get relative paths, others absolute ones; `key` keeps the image's name. Each text
+    field has its own column.
     """
     folder = file.parent.absolute()
     several = "fields" in pairs.column_names
@@ -64,13 +64,13 @@ def write_pairs(file: Path, pairs: pa.Table) -> None:
     )
 
     def row(pair: dict[str, Any]) -> dict[str, Any]:
-        found = {"image": absolute(pair["path"]).removeprefix(f"{folder}/")}
-        found |= {name: pair[name] for name in ("key", "split", "label") if name in pair}
+        cells: dict[str, Any] = {"image": absolute(pair["path"]).removeprefix(f"{folder}/")}
+        cells |= {name: pair[name] for name in ("key", "split", "label") if name in pair}
         if several:
-            found |= {"lang": pair["langs"][0]} if pair.get("langs") else {}
-            each = list(zip(pair["fields"], pair["captions"], strict=True))
-            return found | {name: [text for field, text in each if field == name] for name in names}
-        return found | ({"lang": pair["langs"]} if "langs" in pair else {}) | {"caption": pair["captions"]}
+            cells |= {"lang": pair["langs"][0]} if pair.get("langs") else {}
+            captions = list(zip(pair["fields"], pair["captions"], strict=True))
+            return cells | {name: [text for field, text in captions if field == name] for name in names}
+        return cells | ({"lang": pair["langs"]} if "langs" in pair else {}) | {"caption": pair["captions"]}
 
     with atomic(file) as temporary:
         kind = file.suffix.lower()
@@ -91,13 +91,11 @@ def write_pairs(file: Path, pairs: pa.Table) -> None:
 
 
 def _one_by_one(row: dict[str, Any], schema: pa.Schema) -> Iterator[list[str]]:
-    """A row of lists as rows of single values; what is no list stands in each."""
+    """A row of lists as rows of single values; values that are not lists are repeated."""
     lists = [row[name] for name in schema.names if isinstance(row.get(name), list)]
-    for place in range(max(1, *map(len, lists))):
+    for i in range(max(1, *map(len, lists))):
         values = (row.get(name) for name in schema.names)
-        yield [
-            (value[place] if place < len(value) else "") if isinstance(value, list) else value or "" for value in values
-        ]
+        yield [(value[i] if i < len(value) else "") if isinstance(value, list) else value or "" for value in values]
 
 
 def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
