@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from litune.curation import duplicates as dedup
-from litune.curation.duplicates import Found, Index, Space, candidates, groups, once, same_content, stays
+from litune.curation.duplicates import (
+    DuplicatePairs,
+    NeighbourIndex,
+    Space,
+    candidates,
+    groups,
+    once,
+    same_content,
+    stays,
+)
 
 
 def blocks_of(features: np.ndarray) -> dedup.Blocks:
@@ -37,11 +46,11 @@ def test_space_keeps_cosines_of_centered_features(features: np.ndarray) -> None:
 @pytest.mark.parametrize("within", [True, False])
 def test_candidates_are_those_of_the_full_matrix(features: np.ndarray, within: bool) -> None:
     space = Space.fit(features)
-    index = Index(space, blocks_of(features), len(features))
+    index = NeighbourIndex(space, blocks_of(features), len(features))
     numbers = np.arange(len(features))
     queries = ((numbers[i : i + 150], features[i : i + 150]) for i in range(0, 400, 150))
     found = list(candidates(space, queries, index, neighbours=3, min_cosine=0.6, within=within))
-    pairs = {(int(a), int(b)) for block in found for a, b in zip(block.one, block.other, strict=True)}
+    pairs = {(int(a), int(b)) for block in found for a, b in zip(block.left, block.right, strict=True)}
     unit = space(features)
     cosines = unit @ unit.T
     if within:
@@ -60,7 +69,7 @@ def test_approximate_index_finds_nearly_all(monkeypatch: pytest.MonkeyPatch) -> 
     many = random.normal(size=(3000, 32)).astype(np.float32)
     copies = many + random.normal(size=many.shape).astype(np.float32) * 0.3
     space = Space.fit(many)
-    index = Index(space, blocks_of(many), len(many))
+    index = NeighbourIndex(space, blocks_of(many), len(many))
     nearest, cosines = index.search(space(copies), 2)
     own = nearest[:, 0] == np.arange(3000)
     assert own.mean() > 0.98
@@ -69,9 +78,9 @@ def test_approximate_index_finds_nearly_all(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_pairs_are_given_once() -> None:
-    found = Found(np.array([1, 0, 1]), np.array([2, 3, 2]), np.array([0.5, 0.6, 0.5]), np.zeros(3))
+    found = DuplicatePairs(np.array([1, 0, 1]), np.array([2, 3, 2]), np.array([0.5, 0.6, 0.5]), np.zeros(3))
     kept = once(found)
-    assert list(zip(kept.one.tolist(), kept.other.tolist(), strict=True)) == [(1, 2), (0, 3)]
+    assert list(zip(kept.left.tolist(), kept.right.tolist(), strict=True)) == [(1, 2), (0, 3)]
 
 
 def test_groups_and_who_stays() -> None:

@@ -18,9 +18,20 @@ import pyarrow.compute as pc
 from litune.claims import claim
 from litune.config import DedupConfig, EmbedConfig, ReadingConfig, command, to_json
 from litune.curation.alignment import SIDE, thumbnail
-from litune.curation.duplicates import BLOCK, Found, Index, Space, candidates, groups, once, same_content, stays, verify
+from litune.curation.duplicates import (
+    BLOCK,
+    DuplicatePairs,
+    NeighbourIndex,
+    Space,
+    candidates,
+    groups,
+    once,
+    same_content,
+    stays,
+    verify,
+)
 from litune.curation.facts import gather, read_facts
-from litune.curation.source import Source, is_store, read_source, write_store
+from litune.curation.source import SourcePairs, is_store, read_source, write_store
 from litune.devices import processor_cores
 from litune.errors import ConfigError, DataError, LituneError, OutputExistsError, StoreError
 from litune.files import atomic, clear_output, read_json, write_json, write_text
@@ -60,7 +71,7 @@ class ImageSet:
     """A set of n images as it is compared: hashes, areas, thumbnails, and features of those that could be read."""
 
     name: str
-    source: Source
+    source: SourcePairs
     sha256: list[str]
     areas: np.ndarray  # [n]
     thumbnails: np.ndarray  # [n, SIDE, SIDE], on disk
@@ -124,13 +135,13 @@ def _dedup(config: DedupConfig) -> dict[str, Any]:
     keep_parts = _Parts(work / "matches", {"sets": prints, "tower": spec, "settings": settings})
     compared = 0
     for other in sets[1:]:
-        found, count = _compare(config, space, pairs, other, keep_parts, seconds)
+        near, count = _compare(config, space, pairs, other, keep_parts, seconds)
         compared += count
-        _remove_against(pairs, other, found, removed)
+        _remove_against(pairs, other, near, removed)
     if config.within:
-        found, count = _compare(config, space, pairs, pairs, keep_parts, seconds)
+        near, count = _compare(config, space, pairs, pairs, keep_parts, seconds)
         compared += count
-        _remove_within(pairs, found, removed)
+        _remove_within(pairs, near, removed)
     report = _report(config, sets, removed, damaged, compared, seconds)
     _write(config, pairs, removed, report)
     return report
@@ -148,7 +159,7 @@ def _tower(config: DedupConfig) -> str:
     )
 
 
-def _open_set(config: DedupConfig, name: str, source: Source, fingerprint: str, work: Path, spec: str) -> ImageSet:
+def _open_set(config: DedupConfig, name: str, source: SourcePairs, fingerprint: str, work: Path, spec: str) -> ImageSet:
     facts, thumbnails = _look(config, name, source, fingerprint, work)
     if source.store is not None:
         store, place = source.store, source.rows
@@ -163,7 +174,9 @@ def _open_set(config: DedupConfig, name: str, source: Source, fingerprint: str, 
     )
 
 
-def _look(config: DedupConfig, name: str, source: Source, fingerprint: str, work: Path) -> tuple[pa.Table, np.ndarray]:
+def _look(
+    config: DedupConfig, name: str, source: SourcePairs, fingerprint: str, work: Path
+) -> tuple[pa.Table, np.ndarray]:
     """Sizes, hashes and thumbnails of a set, in one pass over its files."""
     paths, keys = source.pairs.table["path"], source.pairs.table["key"]
     file = work / "thumbnails.npy"
@@ -234,36 +247,35 @@ class _Parts:
 
 
 def _compare(
-    config: DedupConfig, space: Space, one: ImageSet, other: ImageSet, parts: _Parts, seconds: dict[str, float]
-) -> tuple[Found, int]:
+    config: DedupConfig, space: Space, own: ImageSet, other: ImageSet, parts: _Parts, seconds: dict[str, float]
+) -> tuple[DuplicatePairs, int]:
     """The verified pairs (numbers are rows of the sets' tables), and how many candidates there were."""
-    within, workers = one is other, config.workers or processor_cores()
+    within, workers = own is other, config.workers or processor_cores()
     began = time.monotonic()
-    index = Index(space, other.features, len(other.compared))
-    found = []
-    with track(f"candidates in {other.name}", "images", len(one.compared)) as task:
-        numbers = np.arange(len(one.compared))
+    index = NeighbourIndex(space, other.features, len(other.compared))
+    candidate_blocks = []
+    with track(f"candidates in {other.name}", "images", len(own.compared)) as task:
+        numbers = np.arange(len(own.compared))
         starts = range(0, len(numbers), BLOCK)
-        blocks = ((part, next(one.features(part))) for part in (numbers[start : start + BLOCK] for start in starts))
+        blocks = ((part, next(own.features(part))) for part in (numbers[start : start + BLOCK] for start in starts))
         for block in candidates(
             space, blocks, index, neighbours=config.neighbours, min_cosine=config.min_cosine, within=within
         ):
-            found.append(block)
+            candidate_blocks.append(block)
             task.advance(min(BLOCK, len(numbers) - task.done))
-    pairs = once(
-        Found(*(np.concatenate([getattr(f, name) for f in found]) for name in ("one", "other", "cosine", "match")))
-    )
-    pairs = dataclasses.replace(pairs, one=one.compared[pairs.one], other=other.compared[pairs.other])
+    columns = [field.name for field in dataclasses.fields(DuplicatePairs)]
+    pairs = once(DuplicatePairs(*(np.concatenate([getattr(b, name) for b in candidate_blocks]) for name in columns)))
+    pairs = dataclasses.replace(pairs, left=own.compared[pairs.left], right=other.compared[pairs.right])
     searched = time.monotonic()
-    cuts = [range(start, min(start + PART, len(pairs.one))) for start in range(0, len(pairs.one), PART)]
+    cuts = [range(start, min(start + PART, len(pairs.left))) for start in range(0, len(pairs.left), PART)]
     files = [parts.next() for _ in cuts]
     before = sum(len(cut) for cut, file in zip(cuts, files, strict=True) if file.exists())
-    with track(f"comparing with {other.name}", "candidates", len(pairs.one), before) as task:
+    with track(f"comparing with {other.name}", "candidates", len(pairs.left), before) as task:
         matches = [np.zeros(0, np.float32)]
         for cut, file in zip(cuts, files, strict=True):
             if not file.exists():
                 done, part = [], pairs.where(np.array(cut))
-                for agreed in verify(part, one.thumbnails, other.thumbnails, (one.areas, other.areas), workers=workers):
+                for agreed in verify(part, own.thumbnails, other.thumbnails, (own.areas, other.areas), workers=workers):
                     done.append(agreed)
                     task.advance(len(agreed))
                 with atomic(file) as temporary, open(temporary, "wb") as out:
@@ -275,13 +287,13 @@ def _compare(
     return dataclasses.replace(pairs, match=match).where(match >= config.min_match), len(match)
 
 
-def _remove_against(pairs: ImageSet, other: ImageSet, found: Found, removed: dict[int, Removed]) -> None:
+def _remove_against(pairs: ImageSet, other: ImageSet, near: DuplicatePairs, removed: dict[int, Removed]) -> None:
     """Remove the images that are duplicates of one of the other set, and all copies of theirs."""
     keys, paths = other.table["key"], other.table["path"]
     equal = same_content(pairs.sha256, other.sha256)
     best: dict[int, tuple[int, float, float]] = {}
-    for place in np.argsort(found.match, kind="stable"):  # the surest last
-        best[int(found.one[place])] = (int(found.other[place]), float(found.cosine[place]), float(found.match[place]))
+    for i in np.argsort(near.match, kind="stable"):  # the best match last, which wins
+        best[int(near.left[i])] = (int(near.right[i]), float(near.cosine[i]), float(near.match[i]))
     for row, first in enumerate(pairs.first.tolist()):
         if row in removed:
             continue
@@ -292,20 +304,22 @@ def _remove_against(pairs: ImageSet, other: ImageSet, found: Found, removed: dic
             removed[row] = Removed(row, key, other.name, path, hit[1], hit[2], bool(exact))
 
 
-def _remove_within(pairs: ImageSet, found: Found, removed: dict[int, Removed]) -> None:
+def _remove_within(pairs: ImageSet, near: DuplicatePairs, removed: dict[int, Removed]) -> None:
     """Of each group of duplicates that are left, remove all but one."""
-    left = np.array([row not in removed for row in range(len(pairs.table))])
-    found = found.where(left[found.one] & left[found.other])
-    copies = np.flatnonzero(left & (pairs.first != np.arange(len(left))) & left[pairs.first])
-    group = groups(len(left), np.concatenate([found.one, copies]), np.concatenate([found.other, pairs.first[copies]]))
-    kept = stays(group, np.where(left, pairs.areas, -1))
+    remaining = np.array([row not in removed for row in range(len(pairs.table))])
+    near = near.where(remaining[near.left] & remaining[near.right])
+    copies = np.flatnonzero(remaining & (pairs.first != np.arange(len(remaining))) & remaining[pairs.first])
+    group = groups(
+        len(remaining), np.concatenate([near.left, copies]), np.concatenate([near.right, pairs.first[copies]])
+    )
+    staying = stays(group, np.where(remaining, pairs.areas, -1))
     best: dict[int, tuple[float, float]] = {}
-    for one, other, cosine, match in zip(found.one, found.other, found.cosine, found.match, strict=True):
-        for row in (int(one), int(other)):
+    for first, second, cosine, match in zip(near.left, near.right, near.cosine, near.match, strict=True):
+        for row in (int(first), int(second)):
             best[row] = max(best.get(row, (0.0, 0.0)), (float(match), float(cosine)))
     keys, paths = pairs.table["key"], pairs.table["path"]
-    for row in np.flatnonzero(left & (kept != np.arange(len(left)))).tolist():
-        to = int(kept[row])
+    for row in np.flatnonzero(remaining & (staying != np.arange(len(remaining)))).tolist():
+        to = int(staying[row])
         exact = pairs.sha256[row] == pairs.sha256[to]
         match, cosine = (1.0, 1.0) if exact else best.get(int(pairs.first[row]), (1.0, 1.0))
         removed[row] = Removed(row, keys[to].as_py(), pairs.name, paths[to].as_py(), cosine, match, exact)
@@ -321,12 +335,12 @@ def _report(
 ) -> dict[str, Any]:
     images = len(sets[0].table)
     gone = {
-        one.name: {
-            "images": len(one.table),
-            "exact": sum(r.set == one.name and r.exact for r in removed.values()),
-            "near": sum(r.set == one.name and not r.exact for r in removed.values()),
+        image_set.name: {
+            "images": len(image_set.table),
+            "exact": sum(r.set == image_set.name and r.exact for r in removed.values()),
+            "near": sum(r.set == image_set.name and not r.exact for r in removed.values()),
         }
-        for one in (*sets[1:], *([sets[0]] if config.within else []))
+        for image_set in (*sets[1:], *([sets[0]] if config.within else []))
     }
     return {
         "images": images,

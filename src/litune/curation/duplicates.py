@@ -57,7 +57,7 @@ def _faiss() -> Any:
     return faiss
 
 
-class Index:
+class NeighbourIndex:
     """Nearest neighbours of unit vectors by cosine: exact for few; for many in cells, with a byte per value."""
 
     def __init__(self, space: Space, blocks: Blocks, count: int, seed: int = 0) -> None:
@@ -82,28 +82,28 @@ class Index:
 
 
 @dataclass(frozen=True)
-class Found:
+class DuplicatePairs:
     """P pairs of images: numbers in one set and in the other, cosine of features, agreement of pixels (each [P])."""
 
-    one: np.ndarray
-    other: np.ndarray
+    left: np.ndarray
+    right: np.ndarray
     cosine: np.ndarray
     match: np.ndarray
 
-    def where(self, keep: np.ndarray) -> Found:
+    def where(self, keep: np.ndarray) -> DuplicatePairs:
         """Only these pairs."""
-        return Found(self.one[keep], self.other[keep], self.cosine[keep], self.match[keep])
+        return DuplicatePairs(self.left[keep], self.right[keep], self.cosine[keep], self.match[keep])
 
 
 def candidates(
     space: Space,
     queries: Iterable[tuple[np.ndarray, np.ndarray]],
-    index: Index,
+    index: NeighbourIndex,
     *,
     neighbours: int,
     min_cosine: float,
     within: bool,
-) -> Iterator[Found]:
+) -> Iterator[DuplicatePairs]:
     """Candidate pairs, block by block: each query's nearest images of at least the cosine `min_cosine`.
 
     `queries` are numbers [n] with raw features [n, D]. `within`: the index holds the queries themselves; a pair has
@@ -119,17 +119,17 @@ def candidates(
         left, right, cosine = left[keep], right[keep], cosine[keep]
         if within:
             left, right = np.minimum(left, right), np.maximum(left, right)
-        yield Found(left, right, cosine, np.zeros(len(left), np.float32))
+        yield DuplicatePairs(left, right, cosine, np.zeros(len(left), np.float32))
 
 
-def once(pairs: Found) -> Found:
+def once(pairs: DuplicatePairs) -> DuplicatePairs:
     """The pairs without repetitions."""
-    _, first = np.unique(np.stack([pairs.one, pairs.other]), axis=1, return_index=True)
+    _, first = np.unique(np.stack([pairs.left, pairs.right]), axis=1, return_index=True)
     return pairs.where(np.sort(first))
 
 
 def verify(
-    pairs: Found,
+    pairs: DuplicatePairs,
     left: np.ndarray,
     right: np.ndarray,
     areas: tuple[np.ndarray, np.ndarray],
@@ -146,11 +146,11 @@ def verify(
 
     def work(start: int) -> np.ndarray:
         torch.set_num_threads(1)
-        i, j = pairs.one[start : start + block], pairs.other[start : start + block]
+        i, j = pairs.left[start : start + block], pairs.right[start : start + block]
         swap = (areas[0][i] < areas[1][j])[:, None, None]
         return agreement(np.where(swap, right[j], left[i]), np.where(swap, left[i], right[j]))
 
-    yield from map_ahead(work, range(0, len(pairs.one), block), workers, ahead=2 * workers)
+    yield from map_ahead(work, range(0, len(pairs.left), block), workers, ahead=2 * workers)
 
 
 def same_content(hashes: Sequence[str], others: Sequence[str]) -> np.ndarray:

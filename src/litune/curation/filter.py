@@ -18,7 +18,7 @@ from litune.curation import captions as text
 from litune.curation.facts import gather, read_facts
 from litune.curation.languages import check_languages, identify
 from litune.curation.rules import Pool, Rule, apply, dropped
-from litune.curation.source import Source, is_store, read_source, write_store
+from litune.curation.source import SourcePairs, is_store, read_source, write_store
 from litune.devices import processor_cores
 from litune.errors import ConfigError, DataError, OutputExistsError
 from litune.files import check_file, clear_output, write_json
@@ -121,7 +121,7 @@ def _work_folder(out: Path) -> Path:
     return out.with_name(f".{out.name}.facts")
 
 
-def _image_rules(config: FilterConfig, source: Source) -> list[Rule]:
+def _image_rules(config: FilterConfig, source: SourcePairs) -> list[Rule]:
     rules = []
     if config.min_side is not None or config.max_aspect is not None:
         size = _sizes(config, source)
@@ -141,7 +141,7 @@ def _image_rules(config: FilterConfig, source: Source) -> list[Rule]:
     return rules
 
 
-def _sizes(config: FilterConfig, source: Source) -> np.ndarray:
+def _sizes(config: FilterConfig, source: SourcePairs) -> np.ndarray:
     """Widths and heights [n, 2], from the store or from the files' headers; 0 for damaged images."""
     table = source.pairs.table
     if source.store is not None and {"width", "height"} <= set(source.store.metadata.column_names):
@@ -162,7 +162,7 @@ def _sizes(config: FilterConfig, source: Source) -> np.ndarray:
     return np.concatenate(sizes)
 
 
-def _caption_rules(config: FilterConfig, source: Source) -> list[Rule]:
+def _caption_rules(config: FilterConfig, source: SourcePairs) -> list[Rule]:
     rules = []
 
     def add(name: str, passes: Callable[[pa.Array], np.ndarray]) -> None:
@@ -199,7 +199,7 @@ def _titles(field: str) -> Callable[[Pool, np.ndarray], np.ndarray]:
     return keeps
 
 
-def _set_rules(config: FilterConfig, source: Source) -> list[Rule]:
+def _set_rules(config: FilterConfig, source: SourcePairs) -> list[Rule]:
     """Rules that look at all remaining captions together."""
     rules = []
     if (most := config.max_repeats) is not None:
@@ -217,7 +217,7 @@ def _set_rules(config: FilterConfig, source: Source) -> list[Rule]:
     return rules
 
 
-def _language_rules(config: FilterConfig, source: Source) -> list[Rule]:
+def _language_rules(config: FilterConfig, source: SourcePairs) -> list[Rule]:
     if not config.languages:
         return []
 
@@ -233,7 +233,7 @@ def _language_rules(config: FilterConfig, source: Source) -> list[Rule]:
     return [Rule("languages " + " ".join(config.languages), "captions", keeps)]
 
 
-def _agreement_rules(config: FilterConfig, source: Source) -> list[Rule]:
+def _agreement_rules(config: FilterConfig, source: SourcePairs) -> list[Rule]:
     if config.agree is None or config.min_agreement is None:
         return []
     least = config.min_agreement
@@ -245,7 +245,7 @@ def _agreement_rules(config: FilterConfig, source: Source) -> list[Rule]:
     return [Rule(f"min-agreement {least:g}", "captions", keeps)]
 
 
-def _cosines(config: FilterConfig, source: Source, pool: Pool, rows: np.ndarray, block: int = 4096) -> np.ndarray:
+def _cosines(config: FilterConfig, source: SourcePairs, pool: Pool, rows: np.ndarray, block: int = 4096) -> np.ndarray:
     """The cosine of each of these captions with its image, by the run's model."""
     from litune.model.run_folder import check_store, load
 

@@ -42,26 +42,26 @@ def inspect_data(config: OverviewConfig) -> dict[str, Any]:
     if 0 < config.sample < len(rows):
         rows = np.sort(random.choice(rows, config.sample, replace=False))
     flat = pairs.table["captions"].combine_chunks().flatten()
-    some = flat.take(pa.array(np.sort(random.permutation(len(flat))[:SAMPLE]))).to_pylist()
-    facts = _facts(config, pairs.table, rows, pairs.fingerprint())
-    found = {
+    sampled = flat.take(pa.array(np.sort(random.permutation(len(flat))[:SAMPLE]))).to_pylist()
+    files = _facts(config, pairs.table, rows, pairs.fingerprint())
+    figures = {
         "source": pairs.source,
         "images": len(pairs),
         "skipped_inputs": len(pairs.damaged),
-        "skipped_examples": {one.key: one.reason for one in pairs.damaged[:20]},
+        "skipped_examples": {damage.key: damage.reason for damage in pairs.damaged[:20]},
         **{name: _counts(pairs.table, name) for name in ("split", "label") if name in pairs.table.column_names},
         "captions": about_captions(pairs.table),
-        "languages": _languages(pairs.table, some),
+        "languages": _languages(pairs.table, sampled),
         "fields": _counts(pairs.table, "fields"),
-        "tokens": _tokens(config, some),
-        "files": about_files(facts),
+        "tokens": _tokens(config, sampled),
+        "files": about_files(files),
     }
     if config.out is not None:
-        _write_page(config, found, pairs.table, random)
-        write_json(config.out / REPORT, found)
+        _write_page(config, figures, pairs.table, random)
+        write_json(config.out / REPORT, figures)
         shutil.rmtree(_work_folder(config.out), ignore_errors=True)
         say(f"wrote {config.out / PAGE} and {REPORT}")
-    return found
+    return figures
 
 
 def _counts(table: pa.Table, column: str) -> dict[str, int]:
@@ -75,18 +75,18 @@ def _counts(table: pa.Table, column: str) -> dict[str, int]:
 
 def _languages(table: pa.Table, captions: list[str]) -> dict[str, Any]:
     """The languages that the table declares, and those identified of some captions, of three words at least."""
-    found: dict[str, Any] = {"declared": _counts(table, "langs"), "captions_counted": len(captions)}
+    languages: dict[str, Any] = {"declared": _counts(table, "langs"), "captions_counted": len(captions)}
     long = words(pa.array(captions, pa.string())) >= 3
     captions = [caption for caption, enough in zip(captions, long, strict=True) if enough]
-    found["too_short"] = found["captions_counted"] - len(captions)
+    languages["too_short"] = languages["captions_counted"] - len(captions)
     try:
         identified = Counter(code for code, _ in identify(captions))
     except MissingExtraError as why:
-        return found | {"note": str(why)}
+        return languages | {"note": str(why)}
     seldom = max(1, len(captions) // 1000)  # of short captions some are always taken for another language
     named = {code: count for code, count in identified.most_common(12) if count > seldom}
     others = sum(identified.values()) - sum(named.values())
-    return found | {"identified": named | ({"others": others} if others else {})}
+    return languages | {"identified": named | ({"others": others} if others else {})}
 
 
 def _with_short(languages: dict[str, Any]) -> dict[str, int]:

@@ -68,22 +68,22 @@ def about_captions(table: pa.Table) -> dict[str, Any]:
     }
 
 
-def about_files(facts: pa.Table) -> dict[str, Any]:
-    """Figures about the opened image files: `facts` (see `read_facts`) with their `key` and `path`."""
-    good = facts.filter(pc.equal(facts["damage"], ""))
+def about_files(files: pa.Table) -> dict[str, Any]:
+    """Figures about the opened image files: `files` (see `read_facts`) with their `key` and `path`."""
+    good = files.filter(pc.equal(files["damage"], ""))
     width, height = (good[name].to_numpy().astype(np.int64) for name in ("width", "height"))
     short, long = np.minimum(width, height), np.maximum(width, height)
-    hashes = Counter(value for value in facts["sha256"].to_pylist() if value)
+    hashes = Counter(value for value in files["sha256"].to_pylist() if value)
     repeated = {value for value, count in hashes.items() if count > 1}
     groups: dict[str, list[str]] = {}
-    for key, value in zip(facts["key"].to_pylist(), facts["sha256"].to_pylist(), strict=True):
+    for key, value in zip(files["key"].to_pylist(), files["sha256"].to_pylist(), strict=True):
         if value in repeated:
             groups.setdefault(value, []).append(key)
-    damaged = facts.filter(pc.not_equal(facts["damage"], "")).select(["key", "path", "damage"]).to_pylist()
+    damaged = files.filter(pc.not_equal(files["damage"], "")).select(["key", "path", "damage"]).to_pylist()
     return {
-        "opened": len(facts),
+        "opened": len(files),
         "formats": dict(Counter(good["format"].to_pylist()).most_common()),
-        "megabytes": round(float(pc.sum(facts["bytes"]).as_py() or 0) / 1e6, 1),
+        "megabytes": round(float(pc.sum(files["bytes"]).as_py() or 0) / 1e6, 1),
         "short_side": spread(short),
         "short_side_histogram": histogram(short, [0, 64, 128, 200, 256, 384, 512, 768, 1024, 2048]),
         "aspect": spread(long / np.maximum(short, 1)),

@@ -16,7 +16,7 @@ from litune.store.store import MANIFEST, FeatureStore, StoreWriter
 
 
 @dataclass(frozen=True)
-class Source:
+class SourcePairs:
     """Pairs and, if they come from a feature store, the store and each pair's row in it."""
 
     pairs: Pairs
@@ -29,12 +29,12 @@ def is_store(where: Path | str) -> bool:
     return (Path(where) / MANIFEST).exists() or (Path(where) / "img_emb").is_dir()
 
 
-def read_source(config: ReadingConfig) -> Source:
+def read_source(config: ReadingConfig) -> SourcePairs:
     """The pairs of a command, as its settings say. Raises `DataError` or `StoreError` where they can't be read."""
     if is_store(config.pairs):
         source = _from_store(FeatureStore(Path(config.pairs)), config)
     else:
-        source = Source(read_files(config))
+        source = SourcePairs(read_files(config))
     say_pairs(source.pairs)
     return source
 
@@ -46,7 +46,7 @@ def store_pairs(store: FeatureStore) -> pa.Table:
     return table.rename_columns(["path" if name == "image_path" else name for name in table.column_names])
 
 
-def _from_store(store: FeatureStore, config: ReadingConfig) -> Source:
+def _from_store(store: FeatureStore, config: ReadingConfig) -> SourcePairs:
     table = store_pairs(store)
     table = table.append_column("row", pa.array(np.arange(len(table))))
     for option, wanted, column in (("--split", config.split, "split"), ("--lang", config.lang, "langs")):
@@ -67,10 +67,12 @@ def _from_store(store: FeatureStore, config: ReadingConfig) -> Source:
     if not len(table):
         raise DataError(f"{store.path} has no image left after --split and --lang: widen them")
     rows = table["row"].to_numpy()
-    return Source(Pairs(table.drop_columns("row"), f"the feature store {store.path}"), store, rows)
+    return SourcePairs(Pairs(table.drop_columns("row"), f"the feature store {store.path}"), store, rows)
 
 
-def write_store(out: Path, source: Source, positions: np.ndarray, table: pa.Table, block: int = 16384) -> FeatureStore:
+def write_store(
+    out: Path, source: SourcePairs, positions: np.ndarray, table: pa.Table, block: int = 16384
+) -> FeatureStore:
     """Write the store of the pairs at these `positions`, with the captions that `table` has for them."""
     assert source.store is not None
     assert source.rows is not None

@@ -48,7 +48,7 @@ def export_onnx(
     write_image_half(image, folder / "image.onnx", pixels)
     tower = model.load_image_tower()
     report: dict[str, Any] = {"image": save_preprocessing(tower, folder)}
-    runtime = Runtime(folder, tower)
+    runtime = OnnxHalves(folder, tower)
     report["largest_difference"] = compare("onnx", model, images=runtime.images, texts=runtime.texts)
     if int8:
         quantize_text(folder)
@@ -129,7 +129,7 @@ def _pixels(tower: ImageTower, image: Image.Image) -> np.ndarray:
     return np.asarray(tower.preprocess(image), dtype=np.float32)
 
 
-class Runtime:
+class OnnxHalves:
     """The exported halves in ONNX Runtime; without a tower, the text half alone."""
 
     def __init__(self, folder: Path, tower: ImageTower | None, text: str = "text.onnx") -> None:
@@ -179,7 +179,7 @@ def quantize_text(folder: Path) -> None:
 def int8_cost(model: LiT, folder: Path, store: FeatureStore | None, split: str | None) -> dict[str, Any]:
     """What 8-bit weights cost: recall@k before and after on the pairs of a store, otherwise cosines."""
     tower = model.load_image_tower()
-    full, small = Runtime(folder, tower), Runtime(folder, tower, "text.int8.onnx")
+    full, small = OnnxHalves(folder, tower), OnnxHalves(folder, tower, "text.int8.onnx")
     sizes = {name: (folder / name).stat().st_size for name in ("text.onnx", "text.int8.onnx")}
     if store is None:
         cosines = (full.texts(TEXTS) * small.texts(TEXTS)).sum(1)

@@ -35,7 +35,7 @@ from litune.devices import processor_cores
 from litune.errors import DataError, ExportError
 from litune.files import atomic, cache_folder, write_json, write_text
 from litune.image.pictures import ImageTransform, map_ahead, open_rgb
-from litune.interop.onnx import Runtime, need_packages, quantize_text, write_image_half, write_text_half
+from litune.interop.onnx import OnnxHalves, need_packages, quantize_text, write_image_half, write_text_half
 from litune.interop.plain import plain_image, plain_text
 from litune.interop.samples import TEXTS, compare, pictures
 from litune.interop.tokenizer import save_tokenizer
@@ -100,14 +100,14 @@ def export_web(
     (page / "index.html").replace(folder / "index.html")
 
     write_text_half(plain_text(model), data / "text.onnx")
-    report: dict[str, Any] = {"largest_difference": compare("web", model, texts=Runtime(data, None).texts)}
+    report: dict[str, Any] = {"largest_difference": compare("web", model, texts=OnnxHalves(data, None).texts)}
     text_file = "text.onnx"
     if int8:
         report["int8"], text_file = _to_int8(model, data), "text.int8.onnx"
     if tower is not None:
         pixels = torch.from_numpy(np.stack([tower(picture) for picture in pictures()[:2]]).astype(np.float32))
         write_image_half(plain_image(model), data / "image.onnx", pixels)
-        halves = Runtime(data, model.load_image_tower(), text_file)
+        halves = OnnxHalves(data, model.load_image_tower(), text_file)
         report["largest_difference"] |= compare("web", model, images=halves.images)
 
     report["tokenizer_checked"] = _check_with_node(model.tokenizer, data, local, store, rows)
@@ -229,7 +229,7 @@ def _to_int8(model: LiT, data: Path) -> dict[str, Any]:
     """Replace text.onnx by text.int8.onnx; returns the sizes of both and the cosines between their features."""
     quantize_text(data)
     sizes = {name: (data / name).stat().st_size for name in ("text.onnx", "text.int8.onnx")}
-    cosines = (model.encode_text(TEXTS) * Runtime(data, None, "text.int8.onnx").texts(TEXTS)).sum(1)
+    cosines = (model.encode_text(TEXTS) * OnnxHalves(data, None, "text.int8.onnx").texts(TEXTS)).sum(1)
     (data / "text.onnx").unlink()
     return {"bytes": sizes, "cosine": {"least": float(cosines.min()), "mean": float(cosines.mean())}}
 

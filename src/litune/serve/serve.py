@@ -27,7 +27,7 @@ TOKEN = "LITUNE_TOKEN"
 def serve(config: ServeConfig) -> None:
     """Serve `config.run` until Ctrl-C or SIGTERM.
 
-    Raises `RunError` for the run, `StoreError` for the images, `ConfigError` where the address can't be had,
+    Raises `RunError` for the run, `StoreError` for the images, `ConfigError` where the address can't be bound,
     `MissingExtraError` without the extra `serve`.
     """
     try:
@@ -53,7 +53,7 @@ def serve(config: ServeConfig) -> None:
 
 
 def announce(config: ServeConfig, index: Index | None, port: int) -> None:
-    """Say where the server is, and who may ask."""
+    """Say at which address the server is, and who can reach it."""
     host = f"[{config.host}]" if ":" in config.host else config.host
     images = "" if index is None else f", {len(index):,} images"
     address = f"http://{host}:{port}"
@@ -73,23 +73,23 @@ def open_images(run: Path, path: Path, model: LiT, how: str) -> Index:
 
 
 def describe(run: Path, model: LiT) -> dict[str, Any]:
-    """What /v1/model says of the towers. The image tower is loaded here, so that the first request need not wait."""
+    """What /v1/model says of the towers. Loads the image tower, so that the first request need not wait."""
     try:
         model.load_image_tower()
-        can = True
+        encodes = True
     except LituneError as why:
         say(f"pictures can't be encoded, only texts and stored images: {why}")
-        can = False
+        encodes = False
     settings = read_json(run / CONFIG, RunError) if (run / CONFIG).exists() else {}
     return {
         "text_tower": settings.get("text_tower") or model.text.architecture.get("kind"),
         "image_tower": (model.image_provenance or {}).get("spec"),
-        "can_encode_images": can,
+        "can_encode_images": encodes,
     }
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches the address."""
+    """Whether only this machine can reach the address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -97,10 +97,10 @@ def is_loopback(host: str) -> bool:
 
 
 def known_hosts(config: ServeConfig) -> set[str] | None:
-    """The names that requests may address the server by; None: any.
+    """The host names that requests may use; None: any.
 
-    A web page elsewhere can point a name of its own at 127.0.0.1 and then read what a local server answers (DNS
-    rebinding): on a loopback address only its usual names are taken.
+    A web page elsewhere can point a name of its own at 127.0.0.1 and then read a local server's answers (DNS
+    rebinding): on a loopback address only its usual names are accepted.
     """
     if is_loopback(config.host):
         return {"localhost", "127.0.0.1", "[::1]", config.host, *config.allow_host}
