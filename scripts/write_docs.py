@@ -33,7 +33,7 @@ API_PARTS = {
 }
 NOT_PUBLIC = {
     "ZeroShot": "litune.model.lit",
-    "Selection": "litune.store.store",
+    "Selection": "litune.store.selection",
     "Ids": "litune.tuning.losses",
     "MoreImages": "litune.tuning.losses",
 }

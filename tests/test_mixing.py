@@ -19,11 +19,13 @@ from tests.test_tuning import bytes_of, log_of
 from litune import distributed
 from litune.config import TuneConfig
 from litune.errors import ConfigError, DataError, RunError, StoreError
+from litune.model.build import make_model, make_tokenizer, text_spec
+from litune.store.selection import choose_mixture
 from litune.store.store import FeatureStore, StoreWriter
 from litune.studies.plan import read_plan
 from litune.tuning.batches import Batch
 from litune.tuning.run import Tuning
-from litune.tuning.tune import choose_mixture, make_model, make_tokenizer, text_spec, tune
+from litune.tuning.tune import tune
 
 WIDTH = 12
 VALUES = np.random.default_rng(0).normal(size=(60, WIDTH)).astype(np.float32)
@@ -67,8 +69,8 @@ def start(config: TuneConfig) -> Tuning:
     stores, spec = [FeatureStore(path) for path in config.stores], text_spec(config)
     train, val = choose_mixture(stores, config)
     torch.manual_seed(config.seed)
-    model = make_model(stores[0], spec, make_tokenizer(spec, config, train.captions), train, config)
-    return Tuning(config, stores[0], train, val, model, torch.device("cpu"))
+    model = make_model(train, spec, make_tokenizer(spec, config, train.captions), config)
+    return Tuning(config, train, val, model, torch.device("cpu"))
 
 
 def test_proportional_is_one_store_of_all(config: TuneConfig, tmp_path: Path) -> None:

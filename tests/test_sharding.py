@@ -20,10 +20,10 @@ from bench_held import Held
 
 from litune import distributed
 from litune.config import TuneConfig
+from litune.model import build
 from litune.sharding import own_part, own_rows, whole_tensor
 from litune.text.registry import TextTower, make_text_tower, parse_text_spec
 from litune.text.tokenizers import Tokens
-from litune.tuning import tune as tuning
 from litune.tuning.run import Tuning
 from litune.tuning.state import Checkpoints
 from litune.tuning.tune import tune
@@ -55,7 +55,7 @@ def shared_tower(spec: str, **settings: Any) -> TextTower:
     parsed = parse_text_spec(spec)
     make = partial(make_text_tower, vocab_size=73, max_tokens=8)
     config = TuneConfig(Path("store"), spec, Path("out"), device="cpu", **settings)
-    return tuning.shared_text_tower(parsed, make, config, None, CPU)
+    return build.shared_text_tower(parsed, make, config, None, CPU)
 
 
 def same_weights(spec: str) -> bool:
@@ -117,7 +117,7 @@ def memory() -> dict[str, Any]:
         setattr(owner, name, watched)
         return lambda: setattr(owner, name, function)
 
-    places = [(tuning, "shared_text_tower"), (Tuning, "step"), (Tuning, "_evaluate_and_log"), (Checkpoints, "save")]
+    places = [(build, "shared_text_tower"), (Tuning, "step"), (Tuning, "_evaluate_and_log"), (Checkpoints, "save")]
     restore = [watch(owner, name) for owner, name in (*places, (Tuning, "finish"))]
     settings = {**COMMON, "batch_size": 4, "duration": "12pairs", "gradient_checkpointing": True}
     model = tune("store", text_tower="hf:large?init=random", out="two/large", checkpoint_seconds=0, **settings)

@@ -27,10 +27,12 @@ from litune.cli import main
 from litune.config import TuneConfig
 from litune.errors import ConfigError, MissingExtraError, RunError, StoreError, TowerError
 from litune.evaluation.evaluate import evaluate
+from litune.model.build import make_model, make_tokenizer, text_spec
 from litune.model.lit import LiT
 from litune.model.run_folder import check_store, load, load_tensors, model_state
 from litune.schedules import rate_share
 from litune.store.embed import embed
+from litune.store.selection import choose_pairs
 from litune.store.store import FeatureStore
 from litune.text.registry import HfTextTower, TextTower
 from litune.text.vocabulary import TunedRows
@@ -42,7 +44,7 @@ from litune.tuning.losses import softmax_loss
 from litune.tuning.optim import make_optimizer
 from litune.tuning.run import Tuning
 from litune.tuning.step import Reading
-from litune.tuning.tune import choose_pairs, make_model, make_tokenizer, text_spec, tune
+from litune.tuning.tune import tune
 
 
 @pytest.fixture
@@ -71,8 +73,8 @@ def start(config: TuneConfig) -> Tuning:
     train, val = choose_pairs(store, config)
     torch.manual_seed(config.seed)
     tokenizer = make_tokenizer(spec, config, train.captions)
-    model = make_model(store, spec, tokenizer, train, config)
-    return Tuning(config, store, train, val, model, torch.device("cpu"))
+    model = make_model(train, spec, tokenizer, config)
+    return Tuning(config, train, val, model, torch.device("cpu"))
 
 
 def first_batch(run: Tuning) -> Batch:

@@ -19,13 +19,14 @@ from litune.cli import main
 from litune.config import TuneConfig
 from litune.errors import ConfigError, DataError, OutputExistsError, StoreError
 from litune.evaluation import class_vectors as prompts
-from litune.evaluation import set_features
 from litune.evaluation.evaluate import evaluate, run_names, tuned_on
 from litune.evaluation.suite import Protocol, Subject, run_task
 from litune.evaluation.tasks import Task, find_tasks
 from litune.image import encoding
 from litune.image.pictures import open_rgb
 from litune.pairs.benchmarks import read_set
+from litune.pairs.reference import read_bytes
+from litune.store import build
 from litune.store.embed import embed
 from litune.store.store import FeatureStore
 from litune.tuning.tune import tune
@@ -98,7 +99,7 @@ def test_features_are_made_once(
     settings: dict[str, Any] = {"tasks": "cifar10", "data": sets, "features": tmp_path / "f", **QUIET}
     first = evaluate(run, **settings)["tasks"]
     assert "embedding" in capsys.readouterr().err
-    monkeypatch.setattr(set_features, "encode_images", None)
+    monkeypatch.setattr(build, "encode_images", None)
     again = evaluate(run, **settings)["tasks"]
     assert again[0]["values"] == first[0]["values"]
     assert "embedding" not in capsys.readouterr().err
@@ -111,9 +112,9 @@ def test_an_interrupted_set_goes_on(
     run: Path, sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encoding, "BATCH", 5)
-    monkeypatch.setattr(set_features, "SHARD_SECONDS", 0.0)
+    monkeypatch.setattr(build, "SHARD_SECONDS", 0.0)
     settings: dict[str, Any] = {"tasks": "cifar10", "data": sets, "features": tmp_path / "f", **QUIET}
-    whole = set_features.encode_images
+    whole = build.encode_images
     with monkeypatch.context() as patch:
 
         def stopping(*args: Any, **kwargs: Any) -> Any:
@@ -121,7 +122,7 @@ def test_an_interrupted_set_goes_on(
             batches.close()
             raise KeyboardInterrupt
 
-        patch.setattr(set_features, "encode_images", stopping)
+        patch.setattr(build, "encode_images", stopping)
         with pytest.raises(KeyboardInterrupt):
             evaluate(run, **settings)
     capsys.readouterr()
@@ -339,4 +340,4 @@ def test_retrieval_by_language_of_one_task(run: Path, photos: Path, tmp_path: Pa
     assert one.groups["text_to_image recall@5"].tolist() == one.owner.tolist()
     features = FeatureStore(next((tmp_path / "f").iterdir()))
     assert features.metadata["position"].to_pylist() == list(range(6))
-    assert open_rgb(read_set(photos, "retrieval").pictures[0].read_bytes()).size[0] in (48, 56)
+    assert open_rgb(read_bytes(read_set(photos, "retrieval").pictures[0])).size[0] in (48, 56)

@@ -34,7 +34,7 @@ def labelled(classes: list[str], layout: str = "class folders in x", keys: list[
     """A set with one image of each class, in order."""
     keys = keys or [f"{name}/0.png" for name in classes]
     labels = np.arange(len(keys)) % len(classes)
-    return EvalSet(Path("set"), layout, keys, [Path(key) for key in keys], classes, labels)
+    return EvalSet(Path("set"), layout, keys, keys, classes, labels)
 
 
 def test_the_registry() -> None:

@@ -15,12 +15,12 @@ from litune.config import TuneConfig, to_json
 from litune.files import write_json
 from litune.image.registry import load_image_tower, weights_hash
 from litune.interop.samples import TEXTS
+from litune.model.build import output_width
 from litune.model.heads import make_head
 from litune.model.lit import LiT
 from litune.model.run_folder import CONFIG, save_model
 from litune.text.registry import VIT_SIZES, make_text_tower, parse_text_spec, text_layout
 from litune.text.tokenizers import Tokenizer, find_tokenizer, train_tokenizer
-from litune.tuning.tune import output_width
 
 MakeRun = Callable[..., Path]
 _resolve = timm.data.resolve_model_data_config

@@ -17,7 +17,9 @@ from tests.conftest import COLORS, SHAPES, draw
 
 from litune.errors import DataError
 from litune.image.pictures import open_rgb
-from litune.pairs.benchmarks import EvalSet, read_batch, read_set
+from litune.pairs.benchmarks import EvalSet, read_set
+from litune.pairs.cifar import read_batch
+from litune.pairs.reference import read_bytes
 
 Rows = list[tuple[str, str]]
 
@@ -31,7 +33,7 @@ def picture(color: str, shape: str = "box", kind: str = "PNG") -> bytes:
 def shown(found: EvalSet) -> list[tuple[str, bytes]]:
     """The class of each image with its decoded pixels."""
     return [
-        (found.classes[label], open_rgb(one.read_bytes()).tobytes())
+        (found.classes[label], open_rgb(read_bytes(one)).tobytes())
         for label, one in zip(found.labels, found.pictures, strict=True)
     ]
 
@@ -133,7 +135,7 @@ def test_cifar(cifar: Path) -> None:
     found = read_set(cifar, "classification")
     assert [found.classes[i] for i in found.labels] == ["cat", "airplane", "automobile", "cat"]
     data = pickle.loads((cifar / "cifar-10-batches-py" / "test_batch").read_bytes())[b"data"]
-    pixels = np.asarray(open_rgb(found.pictures[2].read_bytes()))
+    pixels = np.asarray(open_rgb(read_bytes(found.pictures[2])))
     assert (pixels == data[2].reshape(3, 32, 32).transpose(1, 2, 0)).all()
     assert len(read_set(cifar, "classification", splits=("train",))) == 20
 
@@ -199,7 +201,7 @@ def test_karpathy(two_photos: Path) -> None:
     (two_photos / "dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
     found = read_set(two_photos, "retrieval")
     assert found.captions == [["red", "box"]]
-    assert found.pictures == [two_photos / "val2014" / "red.png"]
+    assert found.pictures == [str(two_photos / "val2014" / "red.png")]
 
 
 def test_coco_form(two_photos: Path) -> None:

@@ -111,7 +111,7 @@ def test_goes_on_after_a_kill_without_encoding_again(
     (tmp_path / "slowtower.py").write_text(SLOW_TOWER)
     out = tmp_path / "s"
     code = (
-        "import litune.store.embed as e; e.SHARD_SECONDS = 0.0\n"
+        "import litune.store.build as b; import litune.store.embed as e; b.SHARD_SECONDS = 0.0\n"
         f"e.embed(pairs={str(photos)!r}, image_tower='python:slowtower:make', out={str(out)!r}, batch_size=2)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.DEVNULL)
@@ -181,12 +181,10 @@ def test_file_size_limit_keeps_what_is_finished(photos: Path, tower_module: str,
 
 def test_each_of_several_processes_builds_one_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first one chooses and keeps what it has built; the others build what it has chosen."""
-    import importlib
-
     from litune import distributed
     from litune.image.runtimes import Runtime
+    from litune.store import build
 
-    module = importlib.import_module("litune.store.embed")
     built: list[tuple[str, str]] = []
 
     def pick(*_: object, name: str, precision: str, batch_size: int) -> Runtime:
@@ -194,14 +192,14 @@ def test_each_of_several_processes_builds_one_runtime(tmp_path: Path, monkeypatc
         chosen = {"auto": "onnxruntime"}.get(name, name), {"auto": "float32"}.get(precision, precision)
         return Runtime(*chosen, run=lambda pixels: pixels)
 
-    monkeypatch.setattr(module, "pick_runtime", pick)
+    monkeypatch.setattr(build, "pick_runtime", pick)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     config = EmbedConfig(pairs=tmp_path, image_tower="x", out=tmp_path / "s")
     monkeypatch.setattr(distributed, "from_main", lambda function: function())
-    first = module._pick_runtime(config, None, [], {})
+    first = build._pick_runtime(config, None, [], {})
     assert built == [("auto", "auto")]
     monkeypatch.setattr(distributed, "from_main", lambda function: (first.name, first.precision, 64))
-    second = module._pick_runtime(config, None, [], {})
+    second = build._pick_runtime(config, None, [], {})
     assert built == [("auto", "auto"), ("onnxruntime", "float32")]
     assert (second.name, second.precision) == (first.name, first.precision)
 

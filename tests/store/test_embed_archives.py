@@ -57,7 +57,7 @@ def test_it_goes_on_in_the_middle_of_a_shard(
 ) -> None:
     settings = {"pairs": write_shards(tmp_path / "tars", 2), "image_tower": tower_module, "out": tmp_path / "s"}
     whole, rows = encoding.decode, []
-    monkeypatch.setattr("litune.store.embed.SHARD_SECONDS", 0.0)
+    monkeypatch.setattr("litune.store.build.SHARD_SECONDS", 0.0)
 
     def stopping(row: int, *rest: object) -> object:
         rows.append(row)

@@ -11,10 +11,10 @@ import pytest
 from litune.cli import main
 from litune.config import ProbeConfig
 from litune.errors import ConfigError, DataError, OutputExistsError, StoreError
+from litune.store.selection import choose_pairs
 from litune.store.store import FeatureStore, StoreWriter
 from litune.studies import probe as module
 from litune.studies.probe import probe, table
-from litune.tuning.tune import choose_pairs
 
 WORDS = ["red", "green", "blue", "yellow", "bar", "box", "ring", "really", *"bcdfghjkmnpqrtvwxz"]
 

@@ -21,14 +21,16 @@ from litune.claims import claim
 from litune.config import TuneConfig, to_json
 from litune.errors import ConfigError, OutputBusyError, OutputExistsError, RunError, StoreError
 from litune.image.registry import weights_hash
+from litune.model.build import make_model, make_tokenizer
 from litune.model.run_folder import load, load_tensors
+from litune.store.selection import choose_pairs
 from litune.store.store import FeatureStore
 from litune.text import registry as text_towers
 from litune.text.registry import parse_text_spec
 from litune.tuning.interrupt import after_the_step
 from litune.tuning.losses import softmax_loss
 from litune.tuning.run import Tuning
-from litune.tuning.tune import choose_pairs, make_model, make_tokenizer, tune
+from litune.tuning.tune import tune
 
 
 def test_learns(tune_config: TuneConfig) -> None:
@@ -153,9 +155,9 @@ def test_locked_is_locked(store: FeatureStore, tune_config: TuneConfig) -> None:
     train, _ = choose_pairs(store, tune_config)
     spec = parse_text_spec(tune_config.text_tower)
     wide = random_store(tune_config.out.parent / "wide", 24, 512)
-    model = make_model(wide, spec, make_tokenizer(spec, tune_config, train.captions), wide.select(), tune_config)
+    model = make_model(wide.select(), spec, make_tokenizer(spec, tune_config, train.captions), tune_config)
     model.image = tower
-    run = Tuning(tune_config, wide, wide.select(), None, model, torch.device("cpu"))
+    run = Tuning(tune_config, wide.select(), None, model, torch.device("cpu"))
     in_optimizer = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     assert in_optimizer
     assert not in_optimizer & {id(p) for p in tower.parameters()}

@@ -1,10 +1,10 @@
 """Whether two pictures show the same photo: their thumbnails, aligned, then compared patch by patch.
 
-A copy may be cropped, scaled, mirrored, brighter, compressed or written upon. Gains and offsets of brightness are taken
-out; scale and place in both directions are found by Gauss-Newton steps on the difference of the two thumbnails, from
-coarse to fine (inverse compositional: Baker and Matthews, "Lucas-Kanade 20 years on", 2004); and the agreement is the
-mean correlation of small patches, so that a caption written into a corner costs a few patches, while two photos of
-like layout agree in few.
+A copy may be cropped, scaled, mirrored, brighter, compressed or have text on it. Brightness gain and offset are
+removed; scale and shift along both axes are found by Gauss-Newton steps on the difference of the two thumbnails, from
+coarse to fine (inverse compositional: Baker and Matthews, "Lucas-Kanade 20 years on", 2004). The agreement is the mean
+correlation of small patches, so that text in a corner costs a few patches, while two photos of similar layout agree in
+few.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SIDE = 64
-"""Pixels of a thumbnail, each way; the aspect is not kept."""
+"""Pixels of a thumbnail's side; the aspect ratio is not kept."""
 COARSE, FINE = ((8, 5), (16, 5)), ((32, 5), (64, 3))
-"""Pixels and steps of the alignment, both ways round and then of the better one alone."""
+"""Pixels and steps of the alignment: of both orientations, then of the better one alone."""
 LIKE = 0.5
-"""The least correlation of the coarse pictures for going on."""
+"""Pairs with a lower correlation at the coarse level are not aligned further."""
 PATCH = 8
 TEXTURE = 4.0
 """The standard deviation, in gray levels, below which a patch is flat."""
 FEWEST = 8
-"""Patches that two nearly flat pictures must at least have in common, of 64, to agree fully."""
+"""The least number of the 64 patches that two nearly flat pictures must share to agree fully."""
 SCALES, SHIFT = (0.6, 1.7), 0.7
-"""What an alignment may do: scale, and shift in half thumbnails."""
+"""The limits of an alignment: scale, and shift in half thumbnails."""
 
 
 def thumbnail(data: bytes) -> np.ndarray:
     """The bytes of a picture as gray values, upright, squeezed to [SIDE, SIDE] uint8."""
     image: Image.Image = Image.open(io.BytesIO(data))
-    image.draft("L", (2 * SIDE, 2 * SIDE))  # a JPEG is decoded at a fraction of its size, and in gray alone
+    image.draft("L", (2 * SIDE, 2 * SIDE))  # decode a JPEG at a fraction of its size, in gray
     image = ImageOps.exif_transpose(image)
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -46,27 +46,27 @@ def thumbnail(data: bytes) -> np.ndarray:
 def agreement(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """How well P pairs of thumbnails, uint8 [P, SIDE, SIDE], agree after alignment: [P], at most 1.
 
-    The other one is also tried mirrored. Where one is a crop of the other, alignment is surer when it is the `other`.
-    Pairs that are unlike already when coarse (most) have 0.
+    `other` is also tried mirrored. Where one is a crop, alignment is more reliable if the crop is `other`. Pairs that
+    differ at the coarse level already (most do) have 0.
     """
-    found = np.zeros(len(one), np.float32)
+    agreements = np.zeros(len(one), np.float32)
     with torch.inference_mode():
         fixed, moving = (torch.from_numpy(t).float()[:, None] for t in (one, other))
-        both = torch.cat([moving, moving.flip(-1)])
-        place = torch.zeros(len(both), 2, 2)
+        candidates = torch.cat([moving, moving.flip(-1)])
+        place = torch.zeros(len(candidates), 2, 2)
         place[:, 0] = 1
         for side, steps in COARSE:
-            small = _shrink(fixed, side).repeat(2, 1, 1, 1), _shrink(both, side)
+            small = _shrink(fixed, side).repeat(2, 1, 1, 1), _shrink(candidates, side)
             place = _align(*small, place, steps)
         likeness, mirrored = _correlation(*small, place).view(2, -1).max(0)
         rows = torch.nonzero(likeness >= LIKE)[:, 0]
         if len(rows):
             chosen = mirrored[rows] * len(fixed) + rows
-            fixed, moving, place = fixed[rows], both[chosen], place[chosen]
+            fixed, moving, place = fixed[rows], candidates[chosen], place[chosen]
             for side, steps in FINE:
                 place = _align(_shrink(fixed, side), _shrink(moving, side), place, steps)
-            found[rows.numpy()] = _patches(fixed, moving, place).numpy()
-    return found
+            agreements[rows.numpy()] = _patches(fixed, moving, place).numpy()
+    return agreements
 
 
 def _shrink(pictures: Tensor, side: int) -> Tensor:
@@ -74,7 +74,7 @@ def _shrink(pictures: Tensor, side: int) -> Tensor:
 
 
 def _coordinates(side: int) -> Tensor:
-    """The middles of pixels, from -1 to 1."""
+    """The centres of pixels, from -1 to 1."""
     return (torch.arange(side) + 0.5) * 2 / side - 1
 
 
@@ -93,7 +93,7 @@ def _sample(pictures: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _standardize(values: Tensor, inside: Tensor) -> Tensor:
-    """Mean 0 and deviation 1 over the inside, 0 outside."""
+    """Values with mean 0 and standard deviation 1 inside, 0 outside."""
     count = inside.sum((-1, -2), keepdim=True).clamp(min=1)
     centered = (values - (values * inside).sum((-1, -2), keepdim=True) / count) * inside
     return centered / ((centered**2).sum((-1, -2), keepdim=True) / count).sqrt().clamp(min=1)
@@ -109,7 +109,7 @@ def _align(fixed: Tensor, moving: Tensor, place: Tensor, steps: int) -> Tensor:
     slopes = torch.cat([dx * at, dy * at[:, None], dx, dy], dim=1).flatten(2)  # [P, 4, S·S]
     normal = slopes @ slopes.transpose(1, 2)
     normal += torch.eye(4) * (1e-3 * normal.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + 1e-6)
-    solution = torch.linalg.solve(normal, slopes)  # once: it does not depend on the place
+    solution = torch.linalg.solve(normal, slopes)  # once: it does not depend on the alignment
     for _ in range(steps):
         read, inside = _sample(moving, place)
         error = _standardize(read, inside) - _standardize(fixed, inside)

@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from litune import page
 from litune.claims import claim
 from litune.config import DedupConfig, EmbedConfig, ReadingConfig, command, to_json
 from litune.curation.alignment import SIDE, thumbnail
@@ -26,6 +25,7 @@ from litune.devices import processor_cores
 from litune.errors import ConfigError, DataError, LituneError, OutputExistsError, StoreError
 from litune.files import atomic, clear_output, read_json, write_json, write_text
 from litune.image.registry import differences
+from litune.pages import write_page
 from litune.pairs.pairs import Pairs
 from litune.pairs.reference import names_of
 from litune.pairs.write import write_pairs
@@ -368,38 +368,26 @@ def _write(config: DedupConfig, pairs: ImageSet, removed: dict[int, Removed], re
 def _write_page(config: DedupConfig, pairs: ImageSet, removed: dict[int, Removed], report: dict[str, Any]) -> None:
     """The removed pictures beside what they are duplicates of, the least sure first."""
     keys, paths = pairs.table["key"], pairs.table["path"]
-    parts = [
-        page.tiles(
-            [
-                (f"{report['images']:,}", "images", False),
-                (f"{report['kept']:,}", "kept", False),
-                *(
-                    (f"{n['exact'] + n['near']:,}", _where(name, "duplicates"), False)
-                    for name, n in report["removed"].items()
-                ),
-                (f"{report['damaged']:,}", "damaged", report["damaged"] > 0),
-            ]
-        )
-    ]
     share = max(1, config.examples // max(1, len(report["removed"])))
+    groups = []
     for name in report["removed"]:
         near = sorted((r for r in removed.values() if r.set == name and not r.exact), key=lambda r: r.match)
         exact = [r for r in removed.values() if r.set == name and r.exact]
-        shown = [*near, *exact][:share]
-        about = f"{len(near):,} by pixels, {len(exact):,} by equal bytes; {len(shown):,} shown, the least sure first."
-        parts += [page.heading(_where(name, "Duplicates"), about)]
-        parts += [
-            page.pairs(
-                page.pair(
-                    page.picture(paths[r.row].as_py(), f"removed: {keys[r.row].as_py()}"),
-                    page.picture(r.path, f"{'kept' if name == OWN else 'there'}: {r.because}"),
-                    "equal bytes" if r.exact else f"pixels agree {r.match:.3f}, cosine of features {r.cosine:.3f}",
-                )
-                for r in shown
-            )
+        examples = [
+            {
+                "removed": (paths[r.row].as_py(), f"removed: {keys[r.row].as_py()}"),
+                "other": (r.path, f"{'kept' if name == OWN else 'there'}: {r.because}"),
+                "match": "equal bytes" if r.exact else f"pixels agree {r.match:.3f}, cosine of features {r.cosine:.3f}",
+            }
+            for r in [*near, *exact][:share]
         ]
-    page.write_page(config.out / "report.html", "Near-duplicates", pairs.source.pairs.source, parts)
-
-
-def _where(name: str, what: str) -> str:
-    return f"{what} within the pairs" if name == OWN else f"{what} of {name}"
+        where = "within the pairs" if name == OWN else f"of {name}"
+        groups.append({"where": where, "near": len(near), "exact": len(exact), "examples": examples})
+    write_page(
+        config.out / "report.html",
+        "duplicates.html",
+        title="Near-duplicates",
+        intro=pairs.source.pairs.source,
+        report=report,
+        groups=groups,
+    )

@@ -14,19 +14,19 @@ from litune.errors import MissingExtraError
 from litune.image.pictures import map_ahead
 
 WIDTH = 256
-"""Directions of the features that are compared."""
+"""Principal directions along which features are compared."""
 EXACT = 50_000
-"""With more images than this, the index is approximate."""
+"""Up to this many images the index is exact, beyond that approximate."""
 PROBES = 16
 BLOCK = 8192
 
 Blocks = Callable[[np.ndarray], Iterator[np.ndarray]]
-"""Raw features of the images with these numbers, block by block."""
+"""Maps image numbers to their raw features, block by block."""
 
 
 @dataclass(frozen=True)
 class Space:
-    """Where features are compared: less their mean, in the directions along which they differ most, normalised."""
+    """The space in which features are compared: centred, projected on their principal directions, normalised."""
 
     mean: np.ndarray  # [D]
     axes: np.ndarray  # [D, d]
@@ -38,7 +38,7 @@ class Space:
         centered = features - mean
         values, vectors = np.linalg.eigh(centered.T @ centered)
         keep = values[::-1] > 1e-7 * values[-1]
-        keep[0] = True  # of equal images there is no direction: every cosine is 0
+        keep[0] = True  # equal images have no direction left: every cosine is then 0
         axes = vectors[:, ::-1][:, keep][:, : min(width, max(1, len(features) - 1))]
         return Space(mean, np.ascontiguousarray(axes, dtype=np.float32))
 
@@ -58,10 +58,10 @@ def _faiss() -> Any:
 
 
 class Index:
-    """Unit vectors, found by cosine: exact for few; for many in cells of like ones, a byte per value."""
+    """Nearest neighbours of unit vectors by cosine: exact for few; for many in cells, with a byte per value."""
 
     def __init__(self, space: Space, blocks: Blocks, count: int, seed: int = 0) -> None:
-        """Of the images 0 to `count` - 1."""
+        """Index the images 0 to `count` - 1."""
         faiss = _faiss()
         width = space.axes.shape[1]
         if count <= EXACT:
@@ -69,8 +69,8 @@ class Index:
         else:
             cells = int(4 * np.sqrt(count))
             self._index = faiss.index_factory(width, f"IVF{cells},SQ8", faiss.METRIC_INNER_PRODUCT)
-            some = np.sort(np.random.default_rng(seed).choice(count, min(count, 40 * cells), replace=False))
-            self._index.train(np.concatenate([space(block) for block in blocks(some)]))
+            sample = np.sort(np.random.default_rng(seed).choice(count, min(count, 40 * cells), replace=False))
+            self._index.train(np.concatenate([space(block) for block in blocks(sample)]))
             self._index.nprobe = PROBES
         for block in blocks(np.arange(count)):
             self._index.add(space(block))
@@ -104,80 +104,79 @@ def candidates(
     min_cosine: float,
     within: bool,
 ) -> Iterator[Found]:
-    """Pairs to look at, block by block: each query's nearest images above the least cosine.
+    """Candidate pairs, block by block: each query's nearest images of at least the cosine `min_cosine`.
 
-    `queries` are numbers [n] with raw features [n, D]. `within`: the index holds the queries themselves; each pair is
-    given once, its smaller number first, and none with itself. (A pair that only the larger number's neighbours have
-    is given from that side.)
+    `queries` are numbers [n] with raw features [n, D]. `within`: the index holds the queries themselves; a pair has
+    its smaller number first, and no image is paired with itself.
     """
     for numbers, features in queries:
-        found, cosines = index.search(space(features), neighbours + within)
-        one = np.repeat(numbers, found.shape[1])
-        other, cosine = found.ravel().astype(np.int64), cosines.ravel()
-        keep = (other >= 0) & (cosine >= min_cosine)
+        neighbour_numbers, cosines = index.search(space(features), neighbours + within)
+        left = np.repeat(numbers, neighbour_numbers.shape[1])
+        right, cosine = neighbour_numbers.ravel().astype(np.int64), cosines.ravel()
+        keep = (right >= 0) & (cosine >= min_cosine)
         if within:
-            keep &= one != other
-        one, other, cosine = one[keep], other[keep], cosine[keep]
+            keep &= left != right
+        left, right, cosine = left[keep], right[keep], cosine[keep]
         if within:
-            one, other = np.minimum(one, other), np.maximum(one, other)
-        yield Found(one, other, cosine, np.zeros(len(one), np.float32))
+            left, right = np.minimum(left, right), np.maximum(left, right)
+        yield Found(left, right, cosine, np.zeros(len(left), np.float32))
 
 
-def once(found: Found) -> Found:
-    """Each pair once."""
-    _, first = np.unique(np.stack([found.one, found.other]), axis=1, return_index=True)
-    return found.where(np.sort(first))
+def once(pairs: Found) -> Found:
+    """The pairs without repetitions."""
+    _, first = np.unique(np.stack([pairs.one, pairs.other]), axis=1, return_index=True)
+    return pairs.where(np.sort(first))
 
 
 def verify(
-    found: Found,
-    one: np.ndarray,
-    other: np.ndarray,
+    pairs: Found,
+    left: np.ndarray,
+    right: np.ndarray,
     areas: tuple[np.ndarray, np.ndarray],
     *,
     workers: int = 1,
     block: int = 256,
 ) -> Iterator[np.ndarray]:
-    """The agreement of the pairs' pixels, block by block; `one` and `other` are the sets' thumbnails [n, S, S].
+    """The agreement of the pairs' pixels, block by block; `left` and `right` are the sets' thumbnails [n, S, S].
 
-    The picture with more pixels (`areas`, one array for each set) is the one that the other is aligned to: a crop has
-    fewer. Each of `workers` threads takes a block of its own and computes alone: threads that share such small arrays
-    wait for each other.
+    The picture with fewer pixels (`areas`, one array for each set) is aligned to the other: a crop has fewer. Each of
+    `workers` threads computes a block of its own on one core: threads that share such small arrays only wait for each
+    other.
     """
 
     def work(start: int) -> np.ndarray:
         torch.set_num_threads(1)
-        left, right = found.one[start : start + block], found.other[start : start + block]
-        swap = (areas[0][left] < areas[1][right])[:, None, None]
-        return agreement(np.where(swap, other[right], one[left]), np.where(swap, one[left], other[right]))
+        i, j = pairs.one[start : start + block], pairs.other[start : start + block]
+        swap = (areas[0][i] < areas[1][j])[:, None, None]
+        return agreement(np.where(swap, right[j], left[i]), np.where(swap, left[i], right[j]))
 
-    yield from map_ahead(work, range(0, len(found.one), block), workers, ahead=2 * workers)
-
-
-def same_content(one: Sequence[str], other: Sequence[str]) -> np.ndarray:
-    """For each of n hashes the number of the first of the others that equals it, else -1: [n]; "" equals nothing."""
-    place = {value: number for number, value in reversed(list(enumerate(other))) if value}
-    return np.array([place.get(value, -1) for value in one], np.int64)
+    yield from map_ahead(work, range(0, len(pairs.one), block), workers, ahead=2 * workers)
 
 
-def groups(count: int, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """For each of `count` images the smallest number among those that pairs connect it with: [count]."""
+def same_content(hashes: Sequence[str], others: Sequence[str]) -> np.ndarray:
+    """For each of n hashes the position of the first of `others` that equals it, else -1: [n]; "" equals nothing."""
+    first = {value: number for number, value in reversed(list(enumerate(others))) if value}
+    return np.array([first.get(value, -1) for value in hashes], np.int64)
+
+
+def groups(count: int, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """For each of `count` images, the smallest number in its connected component of the pairs: [count]."""
     smallest: np.ndarray = np.arange(count)
     while True:
         before = smallest.copy()
-        both = np.minimum(smallest[one], smallest[other])
-        np.minimum.at(smallest, one, both)
-        np.minimum.at(smallest, other, both)
+        lower = np.minimum(smallest[left], smallest[right])
+        np.minimum.at(smallest, left, lower)
+        np.minimum.at(smallest, right, lower)
         smallest = np.take(smallest, smallest)
         if np.array_equal(before, smallest):
             return smallest
 
 
 def stays(group: np.ndarray, areas: np.ndarray) -> np.ndarray:
-    """For each of n images the one of its group that stays, the largest, of equally large ones the first: [n]."""
+    """For each of n images, the image of its group that stays: the largest, or the first of several as large: [n]."""
     order = np.lexsort((np.arange(len(group)), -areas, group))
     first = np.r_[True, group[order][1:] != group[order][:-1]] if len(group) else np.zeros(0, bool)
     best = np.zeros(len(group), np.int64)
     best[group[order][first]] = order[first]
-    found: np.ndarray = best[group]
-    return found
+    staying: np.ndarray = best[group]
+    return staying

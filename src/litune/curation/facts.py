@@ -1,4 +1,4 @@
-"""Facts about many images, gathered in threads, part by part: an interruption costs one part."""
+"""Facts about many images, gathered in threads and saved part by part: an interruption loses one part."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ Facts = dict[str, Any]
 def read_facts(path: str, *, content: bool = False, look: Callable[[bytes], object] | None = None) -> Facts:
     """An image's width and height (upright), format, and length in bytes, from its header.
 
-    With `content` its SHA-256 as well, and its bytes are shown to `look`; an error that this raises is damage.
+    With `content`, its SHA-256 as well, and `look` is called with its bytes; an error that it raises is damage.
     """
     facts: Facts = {"width": 0, "height": 0, "format": "", "bytes": 0, "sha256": "", "damage": ""}
     try:
         with open_picture(path) as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a large picture is no fault; too large a one is an error below
+            warnings.simplefilter("ignore")  # a large picture is fine; a too large one raises below
             data = file.read() if content else b""
             facts["bytes"] = file.seek(0, 2)
             file.seek(0)
@@ -43,7 +43,7 @@ def read_facts(path: str, *, content: bool = False, look: Callable[[bytes], obje
                 facts["sha256"] = hashlib.sha256(data).hexdigest()
             with Image.open(file) as image:
                 width, height = image.size
-                # Asked for it, Pillow decodes a whole PNG.
+                # For getexif, Pillow would decode a whole PNG.
                 turned = image.format != "PNG" and image.getexif().get(0x0112, 1) >= 5
                 facts |= {"format": image.format or "", "width": width, "height": height}
                 if turned:
@@ -80,8 +80,8 @@ def gather(
 ) -> Iterator[pa.Table]:
     """`work` on each of `rows` in threads; yields its facts as tables of `PART` rows, in order.
 
-    Parts are kept in `folder`, so that the same call goes on where it was; `about` says what they are, and of other
-    ones nothing is used. Raises `DataError` when more than the share `max_damaged` can't be used.
+    Parts are saved in `folder`, so that the same call resumes where it stopped; parts with another `about` are
+    discarded. Raises `DataError` when more than the share `max_damaged` can't be used.
     """
     if not (folder / _ABOUT).exists() or read_json(folder / _ABOUT, DataError) != about:
         shutil.rmtree(folder, ignore_errors=True)
@@ -95,31 +95,31 @@ def gather(
             if file.exists():
                 table = pa.parquet.read_table(file)
             else:
-                found = []
-                for one in map_ahead(work, part, workers, ahead=4 * workers):
-                    found.append(one)
+                rows_done = []
+                for row_facts in map_ahead(work, part, workers, ahead=4 * workers):
+                    rows_done.append(row_facts)
                     task.advance(1)
-                table = pa.Table.from_pylist(found)
+                table = pa.Table.from_pylist(rows_done)
                 with atomic(file) as temporary:
                     pa.parquet.write_table(table, temporary)
-            bad = [
+            damages = [
                 Damage(keys(row), reason)
                 for row, reason in zip(part, table["damage"].to_pylist(), strict=True)
                 if reason
             ]
-            damaged += len(bad)
+            damaged += len(damages)
             task.note = f"{damaged} damaged" if damaged else ""
             if damaged > max_damaged * len(rows):
                 raise DataError(
                     f"{damaged:,} of {len(rows):,} images can't be used (at most {max_damaged:.1%} may), as "
-                    f"{bad[0].key}: {bad[0].reason}; mend them or raise --max-damaged"
+                    f"{damages[0].key}: {damages[0].reason}; mend them or raise --max-damaged"
                 )
-            for damage in bad[:5]:
+            for damage in damages[:5]:
                 say(f"skipped {damage.key}: {damage.reason}")
             yield table
 
 
 def _done(folder: Path, rows: int) -> int:
-    """How many images are done from before."""
+    """The number of images that an earlier call has done."""
     starts = (start for start in range(0, rows, PART) if (folder / f"{start // PART:06}.parquet").exists())
     return sum(min(PART, rows - start) for start in starts)

@@ -1,4 +1,4 @@
-"""URL lists → webdataset shards, by img2dataset in a process of its own, and a report of the links that are dead."""
+"""URL lists → webdataset shards, by img2dataset in its own process, and a report of the dead links."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from litune.pairs.tables import read_lines
 from litune.progress import say, track
 
 ABOUT = "fetch"
-"""The folder in the output for what is not shards: img2dataset takes every JSON file beside them for its own."""
+"""The output's folder for everything but shards: img2dataset takes any JSON file beside them for its own."""
 ROWS = 20_000
 LOOK = "import importlib.util as u; print(u.find_spec('img2dataset') is not None)"
 POLL_SECONDS = 0.5
@@ -51,14 +51,14 @@ REASONS = (
     (r"Connection reset|Remote end closed|Broken pipe", "connection lost"),
     (r"CERTIFICATE|SSL", "bad certificate"),
 )
-"""How img2dataset's messages are counted; what is not here is counted as it is."""
+"""Patterns of img2dataset's messages and the reasons they are counted under; others are counted verbatim."""
 
 
 @command(FetchConfig)
 def fetch_data(config: FetchConfig) -> dict[str, Any]:
     """Fetch the images of a list of URLs; returns the report, which is written to `config.out`/fetch as well.
 
-    Goes on with what an interrupted run left. Raises `DataError` for a list that can't be read, `MissingExtraError`
+    Resumes an interrupted run. Raises `DataError` for a list that can't be read, `MissingExtraError`
     where img2dataset is not installed, `OutputExistsError` where the output is of another list or other settings,
     `OutputBusyError` where another process writes it.
     """
@@ -74,19 +74,19 @@ def _fetch(config: FetchConfig, python: str) -> dict[str, Any]:
     if not is_url(config.urls) and Path(config.urls).is_file():
         settings["sha256"] = sha256_file(Path(config.urls))
     if (about / "settings.json").exists() and not config.overwrite:
-        there = read_json(about / "settings.json", DataError)
-        _check_same(config, there, settings)
+        saved = read_json(about / "settings.json", DataError)
+        _check_same(config, saved, settings)
     else:
-        # Of a run that ended while it wrote the list, nothing is worth keeping.
+        # A run that ended while it wrote the list left nothing worth keeping.
         barely_begun = (
             about.is_dir() and list(config.out.iterdir()) == [about] and not (about / "settings.json").exists()
         )
         clear_output(config.out, about.is_dir(), "fetched set", config.overwrite or barely_begun)
         columns, refused = _write_list(config, about / "urls.parquet")
-        there = settings | {"columns": columns, "refused": refused}
-        write_json(about / "settings.json", there)
-    _download(config, python, there["columns"], about)
-    report = _report(config.out, there["refused"])
+        saved = settings | {"columns": columns, "refused": refused}
+        write_json(about / "settings.json", saved)
+    _download(config, python, saved["columns"], about)
+    report = _report(config.out, saved["refused"])
     write_json(about / "link-rot.json", report)
     write_text(about / "link-rot.txt", report_text(report))
     say(report_text(report).rstrip())
@@ -95,30 +95,30 @@ def _fetch(config: FetchConfig, python: str) -> dict[str, Any]:
 
 
 def _find_img2dataset(python: Path | None) -> str:
-    """The Python that has img2dataset."""
+    """The path of a Python that has img2dataset."""
     chosen = str(python or sys.executable)
     try:
-        found = subprocess.run([chosen, "-c", LOOK], capture_output=True, text=True, check=False)
+        result = subprocess.run([chosen, "-c", LOOK], capture_output=True, text=True, check=False)
     except OSError as why:
         raise DataError(f"--python {chosen} can't be started: {why.strerror}") from None
-    if found.stdout.strip() == "True":
+    if result.stdout.strip() == "True":
         return chosen
     if python is not None:
         raise DataError(f"--python {python} has no img2dataset: run  {python} -m pip install img2dataset")
     raise MissingExtraError("litune data fetch", "img2dataset", "fetch")
 
 
-def _check_same(config: FetchConfig, there: dict[str, Any], settings: dict[str, Any]) -> None:
+def _check_same(config: FetchConfig, saved: dict[str, Any], settings: dict[str, Any]) -> None:
     for name, value in settings.items():
-        if there.get(name) != value:
-            what = f"--{name.replace('_', '-')} {there.get(name)}, not {value}"
+        if saved.get(name) != value:
+            what = f"--{name.replace('_', '-')} {saved.get(name)}, not {value}"
             if name in ("urls", "sha256"):
-                what = f"another list ({there.get('urls')})"
+                what = f"another list ({saved.get('urls')})"
             raise OutputExistsError(f"{config.out} was begun with {what}: choose another --out, or give --overwrite")
 
 
 def _write_list(config: FetchConfig, file: Path) -> tuple[list[str], dict[str, int]]:
-    """Write the list as img2dataset takes it, block by block; returns its columns, and how many rows it leaves out."""
+    """Write the list in img2dataset's form, block by block; returns its columns, and the skipped rows by reason."""
     refused: Counter[str] = Counter()
     rows = _rows(config, refused)
     first = next(rows, None)
@@ -135,16 +135,16 @@ def _write_list(config: FetchConfig, file: Path) -> tuple[list[str], dict[str, i
 
 
 def _cell(value: Any, kind: pa.DataType) -> Any:
-    """A value as its column has it; empty where it can't be."""
+    """A value converted to its column's type; None where it can't be."""
     if pa.types.is_floating(kind):
         return float(value) if isinstance(value, (int, float)) else None
     return None if value is None else str(value).encode("utf-8", "replace").decode()
 
 
 def _rows(config: FetchConfig, refused: Counter[str]) -> Iterator[dict[str, Any]]:
-    """The rows of the list: url, caption where there is one, and what is kept; the others are counted in `refused`.
+    """The rows of the list: url, caption if there is one, and columns to keep; skipped rows are counted in `refused`.
 
-    What is no http address is left out: img2dataset would read file:///etc/passwd.
+    Only http addresses are passed on: img2dataset would read file:///etc/passwd.
     """
     url = caption = None
     for line in _read_list(str(config.urls)):
@@ -187,7 +187,7 @@ def _read_list(address: str) -> Iterator[tuple[str, dict[str, Any]] | Damage]:
 
 
 def _download(config: FetchConfig, python: str, columns: list[str], about: Path) -> None:
-    """Let img2dataset fetch the shards that are not done, and show how far it is."""
+    """Run img2dataset on the shards that are not done yet, and show its progress."""
     settings = {
         "url_list": str((about / "urls.parquet").absolute()),
         "input_format": "parquet",
@@ -210,11 +210,11 @@ def _download(config: FetchConfig, python: str, columns: list[str], about: Path)
     }
     write_json(about / "img2dataset.json", settings)
     limits = {"most_bytes": config.most_bytes, "seconds": config.seconds}
-    # Nothing but the list's own addresses is to be asked for.
+    # Only the list's own addresses may be requested.
     quiet = {"WANDB_MODE": "disabled", "NO_ALBUMENTATIONS_UPDATE": "1"}
     environment = os.environ | quiet | {fetch_worker.LIMITS: json.dumps(limits)}
     rows = pa.parquet.read_metadata(about / "urls.parquet").num_rows
-    done = sum(facts["count"] for facts in _counts(config.out))
+    done = sum(stats["count"] for stats in _shard_stats(config.out))
     if done:
         say(f"going on with {config.out}: {done:,} of {rows:,} URLs are done")
     if done == rows:
@@ -226,8 +226,8 @@ def _download(config: FetchConfig, python: str, columns: list[str], about: Path)
             with track("fetching", "URLs", rows, done) as task:
                 while process.poll() is None:
                     time.sleep(POLL_SECONDS)
-                    task.advance(sum(facts["count"] for facts in _counts(config.out)) - task.done)
-                task.advance(sum(facts["count"] for facts in _counts(config.out)) - task.done)
+                    task.advance(sum(stats["count"] for stats in _shard_stats(config.out)) - task.done)
+                task.advance(sum(stats["count"] for stats in _shard_stats(config.out)) - task.done)
         finally:
             process.terminate()
             process.wait()
@@ -238,23 +238,23 @@ def _download(config: FetchConfig, python: str, columns: list[str], about: Path)
         )
 
 
-def _counts(out: Path) -> list[dict[str, Any]]:
-    """What img2dataset says of each finished shard."""
-    found = []
+def _shard_stats(out: Path) -> list[dict[str, Any]]:
+    """img2dataset's statistics of each finished shard."""
+    stats = []
     for file in sorted(out.glob("*_stats.json")):
         with suppress(ValueError):  # it is being written
-            found.append(json.loads(file.read_text(encoding="utf-8")))
-    return found
+            stats.append(json.loads(file.read_text(encoding="utf-8")))
+    return stats
 
 
 def _report(out: Path, refused: dict[str, int]) -> dict[str, Any]:
-    """How many URLs there were, how many images were had, and why not the others."""
+    """The number of URLs, of images fetched, and why the others failed."""
     reasons = Counter(refused)
     fetched = urls = 0
-    for facts in _counts(out):
-        urls += facts["count"]
-        fetched += facts["successes"]
-        for message, count in facts["status_dict"].items():
+    for stats in _shard_stats(out):
+        urls += stats["count"]
+        fetched += stats["successes"]
+        for message, count in stats["status_dict"].items():
             if message != "success":
                 reasons[reason_of(message)] += count
     urls += sum(refused.values())
@@ -274,13 +274,13 @@ def reason_of(message: str) -> str:
     ('HTTP 404 Not Found', 'no answer in time')
     """
     for pattern, reason in REASONS:
-        if found := re.search(pattern, message, re.IGNORECASE):
-            return found.expand(reason).strip()
+        if match := re.search(pattern, message, re.IGNORECASE):
+            return match.expand(reason).strip()
     return (message.splitlines() or [""])[0][:100] or "unknown"
 
 
 def report_text(report: dict[str, Any]) -> str:
-    """The report as lines to read."""
+    """The report as lines of text."""
     lines = [f"{report['fetched']:,} of {report['urls']:,} images fetched, {report['share_lost']:.1%} lost"]
     lines += [f"{count:>12,}  {reason}" for reason, count in report["reasons"].items()]
     return "\n".join(lines) + "\n"

@@ -1,15 +1,19 @@
 """Runs img2dataset in the Python that has it: `python fetch_worker.py SETTINGS.json` (see litune/curation/fetch.py).
 
-A file of its own that needs nothing of litune. img2dataset reads whatever a server sends, for as long as it sends, and
-follows a redirect to ftp; here answers have a limit in bytes and seconds, and http and https alone are spoken.
+A separate file that imports nothing from litune. img2dataset reads whatever a server sends, for as long as it sends,
+and follows redirects to ftp; here answers are limited in bytes and seconds, and only http and https are allowed.
 """
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":
+    del sys.path[0]  # this file's folder: its inspect.py would stand in for Python's
+
 import json
 import os
 import signal
-import sys
 import threading
 import time
 import urllib.request
@@ -21,7 +25,7 @@ LIMITS = "LITUNE_FETCH_LIMITS"
 
 
 class Limited:
-    """An answer that is read no further than the limits."""
+    """An answer that is read up to the limits."""
 
     def __init__(self, answer: Any, most_bytes: int, seconds: float) -> None:
         self.headers, self._answer = answer.headers, answer
@@ -34,21 +38,21 @@ class Limited:
         self._answer.close()
 
     def read(self) -> bytes:
-        """All of the answer. Raises `ValueError` where it is larger, slower or shorter than it may be."""
-        found = bytearray()
+        """The whole answer. Raises `ValueError` where it is too large, too slow or cut short."""
+        body = bytearray()
         while part := self._answer.read1(1 << 16):
-            found += part
-            if len(found) > self._most:
+            body += part
+            if len(body) > self._most:
                 raise ValueError(f"larger than {self._most} bytes")
             if time.monotonic() > self._until:
                 raise ValueError("too slow")
         if self._answer.length:
             raise ValueError("ended too early")
-        return bytes(found)
+        return bytes(body)
 
 
 def limit_reads() -> None:
-    """Put the limits under every download of this process."""
+    """Apply the limits to every download of this process."""
     limits = json.loads(os.environ[LIMITS])
     opener = urllib.request.OpenerDirector()
     for handler in (
@@ -69,13 +73,13 @@ def limit_reads() -> None:
 
 
 def end_with(parent: int) -> None:
-    """End this process when the one that started it is gone: two would write the same shards."""
+    """End this process when its parent is gone: a new run would write the same shards."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-if __name__ in ("__main__", "__mp_main__"):  # img2dataset's processes run this file anew
+if __name__ in ("__main__", "__mp_main__"):  # img2dataset's own processes run this file again
     sys.modules["torch"] = None  # type: ignore[assignment]  # webdataset would load it: half a gigabyte in each process
     limit_reads()
 

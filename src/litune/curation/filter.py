@@ -28,7 +28,7 @@ from litune.progress import say, track
 from litune.store.store import MANIFEST
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # What the LiT paper does to the texts of YFCC100M (arXiv 2111.07991).
+    # The LiT paper's processing of YFCC100M's texts (arXiv 2111.07991).
     "yfcc": {"caption_column": ("title", "description", "tags"), "titles": "yfcc", "tags": "shuffle"},
     # Section 3 of ALIGN (arXiv 2102.05918), without its filter of adult images.
     "align": {
@@ -40,7 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "min_words": 3,
         "max_words": 20,
     },
-    # The LiT paper: ALIGN's filters of images, a simpler one of texts that it does not describe.
+    # The LiT paper: ALIGN's image filters, and a simpler text filter that it does not describe.
     "lit": {"min_side": 201, "max_aspect": 3.0, "max_captions": 1000, "min_words": 1},
 }
 
@@ -64,19 +64,19 @@ def _filter(config: FilterConfig) -> dict[str, Any]:
     rules = [rule for make in RULES for rule in make(config, source)]
     if not rules and config.tags != "shuffle":
         raise ConfigError("no rule is set: give --preset, or rules such as --min-side 200 --min-words 3")
-    found = list(apply(pool, rules))
+    outcomes = list(apply(pool, rules))
     if not len(pool.images_left):
         raise DataError(f"the rules drop all {len(pool.table):,} images: loosen them")
-    kept = pool.kept()
+    table = pool.kept()
     if config.tags == "shuffle":
-        kept = _shuffle_tags(kept, config)
+        table = _shuffle_tags(table, config)
     results = {
         "source": source.pairs.source,
         "images": len(pool.table),
         "captions": len(pool.captions),
-        "kept_images": len(kept),
-        "kept_captions": int(pc.sum(pc.list_value_length(kept["captions"])).as_py() or 0),
-        "rules": found,
+        "kept_images": len(table),
+        "kept_captions": int(pc.sum(pc.list_value_length(table["captions"])).as_py() or 0),
+        "rules": outcomes,
         "settings": to_json(config),
     }
     if config.dropped is not None:
@@ -85,16 +85,16 @@ def _filter(config: FilterConfig) -> dict[str, Any]:
         write_json(config.report, results)
     if source.store is not None and not config.out.suffix:
         clear_output(config.out, (config.out / MANIFEST).exists(), "feature store", config.overwrite)
-        write_store(config.out, source, pool.images_left, kept)
+        write_store(config.out, source, pool.images_left, table)
     else:
-        write_pairs(config.out, kept)
+        write_pairs(config.out, table)
     shutil.rmtree(_work_folder(config.out), ignore_errors=True)
     say(f"wrote {config.out}: {results['kept_images']:,} images, {results['kept_captions']:,} captions")
     return results
 
 
 def with_preset(config: FilterConfig) -> FilterConfig:
-    """The settings with the preset's values where none was given."""
+    """The settings, with the preset's values for those that are not given."""
     if config.preset is None:
         return config
     given = {name: value for name in PRESETS[config.preset] if (value := getattr(config, name)) not in (None, ())}
@@ -142,7 +142,7 @@ def _image_rules(config: FilterConfig, source: Source) -> list[Rule]:
 
 
 def _sizes(config: FilterConfig, source: Source) -> np.ndarray:
-    """Widths and heights [n, 2], from the store or out of the files' headers; 0 for damaged images."""
+    """Widths and heights [n, 2], from the store or from the files' headers; 0 for damaged images."""
     table = source.pairs.table
     if source.store is not None and {"width", "height"} <= set(source.store.metadata.column_names):
         sizes = [source.store.metadata[name].to_numpy()[source.rows] for name in ("width", "height")]
@@ -200,7 +200,7 @@ def _titles(field: str) -> Callable[[Pool, np.ndarray], np.ndarray]:
 
 
 def _set_rules(config: FilterConfig, source: Source) -> list[Rule]:
-    """Rules that look at all captions that are left together."""
+    """Rules that look at all remaining captions together."""
     rules = []
     if (most := config.max_repeats) is not None:
 
@@ -224,9 +224,9 @@ def _language_rules(config: FilterConfig, source: Source) -> list[Rule]:
     def keeps(pool: Pool, rows: np.ndarray) -> np.ndarray:
         keep = np.zeros(len(rows), bool)
         with track("identifying languages", "captions", len(rows)) as task:
-            found = identify(pool.captions[int(row)].as_py() for row in rows)
-            for place, (code, certainty) in enumerate(found):
-                keep[place] = code in config.languages and certainty >= config.min_certainty
+            languages = identify(pool.captions[int(row)].as_py() for row in rows)
+            for position, (code, certainty) in enumerate(languages):
+                keep[position] = code in config.languages and certainty >= config.min_certainty
                 task.advance(1)
         return keep
 
@@ -246,7 +246,7 @@ def _agreement_rules(config: FilterConfig, source: Source) -> list[Rule]:
 
 
 def _cosines(config: FilterConfig, source: Source, pool: Pool, rows: np.ndarray, block: int = 4096) -> np.ndarray:
-    """The cosine of each of these captions with its image, under the run."""
+    """The cosine of each of these captions with its image, by the run's model."""
     from litune.model.run_folder import check_store, load
 
     assert config.agree is not None
@@ -254,28 +254,28 @@ def _cosines(config: FilterConfig, source: Source, pool: Pool, rows: np.ndarray,
     assert source.rows is not None
     model = load(config.agree, device=config.device)
     check_store(config.agree, model, source.store.path, source.store.width, source.store.tower)
-    found = np.empty(len(rows), np.float32)
+    cosines = np.empty(len(rows), np.float32)
     with track("scoring agreement", "captions", len(rows)) as task:
         for start in range(0, len(rows), block):
             part = rows[start : start + block]
             images = model.encode_features(source.store.features(source.rows[pool.owner[part]]))
             texts = model.encode_text(pool.captions.take(pa.array(part)).to_pylist())
-            found[start : start + len(part)] = (images * texts).sum(dim=1).float().cpu().numpy()
+            cosines[start : start + len(part)] = (images * texts).sum(dim=1).float().cpu().numpy()
             task.advance(len(part))
-    return found
+    return cosines
 
 
 RULES = (_image_rules, _caption_rules, _set_rules, _language_rules, _agreement_rules)
-"""The rules in their order: cheap ones first, so that the costly ones see little."""
+"""The rules in order: cheap ones first, so that the expensive ones have less to do."""
 
 
-def _shuffle_tags(kept: pa.Table, config: FilterConfig) -> pa.Table:
-    """The table with its tags as texts; the order follows from the seed and the image's key."""
-    known = pc.unique(pc.list_flatten(kept["fields"])).to_pylist() if "fields" in kept.column_names else []
+def _shuffle_tags(table: pa.Table, config: FilterConfig) -> pa.Table:
+    """The table with tags joined to texts, in an order that depends on the seed and the image's key."""
+    known = pc.unique(pc.list_flatten(table["fields"])).to_pylist() if "fields" in table.column_names else []
     if config.tags_field not in known:
         raise DataError(f"--tags shuffle: no caption is of the field {config.tags_field!r}: see --caption-column")
     rows = []
-    for key, fields, captions in zip(*(kept[name].to_pylist() for name in ("key", "fields", "captions")), strict=True):
+    for key, fields, captions in zip(*(table[name].to_pylist() for name in ("key", "fields", "captions")), strict=True):
         random = np.random.default_rng([config.seed, *key.encode()])
         rows.append(
             [
@@ -283,4 +283,4 @@ def _shuffle_tags(kept: pa.Table, config: FilterConfig) -> pa.Table:
                 for field, caption in zip(fields, captions, strict=True)
             ]
         )
-    return kept.set_column(kept.column_names.index("captions"), "captions", pa.array(rows, pa.list_(pa.string())))
+    return table.set_column(table.column_names.index("captions"), "captions", pa.array(rows, pa.list_(pa.string())))

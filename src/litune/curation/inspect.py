@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from litune import page
 from litune.config import OverviewConfig, TuneConfig, command
 from litune.curation.captions import words
 from litune.curation.facts import gather, read_facts
@@ -22,9 +21,10 @@ from litune.devices import processor_cores
 from litune.errors import MissingExtraError, OutputExistsError
 from litune.files import write_json
 from litune.image.pictures import open_rgb
+from litune.model.build import make_tokenizer, text_spec
+from litune.pages import write_page
 from litune.pairs.reference import names_of
 from litune.progress import say
-from litune.tuning.tune import make_tokenizer, text_spec
 
 REPORT, PAGE = "overview.json", "overview.html"
 SAMPLE = 20_000
@@ -131,52 +131,41 @@ def _facts(config: OverviewConfig, table: pa.Table, rows: np.ndarray, fingerprin
     return facts.append_column("key", keys.take(pa.array(rows))).append_column("path", paths.take(pa.array(rows)))
 
 
-def _write_page(config: OverviewConfig, found: dict[str, Any], table: pa.Table, random: np.random.Generator) -> None:
+def _write_page(config: OverviewConfig, report: dict[str, Any], table: pa.Table, random: np.random.Generator) -> None:
     """The figures as tiles, bars and tables, and pictures drawn at random with one caption each."""
     assert config.out is not None
-    captions, files, tokens, languages = (found[name] for name in ("captions", "files", "tokens", "languages"))
-    tiles = [
-        (f"{found['images']:,}", "images", False),
-        (f"{captions['captions']:,}", "captions", False),
-        (f"{captions['words'].get('median', 0):g}", "words in a caption (median)", False),
-        (f"{files['short_side'].get('median', 0):g}", "pixels of the short side (median)", False),
-        (f"{captions['on_several_images']:,}", "captions on several images", captions["on_several_images"] > 0),
-        (f"{captions['boilerplate']:,}", "captions that say nothing", captions["boilerplate"] > 0),
-        (f"{files['equal_files']:,}", "files equal to another", files["equal_files"] > 0),
-        (f"{files['damaged']:,}", "damaged images", files["damaged"] > 0),
-        (f"{found['skipped_inputs']:,}", "inputs skipped", found["skipped_inputs"] > 0),
-    ]
-    if tokens.get("captions_cut") is not None:
-        tiles.append((f"{tokens['captions_cut']:.1%}", f"captions cut at {tokens['max_tokens']} tokens", False))
-    each = [
+    captions, files, tokens, languages = (report[name] for name in ("captions", "files", "tokens", "languages"))
+    distributions = [
         ("Words in a caption", captions["words_histogram"]),
         (f"Tokens of {tokens.get('tokenizer', '')}", tokens.get("tokens_histogram", {})),
         ("Short side, pixels", files["short_side_histogram"]),
         ("Languages as declared", languages["declared"]),
         ("Languages as identified", _with_short(languages)),
-        ("Splits", found.get("split", {})),
-        ("Text fields", found["fields"]),
-        ("Classes", dict(list(found.get("label", {}).items())[:20])),
+        ("Splits", report.get("split", {})),
+        ("Text fields", report["fields"]),
+        ("Classes", dict(list(report.get("label", {}).items())[:20])),
         ("Formats", files["formats"]),
     ]
-    parts = [page.tiles(tiles), page.columns(page.heading(name) + page.bars(counts) for name, counts in each if counts)]
-    if tokens.get("tokens_lost"):
-        about = (
-            f"{tokens['tokens_lost']:.1%} of all tokens are lost with --max-tokens {tokens['max_tokens']}; counted on "
-        )
-        parts.append(page.heading("What is cut", about + f"{tokens['captions_counted']:,} captions."))
-    if captions["most_repeated"]:
-        rows = [(text, f"{count:,}") for text, count in captions["most_repeated"].items()]
-        parts += [page.heading("Captions on several images"), page.table(["caption", "times"], rows)]
-    if files["equal_examples"]:
-        rows = [(", ".join(keys[:6]), f"{len(keys):,}") for keys in files["equal_examples"]]
-        parts += [page.heading("Equal files"), page.table(["files", "how many"], rows)]
-    for name, examples in (("Damaged images", files["damaged_examples"]), ("Skipped", found["skipped_examples"])):
-        if examples:
-            parts += [page.heading(name), page.table(["what", "why"], list(examples.items()))]
-    chosen = np.sort(random.permutation(len(table))[: config.pictures]).tolist()
-    if chosen:
-        shown = table.take(pa.array(chosen)).to_pylist()
-        figures = (page.picture(one["path"], str(random.choice(one["captions"] or [one["key"]]))) for one in shown)
-        parts += [page.heading("Some of them", "Drawn at random, each with one of its captions."), page.sheet(figures)]
-    page.write_page(config.out / PAGE, f"Pairs: {Path(config.pairs).name}", found["source"], parts)
+    repeated = [(text, f"{count:,}") for text, count in captions["most_repeated"].items()]
+    equal = [(", ".join(keys[:6]), f"{len(keys):,}") for keys in files["equal_examples"]]
+    tables = [
+        ("Captions on several images", ["caption", "times"], repeated),
+        ("Equal files", ["files", "how many"], equal),
+        ("Damaged images", ["what", "why"], list(files["damaged_examples"].items())),
+        ("Skipped", ["what", "why"], list(report["skipped_examples"].items())),
+    ]
+    chosen = np.sort(random.permutation(len(table))[: config.pictures])
+    examples = table.take(pa.array(chosen)).to_pylist()
+    write_page(
+        config.out / PAGE,
+        "overview.html",
+        title=f"Pairs: {Path(config.pairs).name}",
+        intro=report["source"],
+        report=report,
+        captions=captions,
+        files=files,
+        tokens=tokens,
+        distributions=distributions,
+        tables=tables,
+        pictures=[(row["path"], str(random.choice(row["captions"] or [row["key"]]))) for row in examples],
+    )

@@ -1,4 +1,4 @@
-"""The language of captions, identified from their letters."""
+"""The language of captions, identified from their characters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from litune.errors import ConfigError, MissingExtraError, nearest
 
-# Written languages that the library tells apart and a table of captions does not.
+# Written languages that the library distinguishes and caption tables don't.
 _WRITTEN_AS = {"wuu": "zh", "yue": "zh", "nn": "no", "nb": "no"}
 
 
@@ -35,9 +35,9 @@ def check_languages(codes: Sequence[str]) -> None:
 
 
 def identify(captions: Iterable[str]) -> Iterator[tuple[str, float]]:
-    """Each caption's language and its probability among all that are known.
+    """Each caption's language, and its probability among all known ones.
 
-    Of captions of a few words in related languages many are taken for each other: see docs/curate.md for figures.
+    Short captions in related languages are often confused: see docs/curate.md for figures.
     Raises `MissingExtraError` without the extra `data`.
     """
     identifier = _identifier()

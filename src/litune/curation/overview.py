@@ -18,11 +18,11 @@ QUANTILES = {"least": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "most": 1.0}
 
 
 def spread(values: np.ndarray) -> dict[str, float]:
-    """The least and largest value, the median and the ends of the middle nine tenths; {} of none."""
+    """Minimum, maximum, median, and 5th and 95th percentile; {} where there are no values."""
     if not len(values):
         return {}
-    found = np.quantile(values, list(QUANTILES.values()))
-    return {name: round(float(value), 2) for name, value in zip(QUANTILES, found, strict=True)}
+    quantiles = np.quantile(values, list(QUANTILES.values()))
+    return {name: round(float(value), 2) for name, value in zip(QUANTILES, quantiles, strict=True)}
 
 
 def histogram(values: np.ndarray, edges: Sequence[int]) -> dict[str, int]:
@@ -33,8 +33,8 @@ def histogram(values: np.ndarray, edges: Sequence[int]) -> dict[str, int]:
     >>> histogram(np.array([3, 4, 5, 90]), [1, 5, 9, 65])
     {'1–4': 2, '5–8': 1, '9–64': 0, '65 and more': 1}
     """
-    place = np.searchsorted(edges, values, side="right") - 1
-    counts = np.bincount(place[place >= 0], minlength=len(edges)).tolist()
+    bin_of = np.searchsorted(edges, values, side="right") - 1
+    counts = np.bincount(bin_of[bin_of >= 0], minlength=len(edges)).tolist()
     ranges = itertools.pairwise(edges)
     names = [f"{low}–{high - 1}" if high > low + 1 else f"{low}" for low, high in ranges]
     full = np.flatnonzero(counts)
@@ -45,7 +45,7 @@ def histogram(values: np.ndarray, edges: Sequence[int]) -> dict[str, int]:
 
 
 def about_captions(table: pa.Table) -> dict[str, Any]:
-    """Figures about the captions of `Pairs.table`: how many an image has, how long, what repeats, what says nothing."""
+    """Figures about the captions of `Pairs.table`: captions per image, lengths, repeats, boilerplate."""
     lists = table["captions"].combine_chunks()
     flat = lists.flatten()
     counts = pc.list_value_length(lists).to_numpy(zero_copy_only=False)
@@ -53,7 +53,7 @@ def about_captions(table: pa.Table) -> dict[str, Any]:
     repeats = text.repeated(flat, owner) if len(flat) else np.zeros(0, np.int64)
     blank = text.is_boilerplate(flat) if len(flat) else np.zeros(0, bool)
     top = pc.value_counts(flat.filter(pa.array(repeats > 1))).to_pylist() if (repeats > 1).any() else []
-    top.sort(key=lambda one: (-one["counts"], one["values"]))
+    top.sort(key=lambda count: (-count["counts"], count["values"]))
     return {
         "captions": len(flat),
         "images_without": int((counts == 0).sum()),
@@ -62,22 +62,22 @@ def about_captions(table: pa.Table) -> dict[str, Any]:
         "words": spread(text.words(flat)),
         "words_histogram": histogram(text.words(flat), [0, 1, 3, 5, 8, 11, 16, 21, 31, 51, 101]),
         "on_several_images": int((repeats > 1).sum()),
-        "most_repeated": {one["values"]: one["counts"] for one in top[:10]},
+        "most_repeated": {count["values"]: count["counts"] for count in top[:10]},
         "boilerplate": int(blank.sum()),
         "boilerplate_examples": flat.filter(pa.array(blank)).slice(0, 5).to_pylist(),
     }
 
 
 def about_files(facts: pa.Table) -> dict[str, Any]:
-    """Figures about the image files that were opened, of `facts` (see `read_facts`) with their `key` and `path`."""
+    """Figures about the opened image files: `facts` (see `read_facts`) with their `key` and `path`."""
     good = facts.filter(pc.equal(facts["damage"], ""))
     width, height = (good[name].to_numpy().astype(np.int64) for name in ("width", "height"))
     short, long = np.minimum(width, height), np.maximum(width, height)
     hashes = Counter(value for value in facts["sha256"].to_pylist() if value)
-    again = {value for value, count in hashes.items() if count > 1}
+    repeated = {value for value, count in hashes.items() if count > 1}
     groups: dict[str, list[str]] = {}
     for key, value in zip(facts["key"].to_pylist(), facts["sha256"].to_pylist(), strict=True):
-        if value in again:
+        if value in repeated:
             groups.setdefault(value, []).append(key)
     damaged = facts.filter(pc.not_equal(facts["damage"], "")).select(["key", "path", "damage"]).to_pylist()
     return {
@@ -90,12 +90,12 @@ def about_files(facts: pa.Table) -> dict[str, Any]:
         "equal_files": sum(count - 1 for count in hashes.values()),
         "equal_examples": list(groups.values())[:10],
         "damaged": len(damaged),
-        "damaged_examples": {name_of(one["key"], one["path"]): one["damage"] for one in damaged[:20]},
+        "damaged_examples": {name_of(row["key"], row["path"]): row["damage"] for row in damaged[:20]},
     }
 
 
 def about_tokens(lengths: np.ndarray, max_tokens: int) -> dict[str, Any]:
-    """Figures about captions of so many tokens [N], of which the first `max_tokens` are read."""
+    """Figures about captions with these numbers of tokens [N], of which the tower reads the first `max_tokens`."""
     cut = np.maximum(lengths - max_tokens, 0)
     return {
         "captions_counted": len(lengths),

@@ -1,4 +1,4 @@
-"""Rules on pairs, one after the other: what each drops, counted and kept by name."""
+"""Rules on pairs, applied in order; what each drops is counted and recorded by the rule's name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EXAMPLES = 5
 class Pool:
     """n images and their N captions under rules; `by_image` [n] and `by_caption` [N] name the rule that dropped each.
 
-    The number is the rule's place, from 1; 0 is kept. `table` has the columns of `Pairs.table`.
+    They hold the rule's number, from 1; 0 is not dropped. `table` has the columns of `Pairs.table`.
     """
 
     table: pa.Table
@@ -35,17 +35,17 @@ class Pool:
         self.by_caption = np.zeros(len(self.captions), np.uint8)
 
     def flat(self, column: str) -> pa.Array | None:
-        """A column with one value per caption ("langs", "fields"), flat: [N]; None where there is none."""
+        """A column with one value per caption ("langs", "fields"), flattened to [N]; None where the table has none."""
         return self.table[column].combine_chunks().flatten() if column in self.table.column_names else None
 
     @property
     def images_left(self) -> np.ndarray:
-        """The numbers of the images that are kept so far."""
+        """The positions of the images that are left so far."""
         return np.flatnonzero(self.by_image == 0)
 
     @property
     def captions_left(self) -> np.ndarray:
-        """The numbers of the captions that are kept so far."""
+        """The positions of the captions that are left so far."""
         return np.flatnonzero(self.by_caption == 0)
 
     def kept(self) -> pa.Table:
@@ -64,7 +64,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule: of `images` or `captions`, which of those with the given numbers it keeps, as bool."""
+    """A rule on `images` or `captions`: `keeps` says which of those at the given positions it keeps, as bool."""
 
     name: str
     of: str
@@ -72,46 +72,46 @@ class Rule:
 
 
 def apply(pool: Pool, rules: list[Rule]) -> Iterator[dict[str, Any]]:
-    """Let each rule drop what it does not keep of what is left; yields its counts and examples.
+    """Apply each rule to what is left; yields its counts and examples.
 
-    An image goes with the last of its captions, and takes its captions along.
+    An image is dropped with the last of its captions, and its captions with it.
     """
-    for place, rule in enumerate(rules, 1):
+    for number, rule in enumerate(rules, 1):
         left = pool.images_left if rule.of == "images" else pool.captions_left
         keeps = rule.keeps(pool, left) if len(left) else np.ones(0, bool)
-        fell = left[~keeps]
+        dropped_rows = left[~keeps]
         if rule.of == "images":
-            pool.by_image[fell] = place
-            pool.by_caption[(pool.by_caption == 0) & (pool.by_image[pool.owner] == place)] = place
+            pool.by_image[dropped_rows] = number
+            pool.by_caption[(pool.by_caption == 0) & (pool.by_image[pool.owner] == number)] = number
         else:
-            pool.by_caption[fell] = place
-            still = np.bincount(pool.owner[pool.by_caption == 0], minlength=len(pool.table))
-            lost = np.unique(pool.owner[fell])
-            pool.by_image[lost[still[lost] == 0]] = place
+            pool.by_caption[dropped_rows] = number
+            remaining = np.bincount(pool.owner[pool.by_caption == 0], minlength=len(pool.table))
+            owners = np.unique(pool.owner[dropped_rows])
+            pool.by_image[owners[remaining[owners] == 0]] = number
         yield {
             "rule": rule.name,
             "of": rule.of,
             "tested": len(left),
-            "dropped_images": int((pool.by_image == place).sum()),
-            "dropped_captions": int((pool.by_caption == place).sum()),
-            "examples": _examples(pool, rule, fell),
+            "dropped_images": int((pool.by_image == number).sum()),
+            "dropped_captions": int((pool.by_caption == number).sum()),
+            "examples": _examples(pool, rule, dropped_rows),
         }
 
 
-def _examples(pool: Pool, rule: Rule, fell: np.ndarray) -> list[dict[str, str]]:
-    """Some of what a rule dropped, spread evenly over the pairs."""
-    some = fell[np.linspace(0, len(fell) - 1, min(EXAMPLES, len(fell))).astype(int)]
+def _examples(pool: Pool, rule: Rule, rows: np.ndarray) -> list[dict[str, str]]:
+    """Examples of what a rule dropped, spread evenly over the pairs."""
+    sample = rows[np.linspace(0, len(rows) - 1, min(EXAMPLES, len(rows))).astype(int)]
     keys = pool.table["key"]
     if rule.of == "images":
-        return [{"key": keys[int(i)].as_py()} for i in some]
-    return [{"key": keys[int(pool.owner[i])].as_py(), "caption": pool.captions[int(i)].as_py()} for i in some]
+        return [{"key": keys[int(i)].as_py()} for i in sample]
+    return [{"key": keys[int(pool.owner[i])].as_py(), "caption": pool.captions[int(i)].as_py()} for i in sample]
 
 
 def dropped(pool: Pool, rules: list[Rule]) -> pa.Table:
     """What the rules dropped, a row per caption (or image without captions).
 
-    Columns: key, caption, rule; lang and field where the pairs have them; and times: how often the row stands in the
-    pairs, where an image has a caption more than once.
+    Columns: key, caption, rule; lang and field where the pairs have them; and times, the number of equal rows, for an
+    image that has a caption more than once.
     """
     names = np.array(["", *(rule.name for rule in rules)], dtype=object)
     gone = np.flatnonzero(pool.by_caption)
@@ -124,6 +124,6 @@ def dropped(pool: Pool, rules: list[Rule]) -> pa.Table:
         if (values := pool.flat(column)) is not None:
             values = pa.concat_arrays([values.take(pa.array(gone)), pa.nulls(len(bare), pa.string())])
             table = table.append_column(name, values)
-    each = table.group_by(table.column_names, use_threads=False).aggregate([([], "count_all")])
-    each = each.rename_columns([*table.column_names, "times"])
-    return each.set_column(0, "key", pool.table["key"].take(each["row"]))
+    counted = table.group_by(table.column_names, use_threads=False).aggregate([([], "count_all")])
+    counted = counted.rename_columns([*table.column_names, "times"])
+    return counted.set_column(0, "key", pool.table["key"].take(counted["row"]))

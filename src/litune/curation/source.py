@@ -1,4 +1,4 @@
-"""What the data commands read and write: pairs out of files, or those of a feature store."""
+"""Input and output of the data commands: pairs from files, or from a feature store."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from litune.store.store import MANIFEST, FeatureStore, StoreWriter
 
 @dataclass(frozen=True)
 class Source:
-    """Pairs, and where they are those of a feature store, the store and each pair's row in it."""
+    """Pairs and, if they come from a feature store, the store and each pair's row in it."""
 
     pairs: Pairs
     store: FeatureStore | None = None
@@ -70,16 +70,16 @@ def _from_store(store: FeatureStore, config: ReadingConfig) -> Source:
     return Source(Pairs(table.drop_columns("row"), f"the feature store {store.path}"), store, rows)
 
 
-def write_store(out: Path, source: Source, kept: np.ndarray, table: pa.Table, block: int = 16384) -> FeatureStore:
-    """Write the store of the pairs at the positions `kept`, with the captions that `table` has for them."""
+def write_store(out: Path, source: Source, positions: np.ndarray, table: pa.Table, block: int = 16384) -> FeatureStore:
+    """Write the store of the pairs at these `positions`, with the captions that `table` has for them."""
     assert source.store is not None
     assert source.rows is not None
-    rows = source.rows[kept]
+    rows = source.rows[positions]
     pairs = Pairs(table, f"kept of {source.store.path}")
-    facts = {name: source.store.manifest.get(name) for name in ("tower", "libraries")}
+    provenance = {name: source.store.manifest.get(name) for name in ("tower", "libraries")}
     about = {"source": pairs.source, "fingerprint": pairs.fingerprint(), "captions": pairs.captions}
     dtype = source.store.manifest.get("dtype", "float16")
-    writer = StoreWriter(out, {**facts, "pairs": about, "images": len(rows), "dtype": dtype})
+    writer = StoreWriter(out, {**provenance, "pairs": about, "images": len(rows), "dtype": dtype})
     for start in range(0, len(rows), block):
         part = rows[start : start + block]
         metadata = source.store.metadata.take(pa.array(part))

@@ -33,8 +33,8 @@ from litune.model.run_folder import MANIFEST as RUN_MANIFEST
 from litune.pairs.pairs import class_folders
 from litune.progress import say, track
 from litune.prompts import prompted_name, read_templates
-from litune.store.store import MANIFEST, FeatureStore, Selection, library_versions
-from litune.tuning.tune import choose_mixture
+from litune.store.selection import Selection, choose_mixture
+from litune.store.store import MANIFEST, FeatureStore, library_versions
 
 CHUNK = 2048  # captions that one rank encodes at a time
 BATCH = 32  # images: parts of ranks are whole batches

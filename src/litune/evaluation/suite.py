@@ -28,7 +28,8 @@ from litune.evaluation.result import Result
 from litune.evaluation.set_features import Embedded, embed_set, stored_set
 from litune.model.lit import LiT, scoring_device
 from litune.model.run_folder import check_store
-from litune.pairs.benchmarks import EvalSet, picture_path
+from litune.pairs.benchmarks import EvalSet
+from litune.pairs.reference import absolute, is_there
 from litune.progress import say, track
 from litune.prompts import prompted_name, write_prompts
 from litune.store.store import MANIFEST, FeatureStore
@@ -405,9 +406,9 @@ def retrieval_result(
 
 
 def _described(found: EvalSet, embedded: Embedded) -> tuple[list[str], list[str]]:
-    """Keys and picture files of the embedded images."""
-    paths = [picture_path(found.pictures[row]) for row in embedded.rows]
-    return [found.keys[row] for row in embedded.rows], [one if one and Path(one).is_file() else "" for one in paths]
+    """Keys of the embedded images, and references to their pictures where these are still there."""
+    pictures = [absolute(found.pictures[row]) for row in embedded.rows]
+    return [found.keys[row] for row in embedded.rows], [one if is_there(one) else "" for one in pictures]
 
 
 def _protocol(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from litune import page
+from litune import pages
 from litune.errors import DataError
 from litune.files import atomic
 from litune.image.pictures import open_rgb
@@ -70,20 +69,21 @@ def write_page(
     credit: str,
 ) -> None:
     """One HTML page with the same, its pictures linked relative to the page's folder; needs nothing from elsewhere."""
-    style = resources.files("litune").joinpath("gallery.css").read_text(encoding="utf-8")
-    parts = []
-    for (query, found), right in zip(rows, marked, strict=True):
-        parts.append(f"<section><h2>“{html.escape(query)}”</h2><ol>")
-        for one in found:
-            source = html.escape(_relative(one.path, file.parent))
-            kind = ' class="right"' if one.key in right else ""
-            label = html.escape(f"{one.key}, score {one.score:.3f}" + (", the right one" if one.key in right else ""))
-            parts.append(
-                f'<li{kind}><img src="{source}" alt="{label}" loading="lazy"><small>{one.score:.3f}</small></li>'
-            )
-        parts.append("</ol></section>")
-    parts.append(f"<footer>{html.escape(credit)}</footer>")
-    page.write_page(file, title, intro, parts, style)
+    lines = [
+        (query, [_image(match, match.key in right, file.parent) for match in matches])
+        for (query, matches), right in zip(rows, marked, strict=True)
+    ]
+    pages.write_page(file, "gallery.html", title=title, intro=intro, rows=lines, credit=credit)
+
+
+def _image(match: Found, right: bool, folder: Path) -> dict[str, Any]:
+    """What the page shows of a picture."""
+    return {
+        "key": match.key,
+        "score": f"{match.score:.3f}",
+        "right": right,
+        "address": _relative(match.path, folder),
+    }
 
 
 def _relative(path: str, folder: Path) -> str:

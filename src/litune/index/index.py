@@ -5,15 +5,15 @@ tuned on them. What a run compares, though, is not raw: it subtracts its centre 
 head, and normalises: the score of image r is q · M(r − c) / |M(r − c)|. For one text tower the query could be mapped
 through the adjoint instead (Mᵀq against r − c), but the length below the line differs with every map, so that the
 order of raw inner products is not the order of scores; and an index of mapped features, kept per map, is void with
-the next run whose centre was estimated on other captions. So litune's index knows of no map: it is a partition of the
-raw features into cells (k-means), and a copy of them in 8 bits a number, cell by cell. A query is compared with the
+the next run whose centre was estimated on other captions. So litune's index contains no map: it is a partition of the
+raw features into cells (k-means), and a copy of them quantised to 8 bits, cell by cell. A query is compared with the
 cells' centroids, then with the copies of the images in the nearest cells, and the best of those with the features
 themselves; all of them go through the run's own `LiT.encode_features` first. Scores are therefore exact for every run,
-map and head, a new text tower searches at once, and what is approximate is only which images are looked at.
+map and head, a new text tower can search at once, and only the choice of the images that are scored is approximate.
 
-The copy is there for speed alone. What a query has to look at lies scattered over the store; in the copy it is some
-hundred pieces, of half the bytes. Without it (an index that was not saved yet, or one of an older litune) searches
-read the store itself.
+The copy only makes searches faster. The rows that a query scores are scattered over the store; in the copy they are
+about a hundred contiguous ranges, and half the bytes. Without it (an index that has not been saved yet, or one of an
+older litune) searches read the store itself.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ from litune.vectors import normalize
 FORMAT = 1
 FILE = "index.safetensors"
 EXACT_ROWS = 200_000
-"""Up to so many images a search looks at all of them."""
+"""A search scores all images of an index that has no more than this."""
 NEAR_BYTES = 200_000
-"""The float32 features that one query compares at once: few enough that they stay in the processor's cache from step to
-step, and that their memory is not given back to the system and asked for anew in each."""
-KEPT_BYTES = 1 << 30
-"""The features that a run compares are kept in memory up to this size, from its second search on; on a GPU up to a
-share of what is free there."""
+"""Bytes of float32 features that a query is compared with at once: few enough to stay in the processor's cache, and for
+the allocator to reuse their memory from block to block."""
+CACHED_BYTES = 1 << 30
+"""From a run's second search on, its mapped features are kept in memory up to this size; on a GPU, up to a share of its
+free memory."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class FoundCaption:
 
 @runtime_checkable
 class Encoder(Protocol):
-    """What turns raw image features [B, W] into those that are compared [B, D], of length one."""
+    """Maps raw image features [B, W] to the unit-length features [B, D] that are compared."""
 
     def encode_features(self, raw: np.ndarray) -> Tensor:
         """The features [B, D] of raw ones."""
@@ -98,10 +98,10 @@ def nearest_images(
     """
     encoded = ((rows, model.encode_features(store.features(rows))) for rows in blocks(np.arange(len(store)), block))
     scores, rows = best_of(encoded, queries.to("cpu", torch.float32), top)
-    return [_found(store.metadata, *one) for one in zip(rows, scores, strict=True)]
+    return [_matches(store.metadata, *best) for best in zip(rows, scores, strict=True)]
 
 
-def _found(metadata: pa.Table, rows: Tensor, scores: Tensor) -> list[Found]:
+def _matches(metadata: pa.Table, rows: Tensor, scores: Tensor) -> list[Found]:
     table = metadata.select(["key", "image_path", "captions"]).take(pa.array(rows.numpy())).to_pydict()
     columns = (rows.tolist(), table["key"], table["image_path"], scores.tolist(), table["captions"])
     return [
@@ -131,8 +131,8 @@ class Index:
         self.probes = 0
         """Cells that a search looks into."""
         self._metadata: pa.Table | None = None
-        self._kept: dict[str, Tensor] = {}
-        self._asked = ""
+        self._mapped: dict[str, Tensor] = {}
+        self._last_run = ""
         self._captions: dict[str, Tensor] = {}
         if self.file.exists():
             self._read()
@@ -169,12 +169,12 @@ class Index:
         if len(self.stores) == 1:
             return self.store.features(rows, dtype)
         starts = np.cumsum([0] + [len(store) for store in self.stores])
-        part = np.searchsorted(starts, rows, side="right") - 1
-        found = np.empty((len(rows), self.store.width), dtype=dtype or np.float32)
-        for p in np.unique(part):
-            here = part == p
-            found[here] = self.stores[p].features(rows[here] - starts[p], dtype)
-        return found
+        owner = np.searchsorted(starts, rows, side="right") - 1
+        features = np.empty((len(rows), self.store.width), dtype=dtype or np.float32)
+        for number in np.unique(owner):
+            own = owner == number
+            features[own] = self.stores[number].features(rows[own] - starts[number], dtype)
+        return features
 
     # Queries
 
@@ -189,8 +189,8 @@ class Index:
     ) -> Float[Tensor, " D"]:
         """The feature [D] of a query: a text, an image, or both together.
 
-        An image is a picture, the row of one in the index, or features [D]. Of both, the weighted sum of their features
-        of length one is normalised again; a negative weight means "less like".
+        An image is a picture, a row of the index, or features [D]. For a text and an image, the weighted sum of their
+        unit-length features is normalised again; a negative weight means "less like".
         """
         parts = []
         if text is not None:
@@ -223,9 +223,9 @@ class Index:
         where: Sequence[str] = (),
         exact: bool | None = None,
     ) -> list[Found]:
-        """The images nearest to a text, an image, or both (see `query`), best first, from number `offset` on.
+        """The images nearest to a text, an image, or both (see `query`), best first, without the first `offset`.
 
-        `where` are conditions on the metadata that all have to be met, as "split=val" or "width>=640". By default the
+        `where` are conditions on the metadata, such as "split=val" or "width>=640"; all have to be met. By default the
         search is exact up to `EXACT_ROWS` images, and where no cells were built.
         """
         _check_count("top", top, 1)
@@ -237,7 +237,7 @@ class Index:
 
     def describe(self, rows: Tensor, scores: Tensor) -> list[Found]:
         """Rows and scores with the images' keys and paths."""
-        return _found(self.metadata, rows, scores)
+        return _matches(self.metadata, rows, scores)
 
     def search_captions(
         self,
@@ -265,12 +265,12 @@ class Index:
     def _caption_features(self, model: LiT, captions: pa.Array, size: int = 1024) -> Tensor:
         key = fingerprint(model, "text.", "text_head.")
         if key not in self._captions:
-            found = [torch.empty(0, model.dim)]
+            features = [torch.empty(0, model.dim)]
             with track("encoding captions", "captions", len(captions)) as task:
                 for start in range(0, len(captions), size):
-                    found.append(model.encode_text(captions[start : start + size].to_pylist()))
-                    task.advance(len(found[-1]))
-            self._captions = {key: torch.cat(found)}
+                    features.append(model.encode_text(captions[start : start + size].to_pylist()))
+                    task.advance(len(features[-1]))
+            self._captions = {key: torch.cat(features)}
         return self._captions[key]
 
     def nearest(
@@ -284,7 +284,7 @@ class Index:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """For each of Q query features, the scores and the rows of the `top` nearest images, best first, on the CPU.
 
-        `mask` [rows] leaves only some images. Equal scores keep the order of the rows. Where the model is on a GPU,
+        Only images in `mask` [rows] are searched. Equal scores keep the order of the rows. Where the model is on a GPU,
         images are compared there.
         """
         keep = self.there if mask is None else self.there & mask
@@ -294,68 +294,69 @@ class Index:
             return best_of(self._all(model, keep, len(queries)), queries, top)
         share = max(count, 1) / max(len(self), 1)
         scores = queries @ self._centroid_features(model).T
-        found = [
+        results = [
             best_of(self._near(model, query, cells, keep, top, share), query[None], top)
             for cells, query in zip(scores, queries, strict=True)
         ]
-        return [one[0][0] for one in found], [one[1][0] for one in found]
+        return [scores[0] for scores, _ in results], [rows[0] for _, rows in results]
 
     def _all(self, model: Encoder, keep: np.ndarray, queries: int) -> Iterator[tuple[np.ndarray, Tensor]]:
-        kept = self._kept_features(model)
+        features = self._cached_features(model)
         for rows in blocks(np.flatnonzero(keep), self._block_rows(model, queries)):
-            if kept is None:
-                yield rows, self._compared(model, rows)
+            if features is None:
+                yield rows, self._map_rows(model, rows)
+            elif rows[-1] - rows[0] + 1 == len(rows):  # without gaps, a slice needs no copy
+                yield rows, features[rows[0] : rows[-1] + 1]
             else:
-                whole = rows[-1] - rows[0] + 1 == len(rows)  # without gaps no copy is needed
-                yield rows, kept[rows[0] : rows[-1] + 1] if whole else kept[send(torch.from_numpy(rows), kept.device)]
+                yield rows, features[send(torch.from_numpy(rows), features.device)]
 
     def _block_rows(self, model: Encoder, queries: int = 0) -> int:
         width = self.store.width
         return block_rows(scoring_device(model), width, model.dim if isinstance(model, LiT) else width, queries)
 
-    def _compared(self, model: Encoder, rows: np.ndarray) -> Tensor:
-        """What the model compares, of these rows, where it is compared."""
+    def _map_rows(self, model: Encoder, rows: np.ndarray) -> Tensor:
+        """The mapped features of these rows, on the device where they are compared."""
         on_gpu = scoring_device(model).type == "cuda"
-        return _map(model, self.features(rows, self.dtype if on_gpu else None))  # a GPU is sent half of the bytes
+        return _map(model, self.features(rows, self.dtype if on_gpu else None))  # float16: half the bytes to send
 
     def _near(
         self, model: Encoder, query: Tensor, scores: Tensor, keep: np.ndarray, top: int, share: float
     ) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """The images in the nearest cells: `probes` of them, more where a filter leaves only a share of the images."""
+        """The images in the `probes` nearest cells; in more of them where a filter leaves few images."""
         assert self.cells is not None
         order = scores.cpu().argsort(descending=True).numpy()
         enough = np.searchsorted(np.cumsum(self.cells.count()[order]) * share, 4 * top) + 1
-        places = self.cells.places(order[: max(int(self.probes / share), int(enough))])
-        rows = self.cells.order[places]
-        places, rows = places[keep[rows]], rows[keep[rows]]
+        positions = self.cells.positions(order[: max(int(self.probes / share), int(enough))])
+        rows = self.cells.order[positions]
+        positions, rows = positions[keep[rows]], rows[keep[rows]]
         on_gpu = query.device.type == "cuda"
         size = self._block_rows(model) if on_gpu else max(1, NEAR_BYTES // (4 * self.store.width))
-        if self.codes is not None and len(rows) > (some := 4 * top + 100):
+        if self.codes is not None and len(rows) > (shortlist := 4 * top + 100):
             codes = self.codes
-            guessed = [_map(model, codes.features(part)) @ query for part in blocks(places, size)]
-            rows = rows[top_positions(torch.cat(guessed).cpu(), some).numpy()]
+            estimates = [_map(model, codes.features(part)) @ query for part in blocks(positions, size)]
+            rows = rows[top_positions(torch.cat(estimates).cpu(), shortlist).numpy()]
         for block in blocks(np.sort(rows), size):
-            yield block, self._compared(model, block)
+            yield block, self._map_rows(model, block)
 
-    def _kept_features(self, model: Encoder) -> Tensor | None:
-        """What the model compares, of all rows; None where that is too much to keep, or asked for the first time."""
+    def _cached_features(self, model: Encoder) -> Tensor | None:
+        """The mapped features of all rows; None where they are too large to keep, or in a run's first search."""
         device = scoring_device(model)
         if not isinstance(model, LiT):
             return None
         key = f"{device} {fingerprint(model, 'center', 'whitening', 'image_head.')}"
-        if key in self._kept:
-            return self._kept[key]
-        most = KEPT_BYTES if device.type == "cpu" else SHARE * free_memory(device)
+        if key in self._mapped:
+            return self._mapped[key]
+        most = CACHED_BYTES if device.type == "cpu" else SHARE * free_memory(device)
         if self.rows * model.dim * 4 > most:
             return None
-        if key != self._asked:
-            self._asked = key
+        if key != self._last_run:
+            self._last_run = key
             return None
-        kept = torch.empty(self.rows, model.dim, device=device)
+        features = torch.empty(self.rows, model.dim, device=device)
         for rows in blocks(np.arange(self.rows), self._block_rows(model)):
-            kept[rows[0] : rows[-1] + 1] = self._compared(model, rows)
-        self._kept = {key: kept}
-        return kept
+            features[rows[0] : rows[-1] + 1] = self._map_rows(model, rows)
+        self._mapped = {key: features}
+        return features
 
     def _centroid_features(self, model: Encoder) -> Tensor:
         assert self.cells is not None
@@ -364,9 +365,9 @@ class Index:
     # Cells
 
     def build(self, cells: int | None = None, *, seed: int = 0) -> None:
-        """Group all images into cells (2√N by default), in one pass after the k-means of a sample.
+        """Group all images into cells (2√N by default): k-means on a sample, then one pass over all.
 
-        Searches look into a 32nd of the cells until `calibrate` finds how many a run's own queries need. Raises
+        Searches look into a 32nd of the cells until `calibrate` finds how many a run's queries need. Raises
         `MissingExtraError` without faiss.
         """
         count = usual_cells(len(self)) if cells is None else cells
@@ -375,22 +376,22 @@ class Index:
         self.probes = max(1, len(self.cells) // 32)
 
     def calibrate(self, model: Encoder, queries: Float[Tensor, "Q D"], *, top: int = 10, target: float = 0.96) -> float:
-        """Set `probes` to the least with this recall@`top` on these queries; returns the recall.
+        """Set `probes` to the least that has the `target` recall@`top` on these queries; returns the recall.
 
-        Other queries find a little more or less, so the default is more than the 95% that are wanted of them.
+        Recall on other queries varies a little, so the default is above the 95% wanted for them.
         """
         if self.cells is None:
             raise StoreError(f"{self.file} has no cells: build them first")
         _, expected = self.nearest(model, queries, top, exact=True)
         scores = queries.to("cpu", torch.float32) @ self._centroid_features(model).cpu().T
-        turns = []  # of each true neighbour: how many cells come before its own
-        for rows, line in zip(expected, scores, strict=True):
-            turn = line.argsort(descending=True).argsort()
-            turns.append(turn[torch.from_numpy(self.cells.cell[rows.numpy()])])
-        sooner = torch.cat(turns).sort().values
-        least = max(math.ceil(target * len(sooner)), 1) - 1
-        self.probes = int(sooner[least]) + 1
-        return float((sooner < self.probes).double().mean())
+        ranks = []  # for each true neighbour, how many cells are nearer to the query than its own
+        for rows, cell_scores in zip(expected, scores, strict=True):
+            cell_ranks = cell_scores.argsort(descending=True).argsort()
+            ranks.append(cell_ranks[torch.from_numpy(self.cells.cell[rows.numpy()])])
+        ordered = torch.cat(ranks).sort().values
+        needed = max(math.ceil(target * len(ordered)), 1) - 1
+        self.probes = int(ordered[needed]) + 1
+        return float((ordered < self.probes).double().mean())
 
     def recall(self, model: Encoder, queries: Float[Tensor, "Q D"], top: int = 10) -> float:
         """The share of each query's true `top` nearest images that a search through the cells finds, on average."""
@@ -405,16 +406,16 @@ class Index:
         Raises `StoreError` where its features are of another tower or width.
         """
         more = store if isinstance(store, FeatureStore) else FeatureStore(store)
-        known = {one.path.resolve() for one in self.stores}
+        known = {store.path.resolve() for store in self.stores}
         if more.path.resolve() in known:
             raise StoreError(f"{more.path} is in the index already")
-        for name, one, other in (
+        for name, own, other in (
             ("width", self.store.width, more.width),
             ("weights", _weights(self.store), _weights(more)),
         ):
-            if one != other:
+            if own != other:
                 raise StoreError(
-                    f"{more.path} has features of {name} {other}, the index of {self.store.path} those of {one}: "
+                    f"{more.path} has features of {name} {other}, the index of {self.store.path} those of {own}: "
                     "embed with the same image tower"
                 )
         if self.cells is not None:
@@ -425,28 +426,28 @@ class Index:
         self._changed()
 
     def remove(self, keys: Sequence[str]) -> int:
-        """Take the images with these keys out of every search; returns how many there were.
+        """Exclude the images with these keys from every search; returns how many there were.
 
         Raises `DataError` for a key that no image has.
         """
         keys = [keys] if isinstance(keys, str) else keys
-        found = np.isin(self.metadata["key"].to_numpy(), np.asarray(list(keys), dtype=object)) & self.there
-        known = set(self.metadata.filter(pa.array(found))["key"].to_pylist())
+        removed = np.isin(self.metadata["key"].to_numpy(), np.asarray(list(keys), dtype=object)) & self.there
+        known = set(self.metadata.filter(pa.array(removed))["key"].to_pylist())
         if missing := [key for key in keys if key not in known]:
             raise DataError(
                 f"no image of the index has the key {missing[0]!r}: give keys as in the store's metadata, or as "
                 "`Found.key` has them"
             )
-        self.there = self.there & ~found
-        return int(found.sum())
+        self.there = self.there & ~removed
+        return int(removed.sum())
 
     def _changed(self) -> None:
-        self._metadata, self._kept, self._captions = None, {}, {}
+        self._metadata, self._mapped, self._captions = None, {}, {}
 
     def save(self) -> Path:
-        """Write cells, codes, added stores and removed images, atomically: codes to a file of their own beside `file`.
+        """Write cells, codes, added stores and removed images, atomically; codes go to their own file beside `file`.
 
-        Codes that lie there are written again only where images came or cells changed.
+        Existing codes are rewritten only where images were added or cells changed.
         """
         tensors = {"there": self.there.astype(np.uint8)}
         if self.cells is not None:
@@ -456,48 +457,48 @@ class Index:
                     self.codes = write_codes(self.file.with_name(name), self.features, self.cells, task.advance)
             tensors |= {"centroids": self.cells.centroids, "mean": self.cells.mean, "cell": self.cells.cell}
             tensors |= {"low": self.codes.low, "step": self.codes.step}
-        facts = {
+        header = {
             "format": FORMAT,
             "probes": self.probes,
             "codes": None if self.codes is None else self.codes.file.name,
             "stores": [_describe(store) for store in self.stores],
         }
         with atomic(self.file) as temporary:
-            save_file(tensors, temporary, {"litune": json.dumps(facts)})
+            save_file(tensors, temporary, {"litune": json.dumps(header)})
         for old in self.file.parent.glob(f"{glob.escape(self.file.stem)}.codes-*.npy"):
-            if old.name != facts["codes"]:
+            if old.name != header["codes"]:
                 old.unlink(missing_ok=True)
         return self.file
 
     def _read(self) -> None:
         try:
             with safe_open(self.file, framework="np") as file:
-                facts = json.loads((file.metadata() or {}).get("litune", "{}"))
+                header = json.loads((file.metadata() or {}).get("litune", "{}"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, json.JSONDecodeError, OSError) as why:
             raise StoreError(f"{self.file} is damaged ({why}): remove it and build the index again") from None
-        if facts.get("format") != FORMAT:
-            raise StoreError(f"{self.file} has the index format {facts.get('format')!r}, this litune reads {FORMAT}")
-        for one in facts["stores"][1:]:
-            if not Path(one["path"]).is_dir():
+        if header.get("format") != FORMAT:
+            raise StoreError(f"{self.file} has the index format {header.get('format')!r}, this litune reads {FORMAT}")
+        for saved in header["stores"][1:]:
+            if not Path(saved["path"]).is_dir():
                 raise StoreError(
-                    f"{self.file} holds the images of {one['path']}, too, which is gone: bring it back, or remove the "
-                    "index"
+                    f"{self.file} holds the images of {saved['path']}, too, which is gone: bring it back, or remove "
+                    "the index"
                 )
-            self.stores.append(FeatureStore(one["path"]))
-        for store, one in zip(self.stores, facts["stores"], strict=True):
+            self.stores.append(FeatureStore(saved["path"]))
+        for store, saved in zip(self.stores, header["stores"], strict=True):
             now = _describe(store)
-            if changed := [name for name in ("rows", "width", "weights") if now[name] != one[name]]:
+            if changed := [name for name in ("rows", "width", "weights") if now[name] != saved[name]]:
                 name = changed[0]
                 raise StoreError(
-                    f"{self.file} was built when {store.path} had {name} {one[name]}, it has {now[name]}: remove the "
+                    f"{self.file} was built when {store.path} had {name} {saved[name]}, it has {now[name]}: remove the "
                     "index and build it again"
                 )
-        self.there, self.probes = tensors["there"].astype(bool), int(facts["probes"])
+        self.there, self.probes = tensors["there"].astype(bool), int(header["probes"])
         if "cell" in tensors:
             self.cells = Cells(tensors["centroids"], tensors["mean"], tensors["cell"])
-        if self.cells is not None and facts.get("codes"):
-            file = self.file.with_name(facts["codes"])
+        if self.cells is not None and header.get("codes"):
+            file = self.file.with_name(header["codes"])
             self.codes = open_codes(file, tensors["low"], tensors["step"], len(self.cells.order))
 
 
@@ -507,7 +508,7 @@ def _check_count(name: str, value: int, least: int) -> None:
 
 
 def combine(parts: Sequence[Float[Tensor, " D"]]) -> Float[Tensor, " D"]:
-    """The sum of weighted features, of length one. Raises `DataError` where there is none, or nothing is left of it."""
+    """The sum of weighted features, of length one. Raises `DataError` for no parts, or parts that sum to zero."""
     if not parts:
         raise DataError("a query needs a text, an image or both")
     total = torch.stack(list(parts)).sum(0)
@@ -516,14 +517,14 @@ def combine(parts: Sequence[Float[Tensor, " D"]]) -> Float[Tensor, " D"]:
     return normalize(total[None])[0]
 
 
-def shared(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """The share of the expected rows that were found, averaged over queries."""
-    shares = [len(set(a.tolist()) & set(b.tolist())) / max(len(a), 1) for a, b in zip(expected, found, strict=True)]
+def shared(expected: Sequence[Tensor], retrieved: Sequence[Tensor]) -> float:
+    """The share of the expected rows that were retrieved, averaged over queries."""
+    shares = [len(set(a.tolist()) & set(b.tolist())) / max(len(a), 1) for a, b in zip(expected, retrieved, strict=True)]
     return sum(shares) / max(len(shares), 1)
 
 
 def fingerprint(model: LiT, *prefixes: str) -> str:
-    """A hash over those weights of a model whose names begin so: equal ones give equal features."""
+    """A hash of the model's weights whose names begin with these prefixes: equal ones give equal features."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         if name.startswith(prefixes):
@@ -533,7 +534,7 @@ def fingerprint(model: LiT, *prefixes: str) -> str:
 
 
 def _map(model: Encoder, raw: np.ndarray) -> Tensor:
-    """What the model compares, of raw features, where it is compared."""
+    """Raw features as the model compares them, on the device where it does."""
     if isinstance(model, LiT) and scoring_device(model).type == "cuda":
         return model.map_features(raw)
     return model.encode_features(raw)
@@ -550,5 +551,5 @@ def _describe(store: FeatureStore) -> dict[str, Any]:
 def _lengths(lists: pa.Array) -> np.ndarray:
     import pyarrow.compute as pc
 
-    found: np.ndarray = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
-    return found
+    lengths: np.ndarray = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+    return lengths

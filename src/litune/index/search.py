@@ -20,15 +20,15 @@ from litune.progress import say
 from litune.store.store import FeatureStore
 
 CALIBRATED_ON = 256
-"""Captions whose nearest images say how many cells a search has to look into."""
+"""Captions that calibrate how many cells a search has to look into."""
 
 
 @command(SearchConfig)
 def search(config: SearchConfig) -> list[Found] | list[FoundCaption]:
-    """The `config.top` images of a store that match the query best, best first; or captions.
+    """The `config.top` images (or captions) of a store that match the query best, best first.
 
-    Raises `StoreError` where the store is of another tower than the run, `DataError` for a filter that can't be read
-    and a picture that can't be, `MissingExtraError` where an index is to be built without faiss.
+    Raises `StoreError` where the store is of another tower than the run, `DataError` for a filter or a picture that
+    can't be read, `MissingExtraError` where an index is to be built and faiss is not installed.
     """
     check_file(config.sheet, "--sheet", config.overwrite)
     check_file(config.json, "--json", config.overwrite)
@@ -43,39 +43,39 @@ def search(config: SearchConfig) -> list[Found] | list[FoundCaption]:
         index.save()  # of an older litune, or its codes were removed
     text = config.query if config.query.strip() else None
     query = index.query(model, text, config.image, text_weight=config.text_weight, image_weight=config.image_weight)
-    found: list[Found] | list[FoundCaption]
+    matches: list[Found] | list[FoundCaption]
     if config.captions:
-        found = index.search_captions(model, image=query, top=config.top, where=config.where)
+        matches = index.search_captions(model, image=query, top=config.top, where=config.where)
     else:
         exact = None if config.index == "auto" else config.index == "exact"
         if exact is None and index.cells is None and len(index) > EXACT_ROWS:
             say(f"searching all {len(index):,} images; --index approximate makes an index, once, and is faster")
-        found = index.search(model, image=query, top=config.top, where=config.where, exact=exact)
-    if not found:
+        matches = index.search(model, image=query, top=config.top, where=config.where, exact=exact)
+    if not matches:
         say("nothing found" + (f": no image meets {' and '.join(config.where)}" if config.where else ""))
     title = " + ".join([*([text] if text else []), *([str(config.image)] if config.image else [])])
     if config.sheet:
-        write_sheet(config.sheet, [(title, [one for one in found if isinstance(one, Found)])])
+        write_sheet(config.sheet, [(title, [match for match in matches if isinstance(match, Found)])])
         say(f"wrote {config.sheet}")
     if config.json:
-        write_json(config.json, {"query": title, "found": [asdict(one) for one in found]})
-    return found
+        write_json(config.json, {"query": title, "found": [asdict(match) for match in matches]})
+    return matches
 
 
-def line(one: Found | FoundCaption, width: int | None = None) -> str:
-    """What is printed of one found: its score, its path, its first caption.
+def line(match: Found | FoundCaption, width: int | None = None) -> str:
+    """A match as printed: its score, its path, its first caption.
 
-    In a terminal of `width` columns the path is the shorter one, seen from here or whole, and the caption ends in time.
+    In a terminal of `width` columns, the shorter of relative and absolute path is shown and the caption is cut to fit.
     """
-    if isinstance(one, FoundCaption):
-        return f"{one.score:.4f}  {plain(one.caption)}"
-    path = one.path
+    if isinstance(match, FoundCaption):
+        return f"{match.score:.4f}  {plain(match.caption)}"
+    path = match.path
     if width is not None and Path(path).is_absolute():
         path = min(path, os.path.relpath(path), key=len)
-    start = f"{one.score:.4f}  {path}"
-    if not one.captions:
+    start = f"{match.score:.4f}  {path}"
+    if not match.captions:
         return start
-    caption, left = plain(one.captions[0]), None if width is None else width - columns(start) - 2
+    caption, left = plain(match.captions[0]), None if width is None else width - columns(start) - 2
     if left is not None and columns(caption) > left:
         while caption and columns(caption) >= left:
             caption = caption[:-1]
@@ -84,7 +84,7 @@ def line(one: Found | FoundCaption, width: int | None = None) -> str:
 
 
 def plain(text: str) -> str:
-    """A text on one line, without what would move a terminal's cursor or change its colours."""
+    """A text on one line, without control characters that would move a terminal's cursor or change its colours."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
@@ -94,7 +94,7 @@ def columns(text: str) -> int:
 
 
 def say_changes(index: Index) -> None:
-    """Say where an index that was saved has more, or fewer, images than its store, or is slower than it could be."""
+    """Say whether a saved index has more or fewer images than its store, or is slower than it could be."""
     removed = index.rows - len(index)
     if removed or len(index.stores) > 1:
         say(f"{index.file}: {len(index):,} images of {len(index.stores):,} stores, {removed:,} removed ones left out")
@@ -103,7 +103,7 @@ def say_changes(index: Index) -> None:
 
 
 def build(index: Index, model: LiT) -> None:
-    """Build and keep an index, and set how far it is searched by the store's own captions, read by this run."""
+    """Build and save an index, and calibrate its probes on the store's own captions, encoded by this run."""
     index.build()
     captions = index.metadata["captions"].combine_chunks().flatten()
     count = len(captions) or index.rows

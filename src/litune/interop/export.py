@@ -1,4 +1,4 @@
-"""Run → the files of another library, verified with that library on the spot."""
+"""Run → the files of another library, verified by loading them with that library."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from litune.progress import say
 from litune.store.store import FeatureStore
 
 ABOUT = "litune.json"
-"""The file in an export that says what it is; `complete` when everything was compared."""
+"""The file that describes an export; `complete` once its features have been compared."""
 
 Target = Callable[[LiT, ExportConfig, Path], dict[str, Any]]
 
@@ -47,14 +47,14 @@ def export(config: ExportConfig) -> dict[str, Any]:
     }
     write_json(out / ABOUT, {"complete": False, **about})
     try:
-        facts = TARGETS[config.to](model, config, out)
+        report = TARGETS[config.to](model, config, out)
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)
         raise
-    about = {"complete": True, **about, **facts, "folder": str(out)}
+    about = {"complete": True, **about, **report, "folder": str(out)}
     write_json(out / ABOUT, about)
-    rounded = " (texts: before they are rounded to int8)" if "int8" in facts else ""
-    say(f"wrote {out}: {_verdict(facts['largest_difference'])}{rounded}")
+    rounded = " (texts: before they are rounded to int8)" if "int8" in report else ""
+    say(f"wrote {out}: {_verdict(report['largest_difference'])}{rounded}")
     return about
 
 

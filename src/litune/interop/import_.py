@@ -20,18 +20,18 @@ from litune.towers.vit import vit_name
 
 MAX_TOKENS = 16
 END = 1
-"""The number of the end token in the SentencePiece vocabularies of LiT."""
+"""The id of the end token in LiT's SentencePiece vocabularies."""
 
 
 @command(ImportConfig)
 def import_(config: ImportConfig) -> LiT:
-    """Make a run folder of a released LiT checkpoint and its vocabulary; returns the model, loaded from it.
+    """Make a run folder from a released LiT checkpoint and its vocabulary; returns the model, loaded from it.
 
     Raises `DataError` where the file is damaged or of another layout (with the keys that are missing, left over or
     misshapen) or the vocabulary is not that of the checkpoint, `OutputExistsError` where there is a run already.
     """
     if not config.overwrite:
-        _clear(config)  # says what is in the way before gigabytes are read
+        _clear(config)  # fail before gigabytes are read
     checkpoint = Checkpoint(config.checkpoint)
     model = read_model(checkpoint, _tokenizer(config, checkpoint.design))
     manifest: dict[str, Any] = {
@@ -46,7 +46,7 @@ def import_(config: ImportConfig) -> LiT:
         "libraries": library_versions(),
     }
     building = config.out.with_name(f".{config.out.name}.tmp")
-    shutil.rmtree(building, ignore_errors=True)  # what a killed import left
+    shutil.rmtree(building, ignore_errors=True)  # left by an import that was killed
     try:
         write_json(building / CONFIG, to_json(config))
         save_model(building, model, manifest)
@@ -66,7 +66,7 @@ def _clear(config: ImportConfig) -> None:
 
 
 def _tokenizer(config: ImportConfig, design: Design) -> Tokenizer:
-    """The vocabulary as the checkpoint's text tower reads it."""
+    """The tokenizer of the checkpoint's text tower, from the vocabulary file."""
     if not config.vocab.is_file():
         raise DataError(f"the vocabulary {config.vocab} does not exist: give the file released with the checkpoint")
     if config.max_tokens is not None and config.max_tokens > design.positions:
@@ -74,18 +74,18 @@ def _tokenizer(config: ImportConfig, design: Design) -> Tokenizer:
             f"--max-tokens {config.max_tokens} is more than the {design.positions} positions of {config.checkpoint}"
         )
     if design.bert:
-        found = Tokenizer(wordpiece(config.vocab), "bert", config.max_tokens or min(MAX_TOKENS, design.positions))
+        tokenizer = Tokenizer(wordpiece(config.vocab), "bert", config.max_tokens or min(MAX_TOKENS, design.positions))
     else:
-        pieces = read_sentencepiece(config.vocab)
-        if pieces.token_to_id("</s>") != END:
+        sentencepiece = read_sentencepiece(config.vocab)
+        if sentencepiece.token_to_id("</s>") != END:
             raise DataError(f"{config.vocab} has no end token </s> at {END}: it is no vocabulary of LiT")
-        found = Tokenizer(pieces, "sticky_eos", config.max_tokens or design.positions)
-    if found.vocab_size < design.vocabulary:
+        tokenizer = Tokenizer(sentencepiece, "sticky_eos", config.max_tokens or design.positions)
+    if tokenizer.vocab_size < design.vocabulary:
         say(
-            f"{config.vocab} has {found.vocab_size:,} tokens, {config.checkpoint} embeds {design.vocabulary:,}: "
+            f"{config.vocab} has {tokenizer.vocab_size:,} tokens, {config.checkpoint} embeds {design.vocabulary:,}: "
             "is it the right one?"
         )
-    return found
+    return tokenizer
 
 
 def _in_words(design: Design) -> str:

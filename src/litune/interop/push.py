@@ -19,9 +19,10 @@ OPEN_CLIP = "open_clip_config.json"
 
 @command(PushConfig)
 def push(config: PushConfig) -> str:
-    """Upload a run folder or an export to a repository, made if it is not there; returns the repository's address.
+    """Upload a run folder or an export to a repository, created if need be; returns the repository's address.
 
-    Raises `RunError` where the folder is neither and finished, `ConfigError` without a token or where the hub refuses.
+    Raises `RunError` where the folder is neither of them or unfinished,
+    `ConfigError` without a token or where the hub refuses.
     """
     check_finished(config.run)
     if (config.run / MANIFEST).is_file():
@@ -47,7 +48,7 @@ def push(config: PushConfig) -> str:
 
 
 def check_finished(folder: Path) -> None:
-    """Raise `RunError` or `ExportError` where a folder is no finished run or export."""
+    """Raise `RunError` or `ExportError` where a folder is not a finished run or export."""
     if (folder / MANIFEST).is_file():
         return
     if (folder / ABOUT).is_file():
@@ -59,12 +60,12 @@ def check_finished(folder: Path) -> None:
 
 
 def wanted(path: Path) -> bool:
-    """Whether a file of the folder goes to the hub: no temporary ones, no checkpoints, no second model."""
+    """Whether a file of the folder is uploaded: not temporary files, checkpoints or a second model."""
     return path.name != STATE and not path.name.endswith(".tmp") and path.parts[0] not in ("best", "tensorboard")
 
 
 def content(file: Path, repo: str) -> Any:
-    """What to upload for a file: itself, but for open_clip's config, which names the place it is loaded from."""
+    """What to upload for a file: itself, except open_clip's config, which names where it is loaded from."""
     if file.name != OPEN_CLIP:
         return str(file)
     settings = json.loads(file.read_text(encoding="utf-8"))

@@ -8,25 +8,25 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import json
-import pickle
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
-from PIL import Image
 
 from litune.errors import DataError, nearest
+from litune.pairs.address import is_url
+from litune.pairs.cifar import Pixels, pixels_in, read_batch, read_pixels
 from litune.pairs.pairs import class_folders, image_files, read_pairs
+from litune.pairs.reference import Member, Row, parse
 from litune.pairs.sample import CAPTION_COLUMNS, IMAGE_SUFFIXES
 from litune.pairs.tables import IMAGE_COLUMNS
 
@@ -41,13 +41,6 @@ WNID = re.compile(r"^(n\d{8})(?=[_.\-]|$)")
 Kind = Literal["classification", "retrieval"]
 
 
-class Picture(Protocol):
-    """Where a picture's bytes are: a `Path`, or a part of a larger file."""
-
-    def read_bytes(self) -> bytes:
-        """The picture, encoded."""
-
-
 @dataclass(frozen=True)
 class EvalSet:
     """B images and what they show, in a fixed order.
@@ -60,7 +53,8 @@ class EvalSet:
     path: Path
     layout: str
     keys: list[str]
-    pictures: Sequence[Picture]
+    pictures: list[str]
+    """Where the pictures' bytes are: references (`litune.pairs.reference`)."""
     classes: list[str] = field(default_factory=list)
     labels: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     captions: list[list[str]] = field(default_factory=list)
@@ -74,8 +68,8 @@ class EvalSet:
     def fingerprint(self) -> str:
         """A hash over the images' names and sizes, in order; what they show does not count."""
         digest = hashlib.sha256()
-        for key, picture in zip(self.keys, self.pictures, strict=True):
-            digest.update(f"{key}\0{_stamp(picture)}\0".encode())
+        for key, stamp in zip(self.keys, _stamps(self.pictures), strict=True):
+            digest.update(f"{key}\0{stamp}\0".encode())
         return digest.hexdigest()
 
     def subset(self, rows: Sequence[int] | np.ndarray) -> EvalSet:
@@ -113,18 +107,33 @@ class EvalSet:
         return list(zip(self.captions, langs, strict=True))
 
 
-def _stamp(picture: Picture) -> str:
-    if not isinstance(picture, Path):
-        return str(getattr(picture, "stamp", ""))
+def _stamps(references: Sequence[str]) -> Iterator[str]:
+    """For each picture what a fingerprint takes for its content, without reading it; elsewhere, that is its address."""
+    sizes = cache(_file_state)
+    for reference in references:
+        place = parse(reference)
+        if isinstance(place, Member):
+            yield str(place.size)
+        elif isinstance(place, Row):
+            yield f"{sizes(place.file)}-{place.group}-{place.row}"
+        elif isinstance(place, Pixels):
+            yield hashlib.sha256(read_pixels(place)).hexdigest()[:16]
+        elif is_url(place):
+            yield place
+        else:
+            yield _file_size(place)
+
+
+def _file_size(path: str) -> str:
     try:
-        return str(picture.stat().st_size)
+        return str(Path(path).stat().st_size)
     except OSError:
         return "missing"
 
 
-def picture_path(picture: Picture) -> str:
-    """The path of a picture that is a file of its own, else ""."""
-    return str(picture.absolute()) if isinstance(picture, Path) else ""
+def _file_state(path: str) -> str:
+    state = Path(path).stat()
+    return f"{state.st_size}-{state.st_mtime_ns}"
 
 
 def read_set(
@@ -184,26 +193,6 @@ class _Source:
 # Webdataset shards ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class TarMember:
-    """A picture in an uncompressed tar file."""
-
-    file: Path
-    offset: int
-    size: int
-
-    def read_bytes(self) -> bytes:
-        """The picture, encoded."""
-        with open(self.file, "rb") as tar:
-            tar.seek(self.offset)
-            return tar.read(self.size)
-
-    @property
-    def stamp(self) -> str:
-        """What a fingerprint takes for the content."""
-        return str(self.size)
-
-
 def _read_shards(source: _Source) -> EvalSet | None:
     """CLIP_benchmark's folders: SPLIT/nshards.txt, SPLIT/0.tar … with .jpg and .cls or .txt, classnames.txt."""
     folders = [source.path / split for split in source.splits] + [source.path]
@@ -232,16 +221,16 @@ def _read_shards(source: _Source) -> EvalSet | None:
     return EvalSet(root, layout, keys, pictures, classes, labels, templates=templates)
 
 
-def _read_shard(shard: Path, label: str) -> list[tuple[str, TarMember, str]]:
+def _read_shard(shard: Path, label: str) -> list[tuple[str, str, str]]:
     """The pictures of a tar file with what is beside each under the same name."""
-    pictures: dict[str, TarMember] = {}
+    pictures: dict[str, str] = {}
     texts: dict[str, str] = {}
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
                 name, _, extension = member.name.partition(".")
                 if f".{extension.lower()}" in IMAGE_SUFFIXES:
-                    pictures[name] = TarMember(shard, member.offset_data, member.size)
+                    pictures[name] = str(Member(str(shard), member.offset_data, member.size, member.name))
                 elif extension == label and (content := tar.extractfile(member)) is not None:
                     texts[name] = content.read().decode("utf-8")
     except FileNotFoundError:
@@ -280,56 +269,6 @@ def _numbered(where: Path, labels: Sequence[Any], names: Sequence[str]) -> tuple
 # CIFAR's batches -----------------------------------------------------------------------------------------------------
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Reads pickles of plain values and NumPy arrays; whatever else a pickle asks for is refused, not called."""
-
-    ALLOWED: Mapping[tuple[str, str], Any] = {
-        ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-        ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("_codecs", "encode"): lambda text, encoding: text.encode(encoding),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return self.ALLOWED[module, name]
-
-
-def read_batch(file: Path) -> dict[str, Any]:
-    """One of CIFAR's Python batches. Raises `DataError` for a pickle of anything but plain values and arrays."""
-    try:
-        with open(file, "rb") as data:
-            found = _ArraysOnly(data, encoding="bytes").load()
-        return {key.decode() if isinstance(key, bytes) else key: value for key, value in found.items()}
-    except OSError as why:
-        raise DataError(f"{file} can't be read: {why.strerror}") from None
-    except Exception as why:  # a damaged pickle raises whatever it meets
-        raise DataError(
-            f"{file} is not one of CIFAR's batches ({why}): litune reads plain arrays out of pickles and nothing else; "
-            "fetch it again, or save the images as class folders"
-        ) from None
-
-
-@dataclass(frozen=True)
-class PixelRow:
-    """A picture in CIFAR's arrays: 3 × 32 × 32 values, channel by channel."""
-
-    values: np.ndarray
-
-    def read_bytes(self) -> bytes:
-        """As PNG, which keeps every value."""
-        out = io.BytesIO()
-        Image.fromarray(self.values.reshape(3, 32, 32).transpose(1, 2, 0)).save(out, "PNG", compress_level=1)
-        return out.getvalue()
-
-    @property
-    def stamp(self) -> str:
-        """What a fingerprint takes for the content."""
-        return hashlib.sha256(self.values.tobytes()).hexdigest()[:16]
-
-
 def _read_cifar(source: _Source) -> EvalSet | None:
     """The folders cifar-10-batches-py and cifar-100-python, or the one that holds them."""
     places = [source.path, source.path / "cifar-10-batches-py", source.path / "cifar-100-python"]
@@ -345,13 +284,11 @@ def _read_cifar(source: _Source) -> EvalSet | None:
     for name in files:
         batch = read_batch(folder / name)
         own = batch.get("fine_labels" if hundred else "labels")
-        data = batch.get("data")
-        if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
-            raise DataError(f"{folder / name} has no data of 3 × 32 × 32 pixels")
+        data = pixels_in(folder / name, batch)
         if own is None or len(own) != len(data):
             raise DataError(f"{folder / name} has {len(data):,} images but not as many labels")
         keys += [f"{name}/{row:05d}" for row in range(len(data))]
-        pictures += [PixelRow(row) for row in data]
+        pictures += [str(Pixels(str(folder / name), row)) for row in range(len(data))]
         labels += own
     classes = [
         one.decode() if isinstance(one, bytes) else one
@@ -361,44 +298,6 @@ def _read_cifar(source: _Source) -> EvalSet | None:
 
 
 # Parquet -------------------------------------------------------------------------------------------------------------
-
-
-class ParquetImages:
-    """The pictures of a Parquet file's image column; the groups of rows read last are kept."""
-
-    def __init__(self, file: Path, column: str) -> None:
-        self.file, self.column = file, column
-        self.group = lru_cache(maxsize=4)(self._group)
-
-    @cached_property
-    def stamp(self) -> str:
-        """What a fingerprint takes for the content."""
-        state = self.file.stat()
-        return f"{state.st_size}-{state.st_mtime_ns}"
-
-    def _group(self, number: int) -> pa.Array:
-        table = pa.parquet.ParquetFile(self.file).read_row_group(number, columns=[self.column])
-        column = table[self.column].combine_chunks()
-        return column.field("bytes") if pa.types.is_struct(column.type) else column
-
-
-@dataclass(frozen=True)
-class ParquetCell:
-    """A picture in a Parquet file: the row of a group of rows."""
-
-    images: ParquetImages
-    group: int
-    row: int
-
-    def read_bytes(self) -> bytes:
-        """The picture, encoded."""
-        found: bytes | None = self.images.group(self.group)[self.row].as_py()
-        return found or b""
-
-    @property
-    def stamp(self) -> str:
-        """What a fingerprint takes for the content."""
-        return f"{self.images.stamp}-{self.group}-{self.row}"
 
 
 def _read_parquet(source: _Source) -> EvalSet | None:
@@ -421,12 +320,11 @@ def _read_parquet(source: _Source) -> EvalSet | None:
     lang = next((one for one in LANG_COLUMNS if one in schema.names), None)
     split = "split" if "split" in schema.names else None
     keys: list[str] = []
-    pictures: list[Picture] = []
+    pictures: list[str] = []
     labels: list[Any] = []
     langs: list[Any] = []
     found_splits: list[Any] = []
     for file in files:
-        images = ParquetImages(file, column)
         try:
             whole = pa.parquet.ParquetFile(file)
             columns = [one for one in (label, lang, split) if one] + _path_columns(schema, column)
@@ -434,7 +332,7 @@ def _read_parquet(source: _Source) -> EvalSet | None:
             counts = [whole.metadata.row_group(g).num_rows for g in range(whole.num_row_groups)]
         except (pa.ArrowInvalid, OSError) as why:
             raise DataError(f"{file} is damaged ({str(why).splitlines()[0]}): fetch it again") from None
-        cells = [ParquetCell(images, g, row) for g, count in enumerate(counts) for row in range(count)]
+        cells = [str(Row(str(file), g, row, column)) for g, count in enumerate(counts) for row in range(count)]
         paths = _image_paths(table, column)
         pictures += cells
         keys += [f"{file.stem}/{row:06d}" + (f"/{path}" if path else "") for row, path in enumerate(paths)]
@@ -557,7 +455,7 @@ def _with_files(source: _Source, layout: str, found: list[tuple[str, list[str]]]
     for base in [source.images] if source.images else [root, *inside, *(p for one in inside for p in one.glob("*/"))]:
         for name in ((lambda key: key), (lambda key: Path(key).name)):
             if found and (base / name(found[0][0])).is_file():
-                files = [base / name(key) for key, _ in found]
+                files = [str(base / name(key)) for key, _ in found]
                 return EvalSet(
                     source.path, layout, [k for k, _ in found], files, captions=[[*map(str.strip, c)] for _, c in found]
                 )
@@ -597,7 +495,7 @@ def _read_table(source: _Source) -> EvalSet | None:
             raise DataError(f"{files[0]} has no images of the split {' or '.join(source.splits)}")
         table = table.filter(pa.compute.equal(table["split"], chosen))
     keys, captions = table["key"].to_pylist(), table["captions"].to_pylist()
-    pictures = [Path(path) for path in table["path"].to_pylist()]
+    pictures = table["path"].to_pylist()
     if source.kind == "retrieval":
         langs = table["langs"].to_pylist() if "langs" in table.column_names else []
         return EvalSet(source.path, pairs.source, keys, pictures, captions=captions, langs=langs)
@@ -633,11 +531,11 @@ def _read_listed(source: _Source) -> EvalSet | None:
         if dtd.is_file() and (root / "images").is_dir():
             keys = _lines(dtd.with_name(f"{source.splits[0] if source.splits[0] == 'train' else 'test'}1.txt"))
             names = [key.split("/")[0] for key in keys]
-            files, what = [root / "images" / key for key in keys], f"DTD's first split in {root}"
+            files, what = [str(root / "images" / key) for key in keys], f"DTD's first split in {root}"
         elif pets.is_file() and (root / "images").is_dir():
             keys = [line.split()[0] for line in _lines(pets)]
             names = [key.rpartition("_")[0] for key in keys]
-            files, what = [root / "images" / f"{key}.jpg" for key in keys], f"Oxford Pets' {split} list in {root}"
+            files, what = [str(root / "images" / f"{key}.jpg") for key in keys], f"Oxford Pets' {split} list in {root}"
         else:
             continue
         classes = sorted(set(names))
@@ -657,9 +555,8 @@ def _read_flat(source: _Source) -> EvalSet | None:
             classes = sorted(set(names))
             place = {name: i for i, name in enumerate(classes)}
             labels = np.array([place[name] for name in names], np.int64)
-            return EvalSet(
-                source.path, f"images named by WordNet id in {folder}", [*map(_name, files)], files, classes, labels
-            )
+            keys, references = [file.name for file in files], [*map(str, files)]
+            return EvalSet(source.path, f"images named by WordNet id in {folder}", keys, references, classes, labels)
     return None
 
 
@@ -673,7 +570,8 @@ def _read_tree(source: _Source) -> EvalSet | None:
             files = [file for images in tree.values() for file in images]
             labels = np.repeat(np.arange(len(tree)), [len(images) for images in tree.values()])
             keys = [f"{file.parent.name}/{file.name}" for file in files]
-            return EvalSet(source.path, f"class folders in {folder}", keys, files, list(tree), labels)
+            references = [*map(str, files)]
+            return EvalSet(source.path, f"class folders in {folder}", keys, references, list(tree), labels)
     return None
 
 
@@ -688,10 +586,6 @@ def _folders(source: _Source) -> list[Path]:
             break
         folder = left[0]
     return found
-
-
-def _name(file: Path) -> str:
-    return file.name
 
 
 READERS: tuple[Callable[[_Source], EvalSet | None], ...] = (

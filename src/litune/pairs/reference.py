@@ -3,6 +3,7 @@
     /data/a.jpg                             a file, or a URL that fsspec knows
     /data/00000.tar::1536+20480::0001.jpg   a member of a tar: its first byte, its length, its name
     /data/a.parquet::3/17::image            row 17 of row group 3, the column `image` (an Arrow file has one group)
+    /data/test_batch::17::pixels            row 17 of the array in one of CIFAR's batches
 
 Nothing is ever unpacked: a member's name is never used as a path.
 """
@@ -24,7 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from litune.errors import DataError
-from litune.pairs.address import folder_of, is_url, local, open_file, read_all, read_part
+from litune.pairs.address import folder_of, is_file, is_url, local, open_file, read_all, read_part
+from litune.pairs.cifar import Pixels, read_png
 
 MOST_BYTES = 1 << 29
 """A picture's file has at most half a gigabyte."""
@@ -38,6 +40,7 @@ BROKEN = (pa.ArrowException, ValueError, OSError)
 
 _MEMBER = re.compile(r"(.+?)::(\d+)\+(\d+)::(.*)", re.DOTALL)
 _ROW = re.compile(r"(.+?)::(\d+)/(\d+)::(.*)", re.DOTALL)
+_PIXELS = re.compile(r"(.+?)::(\d+)::pixels", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,18 @@ class Row:
         return f"{self.file}::{self.group}/{self.row}::{self.column}"
 
 
-def parse(reference: str) -> Member | Row | str:
+Place = Member | Row | Pixels | str
+
+
+def parse(reference: str) -> Place:
     """What a reference points to; a plain address is itself."""
     if "::" in reference:
         if found := _MEMBER.fullmatch(reference):
             return Member(found[1], int(found[2]), int(found[3]), found[4])
         if found := _ROW.fullmatch(reference):
             return Row(found[1], int(found[2]), int(found[3]), found[4])
+        if found := _PIXELS.fullmatch(reference):
+            return Pixels(found[1], int(found[2]))
     return reference
 
 
@@ -93,6 +101,24 @@ def name_of(key: str, reference: str) -> str:
     return f"{key} in {place.file}" if isinstance(place, Row) else key
 
 
+def is_there(reference: str) -> bool:
+    """Whether the file is there that a reference points into; of a file elsewhere that is not asked."""
+    file = file_of(reference)
+    return is_url(file) or is_file(file)
+
+
+def file_of(reference: str) -> str:
+    """The file that a picture is in, or is.
+
+    >>> file_of("/data/00000.tar::1536+20480::12.jpg"), file_of("/data/a.jpg")
+    ('/data/00000.tar', '/data/a.jpg')
+    """
+    place = parse(reference)
+    if isinstance(place, Member):
+        return place.shard
+    return place if isinstance(place, str) else place.file
+
+
 def absolute(reference: str) -> str:
     """The reference as it can be read from any folder."""
     reference = local(reference)
@@ -109,6 +135,8 @@ def read_bytes(reference: str | Path) -> bytes:
         return _cut(place, _fetch(place.shard, place.offset - BLOCK, place.offset + place.size), place.offset - BLOCK)
     if isinstance(place, Row):
         return _rows.read(place)
+    if isinstance(place, Pixels):
+        return read_png(place)
     return read_all(local(place), MOST_BYTES)
 
 
@@ -138,7 +166,7 @@ def read_each(references: Sequence[str]) -> Iterator[bytes | DataError | OSError
         begin = end
 
 
-def _run(places: Sequence[Member | Row | str], begin: int) -> int:
+def _run(places: Sequence[Place], begin: int) -> int:
     """The end of the run of members that lie behind each other in one tar, of at most SPAN bytes."""
     first = places[begin]
     end = begin + 1

@@ -16,7 +16,7 @@ import pyarrow.parquet
 
 from litune.errors import DataError
 from litune.pairs.address import folder_of, folders_in, is_file, is_url, open_file
-from litune.pairs.reference import BROKEN, Member, Row, first_line, parse
+from litune.pairs.reference import BROKEN, file_of, first_line
 from litune.pairs.sample import (
     CAPTION_COLUMNS,
     IMAGE_SUFFIXES,
@@ -326,9 +326,7 @@ def _folders_in(folder: str) -> list[str]:
 
 def exists(base: str, key: str) -> bool:
     """Whether the file that holds an image exists."""
-    ref = parse(join(base, key))
-    file = ref.shard if isinstance(ref, Member) else ref.file if isinstance(ref, Row) else ref
-    return is_url(key) or is_file(file)  # an image's own URL is only requested when the image is read
+    return is_url(key) or is_file(file_of(join(base, key)))  # an image's own URL is only requested when it is read
 
 
 def join(base: str, key: str) -> str:

@@ -21,7 +21,6 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from litune.errors import DataError, StoreError, nearest
+from litune.errors import DataError, StoreError
 from litune.files import atomic, read_json, sweep_temporaries, write_json, write_text
 from litune.pairs.pairs import Damage
-from litune.store.captions import Captions, blocks, hash_digests, integers, join_texts, offsets_of
+from litune.store.captions import Captions, join_texts, offsets_of
+from litune.store.selection import Selection, check_range, select
 
 FORMAT = 1
 MANIFEST, DAMAGE = "store.json", "damaged.jsonl"
@@ -286,251 +286,11 @@ class FeatureStore:
         `captions` stand in for those of the store. Raises `StoreError` where there is no such split, language, field
         or caption.
         """
-        whose = "texts for its images" if captions else "captions"
-        captions = captions or self.captions
-        rows = np.arange(len(self), dtype=integers(len(self)))
-        if split is not None:
-            if "split" not in self.column_names:
-                raise StoreError(f"{self.path} has no splits, {split!r} was asked for: embed with a split column")
-            if split not in self.splits:
-                raise StoreError(f"{self.path} has no split {split!r} ({nearest(split, self.splits)})")
-            rows = rows[
-                np.concatenate([pc.equal(c, split).fill_null(False).to_numpy(False) for c in self._split_chunks()])
-            ]
-        keep = np.ones(len(captions.texts), dtype=bool)
-        for names, label, what, how in (
-            (lang, "langs", "languages", "a lang column"),
-            (fields, "fields", "", "several --caption-column"),
-        ):
-            if names:
-                keep &= self._labelled(captions, names, label, what, how)
-        found = Selection.of(self, rows, captions, None if keep.all() else keep)
-        if not len(found):
-            remedy = (
-                "give --texts of this store" if whose != "captions" else "embed its images with a table of captions"
-            )
-            raise StoreError(f"{self.path} has no {whose}: {remedy}")
-        return found
-
-    def _split_chunks(self) -> Iterator[pa.Array]:
-        return (chunk.cast(pa.string()) for chunk in self.column_chunks("split"))
-
-    def _labelled(self, captions: Captions, names: Sequence[str], label: str, what: str, how: str) -> np.ndarray:
-        """Which captions have one of these labels. Raises `StoreError` for a label that none has."""
-        of_captions = captions.labels(label)
-        if of_captions is None:
-            if what:
-                raise StoreError(f"{self.path} has no {what}, {', '.join(names)} asked for: embed with {how}")
-            raise StoreError(f"{self.path} has one text field, {', '.join(names)} asked for: embed with {how}")
-        known = of_captions.dictionary.to_pylist()
-        for name in names:
-            if name not in known:
-                missing = "captions in" if label == "langs" else "text field"
-                raise StoreError(f"{self.path} has no {missing} {name!r} ({nearest(name, map(str, known))})")
-        codes = of_captions.indices.fill_null(-1).to_numpy()
-        found: np.ndarray = np.isin(codes, [known.index(name) for name in names])
-        return found
+        return select(self, split, lang, fields, captions)
 
     def __repr__(self) -> str:
         spec = self.tower["spec"] if self.tower else "unknown"
         return f"FeatureStore({str(self.path)!r}, {len(self):,} images, D={self.width}, tower={spec})"
-
-
-class Selection:
-    """Some of a store's images, with some of their captions.
-
-    Captions stay where they are, in one Arrow array for all selections of a store: a selection is numbers.
-    """
-
-    def __init__(
-        self, store: FeatureStore, rows: np.ndarray, captions: Captions, picks: np.ndarray | None, offsets: np.ndarray
-    ) -> None:
-        """Rows [n] of the store; `picks` [C] are their captions' places in `captions.texts`, None for all of them.
-
-        Image i's captions are those from `offsets[i]` to `offsets[i + 1]`.
-        """
-        self.store, self.rows, self.offsets = store, rows, offsets
-        self._captions, self._picks = captions, picks
-
-    @classmethod
-    def of(cls, store: FeatureStore, rows: np.ndarray, captions: Captions, keep: np.ndarray | None) -> Selection:
-        """Those of the rows that have a caption; where `keep` [C] is given, only with the captions that it marks."""
-        first, last = captions.offsets[rows], captions.offsets[rows + 1]
-        if keep is None:
-            counts = last - first
-        else:
-            kept = np.concatenate([[0], np.cumsum(keep)])
-            counts = kept[last] - kept[first]
-        there = counts > 0
-        whole = len(rows) == len(captions.offsets) - 1 and bool((np.diff(rows) > 0).all())
-        if keep is None and there.all() and whole:
-            return cls(store, rows, captions, None, captions.offsets)
-        rows, first, last = rows[there], first[there], last[there]
-        picks = ranges(first, last - first)
-        if keep is not None:
-            picks = picks[keep[picks]]
-        return cls(store, rows, captions, picks.astype(integers(len(captions.texts))), offsets_of(counts[there]))
-
-    @property
-    def sources(self) -> Sequence[Selection]:
-        """The selections that this one is put together from, each of one store: this one alone."""
-        return (self,)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @cached_property
-    def keys(self) -> list[str]:
-        """The images' names, as their source has them."""
-        return self._values("key")
-
-    @property
-    def image_files(self) -> list[str]:
-        """The images' files."""
-        return self._values("image_path")
-
-    def _values(self, name: str) -> list[str]:
-        column = self.column(name)
-        assert column is not None  # of these two, every store has one
-        found: list[str] = column.cast(pa.string()).to_pylist()
-        return found
-
-    def column(self, name: str) -> pa.Array | None:
-        """A column of the metadata, one value per image; None where the store has none of that name."""
-        whole = self.store.column(name)
-        if whole is None:
-            return None
-        if pa.types.is_string(whole.type) and whole.nbytes >= 2**31:
-            whole = whole.cast(pa.large_string())
-        return whole.take(pa.array(self.rows)).combine_chunks()
-
-    def image_hashes(self) -> np.ndarray | None:
-        """Numbers that are equal for equal image files, [n]; None where the store does not have their hashes."""
-        if "sha256" not in self.store.column_names:
-            return None
-        found = []
-        for chunk in self.store.column_chunks("sha256"):
-            if chunk.null_count:
-                return None
-            found.append(hash_digests(chunk))
-        numbers: np.ndarray = np.concatenate(found)
-        whole = self._picks is None and len(self) == len(self.store)
-        return numbers if whole else numbers[self.rows]
-
-    def also_in(self, other: Selection) -> np.ndarray:
-        """The positions of the images whose files are equal to one of the other selection's, by their hashes."""
-        ours, theirs = self.image_hashes(), other.image_hashes()
-        if ours is None or theirs is None or not len(theirs):
-            return np.zeros(0, np.int64)
-        theirs = np.sort(theirs)
-        place = np.minimum(np.searchsorted(theirs, ours), len(theirs) - 1)
-        return np.flatnonzero((theirs[place] == ours) & (ours >= 0))  # below 0: without a hash
-
-    @property
-    def caption_array(self) -> pa.Array:
-        """All captions, image by image."""
-        texts = self._captions.texts
-        return texts if self._picks is None else texts.take(pa.array(self._picks))
-
-    def take_captions(self, numbers: np.ndarray) -> pa.Array:
-        """The captions with these numbers in the selection, in this order. Raises `IndexError` for one it lacks."""
-        check_range(numbers, int(self.offsets[-1]), "captions")
-        places = numbers if self._picks is None else self._picks[numbers]
-        return self._captions.texts.take(pa.array(places))
-
-    def iterate_captions(self) -> Iterator[str]:
-        """All captions, image by image, few in memory at a time."""
-        return chain.from_iterable(blocks(self, int(self.offsets[-1])))
-
-    @property
-    def captions(self) -> list[str]:
-        """All captions, image by image."""
-        found: list[str] = self.caption_array.to_pylist()
-        return found
-
-    @property
-    def langs(self) -> list[str] | None:
-        """For each of `captions`, its language; None where the store does not know them."""
-        of_all = self._captions.labels("langs")
-        if of_all is None:
-            return None
-        found: list[str] = (of_all if self._picks is None else of_all.take(pa.array(self._picks))).to_pylist()
-        return found
-
-    @property
-    def fields(self) -> list[str]:
-        """For each of `captions`, the text field that it is of."""
-        of_all = self._captions.labels("fields")
-        if of_all is None:
-            raise StoreError(f"{self.store.path} has one text field: embed with several --caption-column")
-        found: list[str] = (of_all if self._picks is None else of_all.take(pa.array(self._picks))).to_pylist()
-        return found
-
-    def of_field(self, name: str) -> np.ndarray:
-        """The numbers of the captions that are of this text field."""
-        of_all = self._captions.labels("fields")
-        if of_all is None or name not in (known := of_all.dictionary.to_pylist()):
-            return np.zeros(0, np.int64)
-        codes = of_all.indices.fill_null(-1).to_numpy()
-        codes = codes if self._picks is None else codes[self._picks]
-        return np.flatnonzero(codes == known.index(name))
-
-    @property
-    def owner(self) -> np.ndarray:
-        """For each of `captions`, the position of its image in this selection."""
-        return np.repeat(np.arange(len(self)), self.counts)
-
-    @property
-    def counts(self) -> np.ndarray:
-        """The number of captions of each image."""
-        return np.diff(self.offsets)
-
-    def subset(self, positions: np.ndarray) -> Selection:
-        """The images at these positions of the selection. Raises `IndexError` for one it lacks."""
-        check_range(positions, len(self), "images")
-        counts = self.offsets[positions + 1] - self.offsets[positions]
-        numbers = ranges(self.offsets[positions], counts)
-        picks = numbers if self._picks is None else self._picks[numbers]
-        picks = picks.astype(integers(len(self._captions.texts)))
-        return Selection(self.store, self.rows[positions], self._captions, picks, offsets_of(counts))
-
-    def features(self, positions: np.ndarray | None = None) -> np.ndarray:
-        """Raw float32 features of the images at these positions (all by default); `IndexError` for one it lacks."""
-        if positions is not None:
-            check_range(positions, len(self), "images")
-        return self.store.features(self.rows if positions is None else self.rows[positions])
-
-    def touch(self, positions: np.ndarray) -> None:
-        """Have the system read these images' features into memory, so that `features` need not wait for the disk."""
-        self.store.touch(self.rows[positions])
-
-    def read_ahead(self, blocks: Sequence[range]) -> None:
-        """Have the system begin to read blocks of neighbouring images."""
-        for block in blocks:
-            self.store.read_ahead(int(self.rows[block[0]]), int(self.rows[block[-1]]) + 1)
-
-    def blocks(self) -> Iterator[np.ndarray]:
-        """`features` of all images, block by block: flat memory."""
-        return self.store.blocks(self.rows)
-
-
-def check_range(numbers: np.ndarray, count: int, what: str) -> None:
-    """Raise `IndexError` unless all numbers are from 0 to `count` − 1. Negative ones do not count from the end."""
-    numbers = np.asarray(numbers)
-    if len(numbers) and not (numbers.min() >= 0 and numbers.max() < count):
-        wrong = next(int(one) for one in numbers if not 0 <= one < count)
-        raise IndexError(f"{wrong} is out of range: there are {count:,} {what}, from 0")
-
-
-def ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The numbers from each first on, as many as the count, one range after the other.
-
-    >>> ranges(np.array([7, 2]), np.array([2, 3])).tolist()
-    [7, 8, 2, 3, 4]
-    """
-    begins = np.cumsum(counts) - counts
-    found: np.ndarray = np.arange(int(counts.sum())) + np.repeat(first - begins, counts)
-    return found
 
 
 def _damaged(file: Path, why: Exception) -> StoreError:

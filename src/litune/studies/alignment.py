@@ -1,6 +1,6 @@
-"""How well two feature spaces agree before anything is tuned: neighbours in common, anchors in common, a linear map.
+"""How well two feature spaces agree before tuning: shared neighbours, shared anchors, a linear map.
 
-All are functions of features of length one; images [B, D], texts [N, W], of towers that never saw each other.
+All are functions of features of length one, images [B, D] and texts [N, W], of towers that were trained separately.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def _neighbours(features: Tensor, k: int) -> Tensor:
     return scores.fill_diagonal_(-torch.inf).topk(k, dim=1).indices
 
 
-def _common(one: Tensor, other: Tensor) -> Tensor:
-    """Which of each row's entries are in the same row of the other [B, k]."""
-    return (one[:, :, None] == other[:, None, :]).any(2)
+def _common(left: Tensor, right: Tensor) -> Tensor:
+    """Which entries of `left` are in the same row of `right` [B, k]."""
+    return (left[:, :, None] == right[:, None, :]).any(2)
 
 
 def relative(features: Float[Tensor, "N D"], anchors: Float[Tensor, "A D"]) -> Float[Tensor, "N A"]:
@@ -67,30 +67,30 @@ def ridge_map(texts: Float[Tensor, "N W"], images: Float[Tensor, "N D"], strengt
     x, y = texts.double(), images.double()
     gram = x.T @ x
     penalty = strength * gram.diagonal().mean()
-    found: Tensor = torch.linalg.solve(gram + penalty * torch.eye(len(gram), dtype=gram.dtype), x.T @ y)
-    return found.float()
+    weights: Tensor = torch.linalg.solve(gram + penalty * torch.eye(len(gram), dtype=gram.dtype), x.T @ y)
+    return weights.float()
 
 
 def best_strength(
     texts: Float[Tensor, "N W"], images: Float[Tensor, "B D"], owner: Int[Tensor, " N"], seed: int
 ) -> float:
     """The strength with the highest recall@10 on a fifth of the images, learned from the others."""
-    drawn = np.random.default_rng(seed).permutation(len(images))[: max(1, round(VALIDATION * len(images)))]
+    held_rows = np.random.default_rng(seed).permutation(len(images))[: max(1, round(VALIDATION * len(images)))]
     held_image = torch.zeros(len(images), dtype=torch.bool)
-    held_image[torch.from_numpy(drawn)] = True
+    held_image[torch.from_numpy(held_rows)] = True
     held = held_image[owner]
     position = held_image.cumsum(0) - 1
-    found = {}
+    recalls = {}
     for strength in STRENGTHS:
         mapped = F.normalize(texts[held] @ ridge_map(texts[~held], images[owner[~held]], strength))
-        found[strength] = (image_ranks(images[held_image], mapped, position[owner[held]]) < 10).mean()
-    return max(found, key=lambda strength: float(found[strength]))
+        recalls[strength] = (image_ranks(images[held_image], mapped, position[owner[held]]) < 10).mean()
+    return max(recalls, key=lambda strength: float(recalls[strength]))
 
 
 def image_ranks(
     images: Float[Tensor, "B D"], texts: Float[Tensor, "N D"], owner: Int[Tensor, " N"]
 ) -> Int[np.ndarray, " N"]:
-    """How many images are ahead of each text's own one [N]; ties count against it."""
+    """How many images score at least as high as each text's own [N]; ties count against it."""
     ranks = []
     for part, own in zip(texts.split(1024), owner.split(1024), strict=True):
         scores = part @ images.T

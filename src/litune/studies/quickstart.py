@@ -1,4 +1,4 @@
-"""The whole way on real data in minutes, on a CPU."""
+"""All of litune on real data in minutes, on a CPU: render, embed, tune, evaluate, search."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from litune.tuning.tune import changed_settings, tune
 
 T = TypeVar("T")
 
-# Free-form queries that are nobody's name, for the gallery beside held-out names.
+# Free-form queries that no emoji is named, for the gallery beside held-out names.
 FREE_QUERIES = ("a wild animal", "a way to travel", "a happy face", "something to eat")
 
 
@@ -49,13 +49,13 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
     began = time.monotonic()
     stages: dict[str, dict[str, Any]] = {}
 
-    found = emoji_pairs.find_emoji()
-    _timed(stages, "render", "pictures", lambda: (None, _render(found, out)))
+    emoji = emoji_pairs.find_emoji()
+    _timed(stages, "render", "pictures", lambda: (None, _render(emoji, out)))
     store = _timed(stages, "embed", "images", lambda: _embed(out))
     model = _timed(stages, "tune", "pairs", lambda: _tune(config))
     results = _timed(stages, "evaluate", "captions", lambda: (evaluate.run(quickstart_eval(out)), False))
     counts = {
-        "render": len(found),
+        "render": len(emoji),
         "embed": len(store),
         "tune": read_json(out / "run" / RUN_MANIFEST, RunError)["pairs_seen"],
         "evaluate": results["retrieval"]["captions"],
@@ -65,7 +65,7 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
         if not stage["reused"]:
             stage["rate"] = round(counts[name] / max(stage["seconds"], 1e-3), 1)
 
-    held_out = [one for one in found if one.split == "val"]
+    held_out = [e for e in emoji if e.split == "val"]
     zero_shot = _zero_shot(model, store, held_out)
     pictures = _gallery(model, store, held_out, out)
     figures = {
@@ -84,18 +84,18 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
 
 
 def _timed(stages: dict[str, dict[str, Any]], name: str, unit: str, work: Callable[[], tuple[T, bool]]) -> T:
-    """Do `work`, which says whether it reused what was there, and note how long it took."""
+    """The result of `work`, whose duration and second value (was it reused?) are noted in `stages`."""
     began = time.monotonic()
     result, reused = work()
     stages[name] = {"seconds": round(time.monotonic() - began, 2), "unit": unit, "reused": reused}
     return result
 
 
-def _render(found: list[Emoji], out: Path) -> bool:
-    there = sum((out / "emoji" / "images" / one.key).exists() for one in found)
-    with track("rendering", "pictures", len(found), there) as task:
-        emoji_pairs.render(found, out / "emoji", lambda: task.advance(1))
-    return there == len(found)
+def _render(emoji: list[Emoji], out: Path) -> bool:
+    done = sum((out / "emoji" / "images" / e.key).exists() for e in emoji)
+    with track("rendering", "pictures", len(emoji), done) as task:
+        emoji_pairs.render(emoji, out / "emoji", lambda: task.advance(1))
+    return done == len(emoji)
 
 
 def _embed(out: Path) -> tuple[FeatureStore, bool]:
@@ -119,17 +119,17 @@ def _tune(config: QuickstartConfig) -> tuple[LiT, bool]:
 
 
 def _zero_shot(model: LiT, store: FeatureStore, held_out: list[Emoji]) -> dict[str, Any]:
-    """Sort held-out pictures into classes whose names are no picture's caption, and show one of each."""
+    """Classify held-out pictures by class names that are no picture's caption, with an example of each."""
     keys = store.metadata["key"].to_pylist()
     row = {key: i for i, key in enumerate(keys)}
-    shown = [one for one in held_out if one.kind is not None]
+    shown = [e for e in held_out if e.kind is not None]
     classes = list(emoji_pairs.CLASSES)
-    features = model.encode_features(store.features([row[one.key] for one in shown]))
+    features = model.encode_features(store.features([row[e.key] for e in shown]))
     classifier = model.zero_shot(classes)
-    labels = torch.tensor([classes.index(one.kind or "") for one in shown])
+    labels = torch.tensor([classes.index(e.kind or "") for e in shown])
     figures = accuracy(classifier.scores(features), labels)
     probabilities = classifier.probabilities(features)
-    firsts = [next(i for i, one in enumerate(shown) if one.kind == c) for c in classes if c in {o.kind for o in shown}]
+    firsts = [next(i for i, e in enumerate(shown) if e.kind == c) for c in classes if c in {o.kind for o in shown}]
     examples = [
         {
             "name": shown[i].name,
@@ -142,20 +142,20 @@ def _zero_shot(model: LiT, store: FeatureStore, held_out: list[Emoji]) -> dict[s
 
 
 def _gallery(model: LiT, store: FeatureStore, held_out: list[Emoji], out: Path) -> dict[str, str]:
-    """Queries and the pictures found for them among the held-out ones: one PNG, one HTML file."""
-    kinds = [kind for kind in emoji_pairs.CLASSES if kind != "flag"]  # nobody tells one unseen flag from another
-    names = [next(one for one in held_out if one.kind == kind) for kind in kinds]
-    queries = [*(one.name for one in names), *FREE_QUERIES]
-    right = [{one.key} for one in names] + [set[str]() for _ in FREE_QUERIES]
-    only = {one.key for one in held_out}
-    found = nearest_images(model, store, model.encode_text(queries), top=len(store))
-    rows = [(q, [f for f in line if f.key in only][:6]) for q, line in zip(queries, found, strict=True)]
+    """Write queries and their best held-out pictures as a PNG and an HTML file; returns the paths."""
+    kinds = [kind for kind in emoji_pairs.CLASSES if kind != "flag"]  # unseen flags can't be told apart
+    names = [next(e for e in held_out if e.kind == kind) for kind in kinds]
+    queries = [*(e.name for e in names), *FREE_QUERIES]
+    targets = [{e.key} for e in names] + [set[str]() for _ in FREE_QUERIES]
+    only = {e.key for e in held_out}
+    matches = nearest_images(model, store, model.encode_text(queries), top=len(store))
+    rows = [(q, [f for f in row_matches if f.key in only][:6]) for q, row_matches in zip(queries, matches, strict=True)]
     intro = (
         f"Pictures found by text among {len(held_out)} emoji that were never tuned on. "
         "A green frame marks the picture whose name the query is; the last queries are nobody's name."
     )
-    write_sheet(out / "gallery.png", rows, right)
-    write_page(out / "gallery.html", "litune quickstart", intro, rows, right, emoji_pairs.CREDIT)
+    write_sheet(out / "gallery.png", rows, targets)
+    write_page(out / "gallery.html", "litune quickstart", intro, rows, targets, emoji_pairs.CREDIT)
     return {"png": str(out / "gallery.png"), "html": str(out / "gallery.html")}
 
 

@@ -13,7 +13,7 @@ def quickstart_embed(folder: Path) -> EmbedConfig:
 
 
 def quickstart_tune(folder: Path, seed: int) -> TuneConfig:
-    """Tune MiniLM on the quickstart's emoji: so few pairs want a gentle tower, a quick head and a held-back map."""
+    """Tune MiniLM on the quickstart's emoji: few pairs need a low rate, a faster head and a shrunk whitening."""
     return TuneConfig(
         store=folder / "features",
         text_tower="minilm",

@@ -8,7 +8,7 @@ import numpy as np
 
 from litune.config import TuneConfig, parse_mix
 from litune.errors import ConfigError, StoreError
-from litune.store.store import Selection
+from litune.store.selection import Selection
 from litune.tuning.batches import Batches, Field
 
 

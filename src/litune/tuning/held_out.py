@@ -13,7 +13,7 @@ from torch import Tensor
 from litune import distributed
 from litune.evaluation.retrieval import retrieval
 from litune.model.lit import LiT
-from litune.store.store import Selection
+from litune.store.selection import Selection
 from litune.tuning.inputs import image_ids
 from litune.tuning.pixels import PixelLoader
 

@@ -22,7 +22,7 @@ from litune.config import TuneConfig
 from litune.devices import sent, tensors_of
 from litune.model.lit import LiT
 from litune.store.captions import BLOCK, TOKENIZED_MOST, LaterTokens, first_of_equal, hash_texts
-from litune.store.store import Selection
+from litune.store.selection import Selection
 from litune.text.packing import Packed
 from litune.text.tokenizers import Tokens
 from litune.text.vectors import KeptTexts

@@ -28,8 +28,7 @@ from litune.progress import Task, say, track
 from litune.schedules import parse_duration, parse_unlock, rate_share
 from litune.sharding import Shards, drop_states, is_shared
 from litune.store.captions import TOKENIZED_MOST, LaterTokens, tokenize
-from litune.store.mixture import source_names
-from litune.store.store import FeatureStore, Selection
+from litune.store.selection import Selection, source_names
 from litune.text.packing import Rows
 from litune.text.tokenizers import Tokens
 from litune.text.vectors import KeptTexts
@@ -75,14 +74,13 @@ class Tuning:
     def __init__(
         self,
         config: TuneConfig,
-        store: FeatureStore,
         train: Selection,
         val: Selection | None,
         model: LiT,
         device: torch.device,
         on_log: OnLog | None = None,
     ) -> None:
-        self.config, self.store, self.train, self.val, self.model = config, store, train, val, model
+        self.config, self.store, self.train, self.val, self.model = config, train.store, train, val, model
         self.device, self.bfloat16, self.on_log = device, pick_bfloat16(config.precision, device), on_log
         if device.type == "cpu":
             keep_freed_memory()

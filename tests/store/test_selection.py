@@ -12,10 +12,9 @@ import pytest
 from tests.conftest import random_store
 
 from litune.config import TuneConfig
-from litune.store.mixture import Mixture, source_names
-from litune.store.store import FeatureStore, Selection
+from litune.store.selection import Mixture, Selection, choose_pairs, source_names
+from litune.store.store import FeatureStore
 from litune.tuning.batching import make_batches
-from litune.tuning.tune import choose_pairs
 
 
 @pytest.fixture
