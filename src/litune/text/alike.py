@@ -1,4 +1,4 @@
-"""Class names that a model can't tell apart, as it reads them without case and punctuation."""
+"""Finds class names that a model can't tell apart, because it reads them without case and punctuation."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from litune.prompts import prompted_name
 
 
 def find_alike(names: Sequence[str]) -> str | None:
-    """What is wrong where two names are read alike, so that they would share their probability; None where none are.
+    """What is wrong where two names are read as the same, and would share their probability; else None.
 
     >>> find_alike(["cat", "dog", "Cat!"])
     "'Cat!' beside 'cat', which is read alike: equal names would share their probability"
     """
-    read: dict[str, str] = {}
+    names_by_form: dict[str, str] = {}
     for name in names:
         form = prompted_name(name)
-        if form in read:
-            alike = "twice" if read[form] == name else f"beside {read[form]!r}, which is read alike"
-            return f"{name!r} {alike}: equal names would share their probability"
-        read[form] = name
+        if form in names_by_form:
+            clash = "twice" if names_by_form[form] == name else f"beside {names_by_form[form]!r}, which is read alike"
+            return f"{name!r} {clash}: equal names would share their probability"
+        names_by_form[form] = name
     return None

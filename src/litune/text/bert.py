@@ -1,8 +1,8 @@
 """BERT's encoder over packed texts, from the weights of transformers' own modules.
 
-The same values as transformers' forward pass (tests compare them), in few operations: in bfloat16 the weights are
-cast where they are used, activations stay bfloat16 from layer to layer, and normalisation computes in float32. On
-CPUs in bfloat16 the layers are `litune.text.fused`'s, where it can be compiled.
+It gives the values of transformers' forward pass (tests compare them) in fewer operations: in bfloat16, weights are
+cast where they are used, activations stay bfloat16 between layers, and normalisation computes in float32. On CPUs in
+bfloat16, the layers are those of `litune.text.fused` if it can be compiled.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from litune.text.dropout import dropout
 from litune.text.packing import Line, Rows, attention, flash_fits, through
 
 ROBERTA_LIKE = {"roberta", "xlm-roberta", "camembert"}
-"""BERT whose positions begin after the padding token's number."""
+"""Kinds of BERT whose positions start after the id of the padding token."""
 BERT_LIKE = {"bert", *ROBERTA_LIKE}
 
 
 def bert_encode(model: Any, packed: Rows) -> Float[Tensor, "R T W"]:
     """The last hidden states of a transformers BERT or RoBERTa model: post-LayerNorm, absolute positions.
 
-    Its layers must be `teach_packing`'s. Texts must lie as `reads_line` says: under autocast (to bfloat16) as it says
-    for bfloat16. The result is bfloat16 then, otherwise of the weights' own type.
+    The model must have gone through `teach_packing`, and texts must be packed as `reads_line` says, for bfloat16 under
+    autocast. The result is bfloat16 under autocast, otherwise of the weights' type.
     """
     config, embeddings = model.config, model.embeddings
     device = packed.ids.device.type
@@ -55,24 +55,24 @@ def bert_encode(model: Any, packed: Rows) -> Float[Tensor, "R T W"]:
 
 
 def teach_packing(model: Any) -> None:
-    """Let the layers of a transformers BERT read packed texts: `layer(x, packed=…)`. Names of parameters stay."""
+    """Let the layers of a transformers BERT read packed texts, `layer(x, packed=…)`; parameter names don't change."""
     for layer in model.encoder.layer:
         theirs: Any = type(layer)
         layer.__class__ = _packing_class(theirs)
 
 
 class _PackedLayer:
-    """A BERT layer, post-LayerNorm. Called without `packed`, it is transformers' own."""
+    """A post-LayerNorm BERT layer. Without `packed`, it runs transformers' own forward pass."""
 
     attention: Any
     intermediate: Any
     output: Any
     training: bool
 
-    def forward(self, x: Tensor, *given: Any, packed: Rows | None = None, **named: Any) -> Any:
-        """The hidden states [R, T, W] of the next layer, of the same type."""
+    def forward(self, x: Tensor, *args: Any, packed: Rows | None = None, **kwargs: Any) -> Any:
+        """The layer's output [R, T, W], of the input's type."""
         if packed is None:
-            return super().forward(x, *given, **named)  # type: ignore[misc]
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         attend, out, inner, outer = self.attention.self, self.attention.output, self.intermediate, self.output
         heads = attend.num_attention_heads
         p, p_attention = (outer.dropout.p, attend.dropout.p) if self.training else (0.0, 0.0)
@@ -90,12 +90,12 @@ def _packing_class(theirs: type) -> type:
 
 
 def in_c(packed: Rows) -> bool:
-    """Whether `litune.text.fused` takes the layers: that of a line on the CPU."""
+    """Whether `litune.text.fused` runs the layers: for a line of texts on the CPU."""
     return isinstance(packed, Line) and packed.ids.device.type == "cpu"
 
 
 def reads_line(model: Any, device: torch.device, bfloat16: bool) -> bool:
-    """Whether there is attention made for texts that lie one after the other, for this model there (see `Line`)."""
+    """Whether this model has an attention kernel for concatenated texts on this device (see `Line`)."""
     config, weights = model.config, model.embeddings.LayerNorm.weight.dtype
     depth, rest = divmod(config.hidden_size, config.num_attention_heads)
     if device.type == "cpu":
@@ -106,7 +106,7 @@ def reads_line(model: Any, device: torch.device, bfloat16: bool) -> bool:
 
 
 def _linear(x: Tensor, *layers: nn.Linear) -> Tensor:
-    """The layers' outputs, side by side: one matrix product."""
+    """The layers' outputs, concatenated: one matrix product."""
     weights, biases = ([getattr(layer, name).to(x.dtype) for layer in layers] for name in ("weight", "bias"))
     if len(layers) == 1:
         return F.linear(x, weights[0], biases[0])
@@ -114,6 +114,6 @@ def _linear(x: Tensor, *layers: nn.Linear) -> Tensor:
 
 
 def _norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
-    # CPUs normalise bfloat16 by float32 weights; elsewhere both are of one type.
+    # CPUs normalise bfloat16 with float32 weights; other devices need the same type.
     weight, bias = (w if x.device.type == "cpu" else w.to(x.dtype) for w in (layer.weight, layer.bias))
     return F.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)

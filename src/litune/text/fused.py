@@ -1,8 +1,8 @@
-"""The same encoder as `litune.text.bert`, in bfloat16 on CPUs, with what fused.c does between the matrix products.
+"""The layers of `litune.text.bert` in bfloat16 on CPUs, with fused kernels (fused.c) between the matrix products.
 
-Where a C compiler is at hand, fused.c is compiled once (some seconds) and kept in the user's cache. One function there
-goes over memory once where torch's operators go several times; on a small tower that is half of a step. Texts lie one
-after the other, without padding between them.
+If there is a C compiler, fused.c is compiled once (some seconds) and kept in the user's cache. Each of its functions
+makes one pass over memory where torch's operators make several; for a small tower that is half of a step. Texts are
+concatenated, without padding between them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from litune.towers.compiling import SWITCH
 
 SOURCE = Path(__file__).with_name("fused.c")
 FLAGS = (
-    "-Wno-psabi",  # vectors wider than the processor's are passed in memory; nothing but this file calls
+    "-Wno-psabi",  # vectors wider than the CPU's registers go through memory: harmless, all callers are in this file
     "-O3",
     "-march=native",
     "-mprefer-vector-width=512",
@@ -43,7 +43,7 @@ FLAGS = (
     "-fPIC",
 )
 LANES = 16
-"""All widths must be multiples of this, that of an attention head too."""
+"""All widths, including that of an attention head, must be multiples of this."""
 
 _LONG, _DOUBLE, _POINTER = ctypes.c_long, ctypes.c_double, ctypes.c_void_p
 _TYPES: dict[type, Any] = {int: _LONG, float: _DOUBLE}
@@ -51,7 +51,7 @@ _TYPES: dict[type, Any] = {int: _LONG, float: _DOUBLE}
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled functions; None where there is no compiler for them (said once), or they are switched off."""
+    """The compiled functions; None if they can't be compiled (reported once) or are switched off."""
     if os.environ.get(SWITCH) == "0" or platform.system() != "Linux":
         return None
     compiler = shlex.split(os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or "")
@@ -65,23 +65,23 @@ def library() -> ctypes.CDLL | None:
 
 
 def compiled(compiler: Sequence[str]) -> Path:
-    """The shared library of this source for this processor, made if it is not in the cache."""
-    told = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
-    made_of = b"\0".join([SOURCE.read_bytes(), told, shlex.join([*compiler, *FLAGS]).encode(), processor()])
+    """The shared library of fused.c for this CPU, compiled if it is not in the cache."""
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
+    inputs = b"\0".join([SOURCE.read_bytes(), version, shlex.join([*compiler, *FLAGS]).encode(), processor()])
     folder = cache_folder()
-    file = folder / f"fused-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
+    file = folder / f"fused-{hashlib.sha256(inputs).hexdigest()[:16]}.so"
     if not file.exists():
         say("compiling the text tower's operations for this processor, once")
         with tempfile.TemporaryDirectory(dir=folder) as work:
-            made = Path(work) / file.name
-            command = [*compiler, *FLAGS, "-o", str(made), str(SOURCE), "-lm"]
+            built = Path(work) / file.name
+            command = [*compiler, *FLAGS, "-o", str(built), str(SOURCE), "-lm"]
             subprocess.run(command, capture_output=True, check=True, timeout=600)
-            made.replace(file)
+            built.replace(file)
     return file
 
 
 def processor() -> bytes:
-    """What instructions the processor has: a library made for one may not run on another."""
+    """The CPU's model and instruction sets: a library compiled for one CPU may not run on another."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -90,38 +90,38 @@ def processor() -> bytes:
 
 
 def call(name: str, *values: Tensor | int | float) -> None:
-    """Run a function of fused.c with torch's number of threads; tensors go as pointers, so they must be contiguous."""
-    given: list[Any] = [_LONG(torch.get_num_threads())]
+    """Run a function of fused.c with torch's number of threads; tensors go as pointers and must be contiguous."""
+    arguments: list[Any] = [_LONG(torch.get_num_threads())]
     for value in values:
         if isinstance(value, Tensor):
             assert value.is_contiguous()
-            given.append(_POINTER(value.data_ptr()))
+            arguments.append(_POINTER(value.data_ptr()))
         else:
-            given.append(_TYPES[type(value)](value))
+            arguments.append(_TYPES[type(value)](value))
     function = getattr(library(), name)
     function.restype = None
-    function(*given)
+    function(*arguments)
 
 
 def partial_sums(*shape: int) -> Tensor:
-    """Zeros per thread, to add gradients up in."""
+    """A zero tensor per thread, in which gradients are accumulated: [threads, *shape]."""
     return torch.zeros(torch.get_num_threads(), *shape)
 
 
 def draw(p: float) -> int:
-    """A seed for dropout; none is drawn where nothing is dropped."""
+    """A random seed for dropout; 0, without using the generator, if nothing is dropped."""
     return draw_seed() if p else 0
 
 
 def matmul(x: Float[Tensor, "S W"], *weights: Float[Tensor, "_ W"]) -> Float[Tensor, "S V"]:
-    """The products of x [S, W] in bfloat16 and float32 weights, each [V_i, W], side by side: [S, Σ V_i]."""
+    """The products of x [S, W] in bfloat16 and float32 weights, each [V_i, W], concatenated: [S, Σ V_i]."""
     return branch(x, *weights)[1]
 
 
 def branch(x: Float[Tensor, "S W"], *weights: Float[Tensor, "_ W"]) -> tuple[Tensor, Tensor]:
-    """X and `matmul` of it. Of what goes on with this x the gradient is added where matmul's is made, in place."""
-    found: tuple[Tensor, Tensor] = _Matmul.apply(x, *weights)
-    return found
+    """The tuple (x, matmul(x)). In the backward pass, the gradients of both are summed in place."""
+    outputs: tuple[Tensor, Tensor] = _Matmul.apply(x, *weights)
+    return outputs
 
 
 class _Matmul(Function):
@@ -144,13 +144,15 @@ class _Matmul(Function):
             to_x = g @ joined if to_x is None else to_x.addmm_(g, joined)
         if not any(ctx.needs_input_grad[1:]):
             return to_x, *(None for _ in ctx.sizes)
-        # Matrix libraries are slow where the first factor lies transposed, so the narrower one is turned before.
-        to_joined = (turned(g) @ x).float() if g.shape[1] <= x.shape[1] else turned(turned(x) @ g, "transpose_wide")
+        # Matrix libraries are slow if the first factor is a transposed view, so the narrower one is copied transposed.
+        to_joined = (
+            (transposed(g) @ x).float() if g.shape[1] <= x.shape[1] else transposed(transposed(x) @ g, "transpose_wide")
+        )
         return to_x, *to_joined.split(ctx.sizes)
 
 
-def turned(x: Float[Tensor, "S W"], how: str = "transpose") -> Float[Tensor, "W S"]:
-    """The transpose, in memory too; "transpose_wide": in float32."""
+def transposed(x: Float[Tensor, "S W"], how: str = "transpose") -> Float[Tensor, "W S"]:
+    """The transpose as a contiguous copy; "transpose_wide" returns float32."""
     out = x.new_empty(x.shape[1], x.shape[0], dtype=torch.float32 if how == "transpose_wide" else None)
     call(how, *x.shape, x, out)
     return out
@@ -161,7 +163,7 @@ class _Gelu(Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
         slope = torch.empty_like(x)
         assert x.shape[1] % LANES == 0
-        call("gelu", *x.shape, x, bias, x, slope)  # in place: nothing else reads it, and its memory is at hand
+        call("gelu", *x.shape, x, bias, x, slope)  # in place: nothing else reads x, and its memory is in the cache
         ctx.mark_dirty(x)
         ctx.save_for_backward(slope)
         return x
@@ -238,7 +240,7 @@ class _Attention(Function):
 
 
 def work_space(longest: int, depth: int) -> Tensor:
-    """Room for every thread to attend in, for texts of at most `longest` tokens and heads of width `depth`."""
+    """Scratch memory for attention, per thread, for texts of at most `longest` tokens and heads of width `depth`."""
     functions = library()
     assert functions is not None
     functions.attention_space.restype = _LONG
@@ -248,16 +250,16 @@ def work_space(longest: int, depth: int) -> Tensor:
 
 def drop(x: Float[Tensor, "1 S W"], p: float, training: bool) -> Float[Tensor, "1 S W"]:
     """Dropout of `x`, in bfloat16."""
-    found: Tensor = _Drop.apply(x.squeeze(0), float(p))[None] if training and p > 0 else x
-    return found
+    dropped: Tensor = _Drop.apply(x.squeeze(0), float(p))[None] if training and p > 0 else x
+    return dropped
 
 
 def encode_layer(
     layer: Any, x: Float[Tensor, "S W"], first: Tensor, lengths: Tensor, heads: int, p: float, p_attention: float
 ) -> Float[Tensor, "S W"]:
-    """A layer of a transformers BERT on texts that lie one after the other, with dropout `p` and `p_attention`.
+    """A layer of a transformers BERT on concatenated texts, with dropout `p` and `p_attention`.
 
-    Text i is the `lengths[i]` rows from `first[i]` on; rows after the last text are filling.
+    Text i is the `lengths[i]` rows from `first[i]` on; rows after the last text are padding.
     """
     attend, out = layer.attention.self, layer.attention.output
     x, qkv = branch(x, attend.query.weight, attend.key.weight, attend.value.weight)
@@ -274,5 +276,5 @@ def add_norm(
     x: Float[Tensor, "S W"], y: Float[Tensor, "S W"], bias: Float[Tensor, " W"], norm: nn.LayerNorm, p: float
 ) -> Float[Tensor, "S W"]:
     """norm(x + dropout(y + bias))."""
-    found: Tensor = _AddNorm.apply(x, y, bias, norm.weight, norm.bias, norm.eps, float(p))
-    return found
+    normalised: Tensor = _AddNorm.apply(x, y, bias, norm.weight, norm.bias, norm.eps, float(p))
+    return normalised

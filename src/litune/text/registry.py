@@ -1,7 +1,7 @@
 """Text towers: one registry from a spec (`hf:…`, `vit:…`, a short name) to an encoder of token ids.
 
-A tower maps N tokenised texts to N pooled vectors of its own width; the head comes after it. Texts are never
-padded: a step costs what its real tokens cost.
+A tower maps N tokenised texts to N pooled vectors of its own width; the head comes after it. Texts are packed, never
+padded: only real tokens are computed.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ from litune.towers.specs import reason
 from litune.towers.vit import VIT_SIZES, check_vit_size, vit_size
 
 COMPILED_FROM = 2**55
-"""The multiplications and additions of training that compiling pays on: about a minute or two of a large card."""
+"""The operations of a training run from which compiling pays: about a minute or two of a large GPU."""
 
 
 class TextTower(nn.Module):
     """A text encoder: packed tokens to N vectors [N, width].
 
-    `layout` is how its tokenizer lays out the tokens; `architecture` is what `build_text_tower` needs to make
-    the same tower again, without weights.
+    `layout` is how its tokenizer lays out the tokens; `architecture` is what `build_text_tower` needs to build the same
+    tower without its weights.
     """
 
     width: int
@@ -64,20 +64,20 @@ class TextTower(nn.Module):
     architecture: dict[str, Any]
     _compiled = False
     shared = False
-    """Whether each rank has only its rows of the parameters (see `litune.sharding`)."""
+    """Whether each rank holds only its rows of the parameters (see `litune.sharding`)."""
 
     def pack(self, tokens: Tokens, device: torch.device, *, bfloat16: bool = False) -> Packed:
         """N texts as `forward` reads them, for `device`, under autocast to bfloat16 or not; all tensors on the CPU.
 
-        All that the processor has to do for a forward pass, so that a loader thread can do it. Autocast is not asked:
-        each thread has its own.
+        This is all of a forward pass's work for the CPU, so that a loader thread can do it. `bfloat16` is an argument
+        because autocast's state is per thread.
         """
         line = self.reads_line(device, bfloat16)
         rows = in_line(tokens) if line else in_rows(tokens)
         return with_places(rows) if self.pooling == "mean" and device.type != "cpu" else rows
 
     def reads_line(self, device: torch.device, bfloat16: bool) -> bool:
-        """Whether texts should lie in one line there, not in rows."""
+        """Whether `pack` should put texts in one line for `device`, not in rows."""
         return False
 
     def forward(self, packed: Packed) -> Float[Tensor, "N W"]:
@@ -86,37 +86,37 @@ class TextTower(nn.Module):
 
     @property
     def layers(self) -> list[nn.Module]:
-        """The layers in order, each run as a module of its own: what shards and compilers work by."""
+        """The layers in order, each called as a module: the units of sharding and compilation."""
         return []
 
     def compile_layers(self, packed: Packed, tokens: float, *, bfloat16: bool) -> bool:
-        """Compile the layers for training, if that pays on `tokens` tokens; whether they are.
+        """Compile the layers for training if that pays for `tokens` tokens; returns whether they are compiled.
 
-        It pays on CUDA, where between two products the operators go over memory one after the other, and for layers
-        that read packed texts: all of them are the same code, compiled once, for token counts that recur (see
-        `recurring`); of counts that don't, for all at once. `packed` is a micro-batch as training has them, on the
-        tower's device, to try them on, forward and backward. Gradients are gone afterwards.
+        It pays on CUDA, where elementwise operators between two matrix products are bound by memory, and for layers
+        that read packed texts: they share their code, which is compiled once for each token count that recurs (see
+        `recurring`), and once for all other counts. `packed` is a micro-batch as in training, on the tower's device,
+        for a trial forward and backward pass. Gradients are cleared afterwards.
         """
-        work = 6 * tokens * sum(parameter.numel() for layer in self.layers for parameter in layer.parameters())
-        if not isinstance(packed, Rows) or packed.ids.device.type != "cuda" or work < COMPILED_FROM:
+        operations = 6 * tokens * sum(parameter.numel() for layer in self.layers for parameter in layer.parameters())
+        if not isinstance(packed, Rows) or packed.ids.device.type != "cuda" or operations < COMPILED_FROM:
             return False
 
-        def one_step() -> None:
+        def forward_and_backward() -> None:
             with torch.autocast(packed.ids.device.type, torch.bfloat16, enabled=bfloat16):
                 vectors = self(packed)
             if vectors.requires_grad:
                 vectors.sum().backward()
 
-        self._compiled = compile_modules(self.layers, one_step, "the text tower")
+        self._compiled = compile_modules(self.layers, forward_and_backward, "the text tower")
         self.zero_grad()
         return self._compiled
 
     def compiled_in_training(self) -> AbstractContextManager[Any]:
-        """Where the layers run: as they are compiled, but in evaluation, which has each batch in another shape."""
+        """The context to run the layers in: compiled in training, eager in evaluation, where batch shapes vary."""
         return nullcontext() if self.training or not self._compiled else torch.compiler.set_stance("force_eager")
 
     def set_gradient_checkpointing(self) -> None:
-        """Keep the layers' inputs alone for the backward pass; the rest is computed again there, dropout alike."""
+        """Keep only the layers' inputs for the backward pass and recompute the rest there, with the same dropout."""
         for layer in self.layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
@@ -129,8 +129,8 @@ class TextTower(nn.Module):
         raise NotImplementedError
 
     def tune_only(self, used: Int[np.ndarray, " U"]) -> None:
-        """Make parameters only of the `used` rows of the token table, if that spares much (see `TunedRows`)."""
-        used = np.union1d(used, [0])  # what stands in the gaps between packed texts (see Packed)
+        """Tune only the `used` rows of the token table, if that saves much (see `TunedRows`)."""
+        used = np.union1d(used, [0])  # the padding between packed texts (see Packed)
         table = self.token_table()
         if table.weight.requires_grad and len(used) < 0.8 * len(table.weight):
             self.set_token_table(TunedRows(table, used))
@@ -160,7 +160,7 @@ class HfTextTower(TextTower):
         return super().pack(tokens, device, bfloat16=bfloat16) if self._packs else by_length(tokens)
 
     def reads_line(self, device: torch.device, bfloat16: bool) -> bool:
-        """Whether texts should lie in one line there, not in rows."""
+        """Whether `pack` should put texts in one line for `device`, not in rows."""
         return reads_line(self.model, device, bfloat16)
 
     @property
@@ -175,10 +175,11 @@ class HfTextTower(TextTower):
         if isinstance(packed, Rows):
             with self.compiled_in_training():
                 return pool(bert_encode(self.model, packed), packed, self.pooling)
-        # One call per length: no architecture needs to know of packing, and none sees padding.
+        # One call per length: works for architectures that know nothing of packing, without padding.
         assert isinstance(packed, Groups)
         vectors, calls = [], list(packed.ids)
-        if self.shared:  # each rank brings its rows of a layer to every call: those with fewer calls repeat one
+        # Every rank must take part in each call, with its rows of the layers: ranks with fewer calls repeat one.
+        if self.shared:
             calls += calls[:1] * (max(distributed.gather_objects(len(calls))) - len(calls))
         for ids in calls:
             hidden = self.model(input_ids=ids).last_hidden_state.float()
@@ -189,8 +190,8 @@ class HfTextTower(TextTower):
 
     def token_table(self) -> nn.Embedding:
         """The embedding of tokens."""
-        found: nn.Embedding = self.model.get_input_embeddings()
-        return found
+        table: nn.Embedding = self.model.get_input_embeddings()
+        return table
 
     def set_token_table(self, table: nn.Module) -> None:
         """Put another embedding of tokens in its place."""
@@ -201,8 +202,8 @@ class VitTextTower(TextTower):
     """The ViT-style text transformer of the LiT paper: pre-LayerNorm, bidirectional, learned positions.
 
     Every text has exactly `max_tokens` tokens (padded with the end token, not masked); the last one is pooled.
-    LayerNorm's epsilon is 1e-6, GELU is the tanh form, as in the official code. Some official checkpoints have two
-    tables of positions (`second_positions`), which are added up.
+    LayerNorm's epsilon is 1e-6 and GELU is the tanh form, as in the official code. Some official checkpoints have two
+    position tables (`second_positions`), which are added.
     """
 
     second_position_embedding: nn.Parameter | None
@@ -249,7 +250,7 @@ class VitTextTower(TextTower):
                 nn.init.normal_(bias, std=1e-6)  # type: ignore[arg-type]
 
     def reads_line(self, device: torch.device, bfloat16: bool) -> bool:
-        """Whether texts should lie in one line there, not in rows."""
+        """Whether `pack` should put texts in one line for `device`, not in rows."""
         weight, heads = self.position_embedding, vit_size(self.architecture["size"])[3]
         return flash_fits(device, self.width // heads, torch.bfloat16 if bfloat16 else weight.dtype)
 
@@ -264,7 +265,7 @@ class VitTextTower(TextTower):
         positions: Tensor = self.position_embedding
         if self.second_position_embedding is not None:
             positions = positions + self.second_position_embedding
-        # Not positions[…]: of an index with so many equal places the gradient is slow on a GPU.
+        # Not positions[…]: the gradient of indexing with many equal indices is slow on a GPU.
         x = self.token_embedding(packed.ids) + F.embedding(packed.positions, positions)
         with self.compiled_in_training():
             x = through(self.blocks, x, packed)
@@ -300,7 +301,7 @@ class _Block(nn.Module):
 
 @dataclass(frozen=True)
 class TextSpec:
-    """A parsed text tower spec: what to build, and where its tokenizer is."""
+    """A parsed text tower spec: what to build, and where to find its tokenizer."""
 
     spec: str
     kind: str
@@ -309,7 +310,7 @@ class TextSpec:
 
     @property
     def tokenizer(self) -> str | None:
-        """Where the tower's own tokenizer is; None for towers that bring none."""
+        """Where to find the tower's own tokenizer; None for towers without one."""
         return None if self.kind == "vit" else self.name
 
 
@@ -340,8 +341,8 @@ def parse_text_spec(spec: str) -> TextSpec:
         raise TowerError(f"{spec!r} has an unknown option: only ?init=random is known")
     if head in PACKAGED:
         return TextSpec(spec, "hf", PACKAGED[head](), init == "pretrained")
-    kind, found, name = head.partition(":")
-    if not found or kind not in KINDS or not name:
+    kind, colon, name = head.partition(":")
+    if not colon or kind not in KINDS or not name:
         choices = [*PACKAGED, USE_M3, "hf:NAME_OR_FOLDER", *(f"vit:{s}" for s in VIT_SIZES), "run:RUN"]
         close = nearest(spec, choices, 2)
         also = f"{close}; " if close.startswith("perhaps") else ""
@@ -378,7 +379,7 @@ def _hf_config(spec: TextSpec) -> Any:
 def make_text_tower(
     spec: TextSpec, *, vocab_size: int, max_tokens: int, pooling: str = "auto", dropout: float | None = None
 ) -> TextTower:
-    """The tower of `spec` with its pre-trained or freshly drawn weights, ready to be tuned.
+    """The tower of `spec` with pre-trained or randomly initialised weights, ready to be tuned.
 
     Raises `TowerError` where weights are missing, or the tokenizer has more tokens than the tower.
     """
@@ -425,7 +426,7 @@ def _load_hf(spec: TextSpec, pooling: str, dropout: float | None) -> HfTextTower
 
 
 T5_LIKE = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
-"""Encoder-decoders whose encoder is a text tower: it is read alone, with the token table that both share."""
+"""Encoder-decoders whose encoder can be a text tower: only it is loaded, with the shared token table."""
 _POOLERS = {"bert", "roberta", "xlm-roberta", "camembert", "mpnet", "data2vec-text"}
 
 
@@ -445,17 +446,17 @@ def _empty_hf(config: Any) -> Any:
 def _set_dropout(config: Any, dropout: float) -> None:
     names = "hidden_dropout_prob attention_probs_dropout_prob dropout attention_dropout dropout_rate"
     modern = "embedding_dropout mlp_dropout"
-    found = [n for n in f"{names} {modern}".split() if isinstance(getattr(config, n, None), int | float)]
-    if not found:
+    known = [n for n in f"{names} {modern}".split() if isinstance(getattr(config, n, None), int | float)]
+    if not known:
         raise TowerError(f"{config.model_type} has no dropout setting that litune knows: leave out --dropout")
-    for name in found:
+    for name in known:
         setattr(config, name, dropout)
 
 
 def _hf_pooling(name: str, pooling: str, config: Any) -> str:
-    """As asked; for auto what a sentence-transformers folder declares, else as the family does it.
+    """The pooling asked for; for auto what a sentence-transformers folder declares, else the family's default.
 
-    T5's kinds have no token for the whole text: the mean. ModernBERT's config says which; BERT's is the first.
+    The T5 family has no token for the whole text: mean. ModernBERT's config says which; BERT's is the first token.
     """
     if pooling != "auto":
         return pooling

@@ -1,4 +1,4 @@
-"""A text tower that no process holds whole: built without its weights, of which each rank reads or draws its rows."""
+"""Text towers that no process holds whole: built without weights, of which each rank then reads or draws its rows."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from litune.text.registry import HfTextTower, TextTower
 
 
 class DrawnRows(TorchDispatchMode):
-    """Keeps this rank's rows of what modules write into their parameters, where these are on the meta device.
+    """Keeps this rank's rows of what modules write into parameters that are on the meta device.
 
-    A change is made to a whole parameter, which is gone after it: one at a time is whole. Random numbers are drawn in
-    the order of the whole tower, so that its weights are those of a tower built as usual after the same seed.
+    Each write is applied to a temporary copy of the whole parameter, one parameter at a time. Random numbers are drawn
+    in the order of the whole tower, so that its weights equal those of a tower built as usual with the same seed.
     """
 
     def __init__(self) -> None:
@@ -29,32 +29,32 @@ class DrawnRows(TorchDispatchMode):
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def add(self, parameter: Tensor) -> Tensor:
-        """A stand-in on the meta device; rows are kept of what `parameter` holds and of all that is written into it."""
+        """A stand-in on the meta device; this rank's rows of `parameter`, and of later writes into it, are kept."""
         stand_in = torch.empty_like(parameter, device="meta")
         self._kept[_memory(stand_in)] = stand_in, parameter.detach()[own_rows(len(parameter))].clone()
         return stand_in
 
     def rows(self, parameter: Tensor) -> Tensor:
-        """The rows of a parameter that are this rank's, by its stand-in."""
+        """The rank's rows of the parameter that a stand-in represents."""
         return self._kept[_memory(parameter)][1]
 
-    def write(self, written: Tensor, change: Callable[[Tensor], Any]) -> Tensor:
-        """Make a `change` to what a stand-in, or a view of one, stands for."""
-        stand_in, rows = self._kept[_memory(written)]
+    def write(self, target: Tensor, change: Callable[[Tensor], Any]) -> Tensor:
+        """Apply `change` to the parameter that a stand-in, or a view of one, represents."""
+        stand_in, rows = self._kept[_memory(target)]
         whole = torch.empty_like(stand_in, device="cpu")
         own = whole[own_rows(len(whole))]
         own.copy_(rows)
-        change(whole.as_strided(written.shape, written.stride(), written.storage_offset()))
+        change(whole.as_strided(target.shape, target.stride(), target.storage_offset()))
         rows.copy_(own)
-        return written
+        return target
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation; one that writes into a stand-in, on what it stands for."""
+        """Run an operation; one that writes into a stand-in is applied to the parameter itself."""
         kwargs = kwargs or {}
-        written = args[0] if func._schema.is_mutable and args and isinstance(args[0], Tensor) else None
-        if written is None or not written.is_meta or _memory(written) not in self._kept:
+        target = args[0] if func._schema.is_mutable and args and isinstance(args[0], Tensor) else None
+        if target is None or not target.is_meta or _memory(target) not in self._kept:
             return func(*args, **kwargs)
-        return self.write(written, lambda whole: func(whole, *args[1:], **kwargs))
+        return self.write(target, lambda whole: func(whole, *args[1:], **kwargs))
 
 
 def _memory(tensor: Tensor) -> int:
@@ -63,7 +63,7 @@ def _memory(tensor: Tensor) -> int:
 
 @contextmanager
 def without_weights(drawn: DrawnRows | None = None) -> Iterator[None]:
-    """Inside, modules get their parameters on the meta device, buffers as ever; what they draw is left to `drawn`."""
+    """Within it, modules get parameters, but not buffers, on the meta device; `drawn` keeps what they draw."""
     register, truncated = nn.Module.register_parameter, nn.init._no_grad_trunc_normal_
 
     def on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -73,7 +73,7 @@ def without_weights(drawn: DrawnRows | None = None) -> Iterator[None]:
         register(self, name, parameter)
 
     def draw_truncated(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # It draws until all values of a parameter are within bounds; of one on the meta device it draws none.
+        # It redraws until all values are within bounds, which does nothing on the meta device.
         if drawn is None or not tensor.is_meta:
             return truncated(tensor, *args, **kwargs)
         return drawn.write(tensor, lambda whole: truncated(whole, *args, **kwargs))
@@ -89,20 +89,22 @@ def without_weights(drawn: DrawnRows | None = None) -> Iterator[None]:
 
 
 class StoredRows:
-    """Reads this rank's rows of a tower's parameters from safetensors files, when they are asked for."""
+    """Reads this rank's rows of a tower's parameters from safetensors files, on demand."""
 
     def __init__(self, files: Sequence[Path | str], tower: nn.Module, names: Callable[[str], Sequence[str]]) -> None:
-        """Files that have the parameters of `tower` under one of their `names`."""
+        """`files` hold the parameters of `tower`, each under one of its `names`."""
         opened: list[Any] = [safe_open(file, framework="pt") for file in files]
         self.at = {key: file for file in opened for key in file.keys()}  # noqa: SIM118
         self.names: dict[Tensor, list[str]] = {}
-        for name, parameter in tower.named_parameters(remove_duplicate=False):  # tied ones may have any of theirs
+        for name, parameter in tower.named_parameters(
+            remove_duplicate=False
+        ):  # tied parameters may be stored under any of their names
             self.names.setdefault(parameter, []).extend(names(name))
 
     def __call__(self, parameter: Tensor) -> Tensor:
-        """The rows of a parameter that are this rank's, in float32.
+        """The rank's rows of a parameter, in float32.
 
-        Raises `TowerError` where no file has it in its shape.
+        Raises `TowerError` where no file has the parameter in its shape.
         """
         shape = list(parameter.shape)
         for key in (key for key in self.names[parameter] if key in self.at):
@@ -115,19 +117,19 @@ class StoredRows:
 
 
 def hf_files(name: str) -> list[str]:
-    """The safetensors files of a model of transformers: a folder, or a name on the Hub, from which they are fetched."""
+    """The safetensors files of a transformers model, in a folder or downloaded from the Hub."""
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
     from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
     for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
-        found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-        if found is not None:
-            return [found] if file == SAFE_WEIGHTS_NAME else get_checkpoint_shard_files(name, found)[0]
+        file_path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        if file_path is not None:
+            return [file_path] if file == SAFE_WEIGHTS_NAME else get_checkpoint_shard_files(name, file_path)[0]
     raise TowerError(f"{name} has no weights in safetensors files: those alone can be read with --shard")
 
 
 def hf_names(tower: TextTower) -> Callable[[str], Sequence[str]]:
-    """The names that files of transformers may have for a parameter of a tower: with the prefix of its kind, older."""
+    """A function from a parameter's name to its possible names in transformers' files: with a prefix, or older ones."""
     assert isinstance(tower, HfTextTower)
     prefix = tower.model.base_model_prefix
 

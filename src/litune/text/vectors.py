@@ -1,7 +1,7 @@
-"""A locked text tower gives the same vectors in every step: each text is encoded once.
+"""Vectors of a locked text tower, computed once, as they are the same in every step.
 
-All texts are encoded before the first step, in an order that follows from their lengths alone: a run that was
-interrupted finds the same vectors again, to the last bit.
+All texts are encoded before the first step, in an order that depends on their lengths alone: a resumed run gets the
+same vectors, to the last bit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BATCH = 512
 
 
 class KeptTexts:
-    """The raw vectors of N captions out of a locked text tower, float32 and in memory, each distinct text's once."""
+    """The raw vectors of N captions from a locked text tower, in memory in float32, one per distinct text."""
 
     def __init__(
         self,
@@ -29,7 +29,8 @@ class KeptTexts:
     ) -> None:
         """Encode U distinct texts.
 
-        `lengths` holds their tokens, `numbers` each caption's text; `encode` gives the vectors [n, W] of n texts.
+        `lengths` are their token counts and `numbers` the text of each caption; `encode` gives the vectors [n, W] of n
+        texts, given their numbers.
         """
         order = np.argsort(lengths, kind="stable")  # texts of similar length share a batch
         parts = []
@@ -38,8 +39,8 @@ class KeptTexts:
                 parts.append(encode(order[begin : begin + BATCH]).float().cpu())
                 task.advance(len(parts[-1]))
         self.vectors = torch.cat(parts)
-        self.places = np.argsort(order)[numbers]
+        self.rows = np.argsort(order)[numbers]
 
     def __call__(self, captions: Int[np.ndarray, " n"]) -> Float[Tensor, "n W"]:
-        """The vectors of these captions, on the processor."""
-        return self.vectors[torch.from_numpy(self.places[captions])]
+        """The vectors of these captions, on the CPU."""
+        return self.vectors[torch.from_numpy(self.rows[captions])]
