@@ -668,7 +668,7 @@ def launch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[list[str]], An
     """Starts litune's command line in a process of its own that has imported it already: fork, not start, each time."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["litune.tuning.tune", "transformers.models.bert.modeling_bert", "tyro"])
+    context.set_forkserver_preload(["litune.tuning.tune", "transformers.models.bert.modeling_bert"])
     started = []
 
     def launch(arguments: list[str]) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from contextlib import redirect_stderr, suppress
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 
 from litune import distributed
-from litune.config import EvalConfig, TuneConfig, command
+from litune.config import EvalConfig, TuneConfig, command, from_json
 from litune.devices import send
 from litune.errors import DataError, LituneError, StoreError
 from litune.evaluation import retrieval as retrieval_metrics
@@ -164,13 +163,7 @@ def tuned_on(run: Path) -> tuple[list[tuple[FeatureStore, np.ndarray]], str]:
     if not (run / CONFIG).is_file():
         return [], f"{run / CONFIG} is missing"
     try:
-        given = read_json(run / CONFIG, DataError)
-        known = {one.name: str(one.type) for one in fields(TuneConfig)}
-        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k in known}
-        for name, value in settings.items():
-            if "Path" in known[name] and value is not None:
-                settings[name] = tuple(map(Path, value)) if isinstance(value, tuple) else Path(value)
-        config = TuneConfig(**settings)
+        config = from_json(TuneConfig, read_json(run / CONFIG, DataError))
         manifest = read_json(run / RUN_MANIFEST, DataError)
         described = manifest.get("sources", {"": manifest.get("store", {})}).values()
         stores = [_find_store(run, *one) for one in zip(config.stores, described, strict=True)]
