@@ -11,14 +11,14 @@ from tests.pairs.packed import NAMES, hub_table, picture, write_shards
 from litune.errors import DataError
 from litune.pairs import reference as references
 from litune.pairs.pairs import read_pairs
-from litune.pairs.reference import Member, Row, absolute, parse, read_bytes, read_each
+from litune.pairs.reference import Member, PictureCell, absolute, parse, read_bytes, read_each
 
 PICTURES = [picture(name) for name in NAMES]
 
 
 def test_forms() -> None:
     assert parse("/data/00000.tar::1536+20480::0001.jpg") == Member("/data/00000.tar", 1536, 20480, "0001.jpg")
-    assert parse("/data/a.parquet::3/17::image") == Row("/data/a.parquet", 3, 17, "image")
+    assert parse("/data/a.parquet::3/17::image") == PictureCell("/data/a.parquet", 3, 17, "image")
     for plain in ("/data/a.jpg", "s3://bucket/a::b.jpg", "/data/a::b/c.jpg"):
         assert parse(plain) == plain
     assert absolute("s3://bucket/x.tar::512+3::a//b.jpg") == "s3://bucket/x.tar::512+3::a//b.jpg"

@@ -11,7 +11,7 @@ from typing import Any
 from litune.errors import DataError
 from litune.pairs.address import open_file
 from litune.pairs.reference import first_line
-from litune.pairs.sample import Damage, Options, Sample, Source, split_of
+from litune.pairs.sample import Damage, Options, Sample, SampleSource, split_of
 from litune.pairs.tables import image_base, join
 
 PATTERNS = ("captions_*.json", "dataset_*.json", "annotations/captions_*.json", "annotations/dataset_*.json")
@@ -29,7 +29,7 @@ def is_annotation(file: str) -> bool:
     return not hub and any(PurePosixPath(file).match(pattern) for pattern in PATTERNS)
 
 
-def annotation_source(files: Sequence[str], options: Options) -> Source:
+def annotation_source(files: Sequence[str], options: Options) -> SampleSource:
     """The images and captions of annotation files; each of several files is a split."""
     kinds: dict[str, int] = {}
 
@@ -48,7 +48,7 @@ def annotation_source(files: Sequence[str], options: Options) -> Source:
     def about(_: int) -> str:
         return f"{' and '.join(kinds)} captions in {', '.join(PurePosixPath(file).name for file in files)}"
 
-    return Source(about, read(), name=files[0])
+    return SampleSource(about, read(), name=files[0])
 
 
 def _load(file: str) -> dict[str, Any]:

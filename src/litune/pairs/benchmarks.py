@@ -26,7 +26,7 @@ from litune.errors import DataError, nearest
 from litune.pairs.address import is_url
 from litune.pairs.cifar import Pixels, pixels_in, read_batch, read_pixels
 from litune.pairs.pairs import class_folders, image_files, read_pairs
-from litune.pairs.reference import Member, Row, parse
+from litune.pairs.reference import Member, PictureCell, parse
 from litune.pairs.sample import CAPTION_COLUMNS, IMAGE_SUFFIXES
 from litune.pairs.tables import IMAGE_COLUMNS
 
@@ -114,7 +114,7 @@ def _stamps(references: Sequence[str]) -> Iterator[str]:
         place = parse(reference)
         if isinstance(place, Member):
             yield str(place.size)
-        elif isinstance(place, Row):
+        elif isinstance(place, PictureCell):
             yield f"{sizes(place.file)}-{place.group}-{place.row}"
         elif isinstance(place, Pixels):
             yield hashlib.sha256(read_pixels(place)).hexdigest()[:16]
@@ -332,7 +332,7 @@ def _read_parquet(source: _Source) -> EvalSet | None:
             counts = [whole.metadata.row_group(g).num_rows for g in range(whole.num_row_groups)]
         except (pa.ArrowInvalid, OSError) as why:
             raise DataError(f"{file} is damaged ({str(why).splitlines()[0]}): fetch it again") from None
-        cells = [str(Row(str(file), g, row, column)) for g, count in enumerate(counts) for row in range(count)]
+        cells = [str(PictureCell(str(file), g, row, column)) for g, count in enumerate(counts) for row in range(count)]
         paths = _image_paths(table, column)
         pictures += cells
         keys += [f"{file.stem}/{row:06d}" + (f"/{path}" if path else "") for row, path in enumerate(paths)]

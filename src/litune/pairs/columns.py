@@ -18,14 +18,14 @@ import pyarrow.parquet
 from litune.errors import DataError
 from litune.files import read_json
 from litune.pairs.address import folder_of, is_file, open_file
-from litune.pairs.reference import BROKEN, Row, absolute, first_line, open_arrow
+from litune.pairs.reference import BROKEN, PictureCell, absolute, first_line, open_arrow
 from litune.pairs.sample import (
     CAPTION_COLUMNS,
     IMAGE_SUFFIXES,
     Damage,
     Options,
     Sample,
-    Source,
+    SampleSource,
     each,
     optional_column,
     pick_column,
@@ -67,12 +67,12 @@ def _is_struct(kind: pa.DataType) -> bool:
     return "bytes" in names and _binary(kind.field("bytes").type)
 
 
-def parquet_source(files: Sequence[str], options: Options) -> Source:
+def parquet_source(files: Sequence[str], options: Options) -> SampleSource:
     """The rows of Parquet files that hold pictures."""
     return _source(files, options, "Parquet file", [_hub_split(file) for file in files])
 
 
-def arrow_source(folder: Path, options: Options) -> Source:
+def arrow_source(folder: Path, options: Options) -> SampleSource:
     """The rows of a folder that Hugging Face's `save_to_disk` wrote, or of one with such a folder per split."""
     parts = {"": folder}
     if (folder / "dataset_dict.json").is_file():
@@ -85,7 +85,7 @@ def arrow_source(folder: Path, options: Options) -> Source:
     return arrow_files([file for file, _ in files], options, [split for _, split in files])
 
 
-def arrow_files(files: Sequence[str], options: Options, splits: Sequence[str] = ()) -> Source:
+def arrow_files(files: Sequence[str], options: Options, splits: Sequence[str] = ()) -> SampleSource:
     """The rows of Arrow files on this machine."""
     return _source(files, options, "Arrow file", splits or [split_of(PurePosixPath(file).stem) for file in files])
 
@@ -110,7 +110,7 @@ def _hub_split(file: str) -> str:
     return name.rpartition("-")[0] if of else split_of(PurePosixPath(file).stem)
 
 
-def _source(files: Sequence[str], options: Options, kind: str, splits: Sequence[str]) -> Source:
+def _source(files: Sequence[str], options: Options, kind: str, splits: Sequence[str]) -> SampleSource:
     folder = folder_of(files[0])
     splits = splits if all(splits) else [""] * len(files)
     absent: list[int] = []
@@ -123,7 +123,7 @@ def _source(files: Sequence[str], options: Options, kind: str, splits: Sequence[
         without = f", {sum(absent):,} rows without a picture left out" if sum(absent) else ""
         return f"{len(files):,} {kind}{'s' * (len(files) > 1)} with pictures in {folder}{without}"
 
-    return Source(about, read(), name=folder, files=len(files))
+    return SampleSource(about, read(), name=folder, files=len(files))
 
 
 def _read_file(file: str, name: str, split: str, options: Options, absent: list[int]) -> Iterator[Sample | Damage]:
@@ -232,7 +232,7 @@ class _Columns:
             yield Sample(
                 where,
                 f"{name}/{cells[self.key][i] if self.key else number + i}",
-                str(Row(self.file, group, start + i, self.picture)),
+                str(PictureCell(self.file, group, start + i, self.picture)),
                 texts,
                 cells[self.lang][i] or "" if self.lang else "",
                 cells[self.split][i] or "" if self.split else split,

@@ -24,7 +24,7 @@ from litune.pairs.folders import (
     pictures_in,
 )
 from litune.pairs.reference import first_line
-from litune.pairs.sample import Options, Source
+from litune.pairs.sample import Options, SampleSource
 from litune.pairs.stores import is_store, store_source
 from litune.pairs.tables import TABLE_SUFFIXES, table_source
 from litune.pairs.tars import tar_source
@@ -36,7 +36,7 @@ MOST_LISTS = 10
 MISSING = "give a folder of images, a table of captions, webdataset shards or Parquet files"
 
 
-def find_source(address: str, options: Options) -> Source:
+def find_source(address: str, options: Options) -> SampleSource:
     """The source at an address: a path, a URL or a pattern. Raises `DataError` where no known kind is there."""
     address = local(address)
     try:
@@ -55,7 +55,7 @@ def find_source(address: str, options: Options) -> Source:
     return _from_folder(path, options) if path.is_dir() else _from_files([address], options)
 
 
-def _from_elsewhere(folder: str, options: Options) -> Source:
+def _from_elsewhere(folder: str, options: Options) -> SampleSource:
     """The source in a remote folder, chosen by the names of all files under it."""
     folder = folder.rstrip("/")
     below = len(folder) + 1
@@ -96,7 +96,7 @@ def _from_elsewhere(folder: str, options: Options) -> Source:
     raise DataError(f"{folder} has no shards, no table of captions and no images in it: {MISSING}")
 
 
-def _from_files(files: Sequence[str], options: Options) -> Source:
+def _from_files(files: Sequence[str], options: Options) -> SampleSource:
     """Files of one kind, given by name."""
     kinds = {_kind(file): file for file in files}
     if len(kinds) > 1:
@@ -142,7 +142,7 @@ def _kind(file: str) -> str:
     return "table"
 
 
-def _from_folder(folder: Path, options: Options) -> Source:
+def _from_folder(folder: Path, options: Options) -> SampleSource:
     """The source in a local folder; the most specific signs are checked first."""
     if tars := sorted(folder.glob("*.tar")) or sorted(folder.glob("*/*.tar")):
         beside = [file for file in sorted(folder.glob("*.parquet")) if not file.with_suffix(".tar").is_file()]

@@ -13,7 +13,7 @@ from typing import Any
 from litune.errors import DataError
 from litune.pairs.address import read_all
 from litune.pairs.reference import first_line
-from litune.pairs.sample import IMAGE_SUFFIXES, MOST_TEXT, Damage, Options, Sample, Source, decode_text
+from litune.pairs.sample import IMAGE_SUFFIXES, MOST_TEXT, Damage, Options, Sample, SampleSource, decode_text
 from litune.pairs.tars import load_facts, pick_texts
 from litune.prompts import canonicalize
 
@@ -65,7 +65,7 @@ def _hint(root: Path) -> str:
     return ""
 
 
-def class_source(root: str, classes: Mapping[str, Sequence[str]]) -> Source:
+def class_source(root: str, classes: Mapping[str, Sequence[str]]) -> SampleSource:
     """A class-per-folder tree, captioned by class name; `classes` maps each class to the addresses of its images."""
 
     def read() -> Iterator[Sample]:
@@ -74,7 +74,7 @@ def class_source(root: str, classes: Mapping[str, Sequence[str]]) -> Source:
                 key = f"{name}/{file.rpartition('/')[2]}"
                 yield Sample(key, key, file, {"label": canonicalize(name)}, label=name)
 
-    return Source(lambda _: f"a tree of {len(classes):,} class folders", read(), name=root)
+    return SampleSource(lambda _: f"a tree of {len(classes):,} class folders", read(), name=root)
 
 
 def parts_of(folder: Path) -> list[Path]:
@@ -93,7 +93,7 @@ def beside_part(name: str) -> tuple[str, str]:
     return f"{name}.parquet", f"{name}_stats.json"
 
 
-def files_source(folder: str, parts: Mapping[str, Callable[[], Iterable[str]]], options: Options) -> Source:
+def files_source(folder: str, parts: Mapping[str, Callable[[], Iterable[str]]], options: Options) -> SampleSource:
     """Images with the text files beside them: in a folder, or in the parts that img2dataset wrote.
 
     `parts` maps each part to a function that lists its files, called when the part is read; "" is the folder itself.
@@ -116,10 +116,10 @@ def files_source(folder: str, parts: Mapping[str, Callable[[], Iterable[str]]], 
         beside = "with captions beside them" if True in captions else "without captions"
         return f"a folder of {count:,} images {beside}"
 
-    return Source(about, read(), name=folder)
+    return SampleSource(about, read(), name=folder)
 
 
-def local_files(folder: Path, options: Options) -> Source:
+def local_files(folder: Path, options: Options) -> SampleSource:
     """`files_source` of a folder on this machine."""
     parts = parts_of(folder)
     listings = {part.name: partial(os.listdir, part) for part in parts} or {"": partial(os.listdir, folder)}

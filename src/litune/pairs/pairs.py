@@ -18,7 +18,7 @@ from litune.config import EmbedConfig, ReadingConfig
 from litune.errors import DataError, nearest
 from litune.pairs.find import find_source
 from litune.pairs.folders import class_folders, image_files
-from litune.pairs.sample import CAPTION_COLUMNS, Damage, Options, Sample, Source
+from litune.pairs.sample import CAPTION_COLUMNS, Damage, Options, Sample, SampleSource
 from litune.pairs.tables import join
 from litune.progress import say
 
@@ -117,7 +117,7 @@ def say_pairs(pairs: Pairs) -> None:
         say(f"skipped {len(pairs.damaged):,} inputs that can't be used, first {first.key}: {first.reason}")
 
 
-def _collect(source: Source, options: Options, max_damaged: float) -> Pairs:
+def _collect(source: SampleSource, options: Options, max_damaged: float) -> Pairs:
     """All samples of a source as a table, with a list of the damaged ones. Raises `DataError` for too many of them."""
     columns = _PairColumns(options)
     damaged: list[Damage] = []

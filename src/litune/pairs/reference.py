@@ -57,7 +57,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Row:
+class PictureCell:
     """A picture in a column of a Parquet or Arrow file."""
 
     file: str
@@ -69,7 +69,7 @@ class Row:
         return f"{self.file}::{self.group}/{self.row}::{self.column}"
 
 
-Place = Member | Row | Pixels | str
+Place = Member | PictureCell | Pixels | str
 
 
 def parse(reference: str) -> Place:
@@ -78,7 +78,7 @@ def parse(reference: str) -> Place:
         if found := _MEMBER.fullmatch(reference):
             return Member(found[1], int(found[2]), int(found[3]), found[4])
         if found := _ROW.fullmatch(reference):
-            return Row(found[1], int(found[2]), int(found[3]), found[4])
+            return PictureCell(found[1], int(found[2]), int(found[3]), found[4])
         if found := _PIXELS.fullmatch(reference):
             return Pixels(found[1], int(found[2]))
     return reference
@@ -98,7 +98,7 @@ def name_of(key: str, reference: str) -> str:
     place = parse(reference)
     if isinstance(place, Member):
         return f"{key} in {place.shard}"
-    return f"{key} in {place.file}" if isinstance(place, Row) else key
+    return f"{key} in {place.file}" if isinstance(place, PictureCell) else key
 
 
 def is_there(reference: str) -> bool:
@@ -133,7 +133,7 @@ def read_bytes(reference: str | Path) -> bytes:
     place = parse(str(reference))
     if isinstance(place, Member):
         return _cut(place, _fetch(place.shard, place.offset - BLOCK, place.offset + place.size), place.offset - BLOCK)
-    if isinstance(place, Row):
+    if isinstance(place, PictureCell):
         return _rows.read(place)
     if isinstance(place, Pixels):
         return read_png(place)
@@ -216,7 +216,7 @@ class _Rows:
         self._kept: OrderedDict[tuple[str, int, str], tuple[pa.ChunkedArray, pa.ChunkedArray | None]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def read(self, place: Row) -> bytes:
+    def read(self, place: PictureCell) -> bytes:
         # One reader at a time: two threads in one row group would both read all of it.
         with self._lock:
             key = (place.file, place.group, place.column)

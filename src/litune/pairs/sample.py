@@ -90,7 +90,7 @@ class Sample:
     """Its position in the source, for messages."""
     key: Any
     path: str
-    """The image's reference, or its name in the folder that `Source.base` finds."""
+    """The image's reference, or its name in the folder that `SampleSource.base` finds."""
     texts: dict[str, Any]
     """The content of each text field: a string, a list of strings or, in a damaged file, anything else."""
     lang: Any = ""
@@ -101,7 +101,7 @@ class Sample:
 
 
 @dataclass
-class Source:
+class SampleSource:
     """The samples of one source, which can be read once, and how to describe it."""
 
     about: Callable[[int], str]

@@ -11,7 +11,7 @@ import pyarrow.parquet
 
 from litune.errors import DataError
 from litune.pairs.reference import BROKEN, first_line
-from litune.pairs.sample import Damage, Options, Sample, Source
+from litune.pairs.sample import Damage, Options, Sample, SampleSource
 
 ROWS = 10_000
 
@@ -21,7 +21,7 @@ def is_store(folder: Path) -> bool:
     return (folder / "metadata").is_dir() and (folder / "img_emb").is_dir()
 
 
-def store_source(folder: Path, options: Options) -> Source:
+def store_source(folder: Path, options: Options) -> SampleSource:
     """The images and captions in a store's metadata."""
     files = sorted((folder / "metadata").glob("metadata_*.parquet"), key=lambda file: (len(file.name), file.name))
     if not files:
@@ -36,7 +36,7 @@ def store_source(folder: Path, options: Options) -> Source:
             except BROKEN as why:
                 yield Damage(str(file), f"the file can't be read: {first_line(why)}", whole_file=True)
 
-    return Source(lambda _: f"the pairs of the store {folder}", read(), name=str(folder), files=len(files))
+    return SampleSource(lambda _: f"the pairs of the store {folder}", read(), name=str(folder), files=len(files))
 
 
 def _rows(file: Path, rows: list[dict[str, Any]], options: Options) -> Iterator[Sample | Damage]:

@@ -24,7 +24,7 @@ from litune.pairs.sample import (
     Damage,
     Options,
     Sample,
-    Source,
+    SampleSource,
     optional_column,
     pick_column,
 )
@@ -59,7 +59,7 @@ Line = tuple[str, dict[str, Any]] | Damage
 csv.field_size_limit(MOST_TEXT)
 
 
-def table_source(files: Sequence[str], options: Options) -> Source:
+def table_source(files: Sequence[str], options: Options) -> SampleSource:
     """The pairs in one table, or in several of the same kind."""
     first = PurePosixPath(files[0])
     lines = (line for file in files for line in read_lines(file))
@@ -68,7 +68,7 @@ def table_source(files: Sequence[str], options: Options) -> Source:
     def about(_: int) -> str:
         return f"the table {first.name}" if len(files) == 1 else f"{len(files):,} tables in {folder_of(files[0])}"
 
-    return Source(
+    return SampleSource(
         about,
         _samples(files[0], lines, options),
         name=name,

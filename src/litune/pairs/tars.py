@@ -23,7 +23,7 @@ from litune.pairs.sample import (
     Damage,
     Options,
     Sample,
-    Source,
+    SampleSource,
     decode_text,
     each,
     split_of,
@@ -44,7 +44,7 @@ _ZEROS = bytes(BLOCK)
 _PASSED_OVER = (tarfile.DIRTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK)
 
 
-def tar_source(shards: Sequence[str], options: Options) -> Source:
+def tar_source(shards: Sequence[str], options: Options) -> SampleSource:
     """The samples in tar shards, in the shards' order."""
     folder = folder_of(shards[0])
     split = all(split_of(PurePosixPath(shard).name) for shard in shards)
@@ -59,7 +59,7 @@ def tar_source(shards: Sequence[str], options: Options) -> Source:
         left = "".join(f", {count:,} second pictures (.{suffix}) left out" for suffix, count in second.items())
         return f"{len(shards):,} webdataset shard{'s' * (len(shards) > 1)} in {folder}{left}"
 
-    return Source(about, read(), name=folder, files=len(shards))
+    return SampleSource(about, read(), name=folder, files=len(shards))
 
 
 def short_names(files: Sequence[str]) -> list[str]:

@@ -215,7 +215,7 @@ class _AddNorm(Function):
         return to_x, to_y, to_bias, to_gamma, to_beta, None, None
 
 
-class _Attention(Function):
+class _FusedAttention(Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, bias: Tensor, first: Tensor, lengths: Tensor, heads: int, p: float) -> Tensor:
         tokens, width = qkv.shape[0], qkv.shape[1] // 3
@@ -264,7 +264,7 @@ def encode_layer(
     attend, out = layer.attention.self, layer.attention.output
     x, qkv = branch(x, attend.query.weight, attend.key.weight, attend.value.weight)
     bias = torch.cat([attend.query.bias, attend.key.bias, attend.value.bias])
-    mixed = matmul(_Attention.apply(qkv, bias, first, lengths, heads, p_attention), out.dense.weight)
+    mixed = matmul(_FusedAttention.apply(qkv, bias, first, lengths, heads, p_attention), out.dense.weight)
     x = add_norm(x, mixed, out.dense.bias, out.LayerNorm, p)
     inner, outer = layer.intermediate.dense, layer.output.dense
     x, wide = branch(x, inner.weight)
