@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ LOG_10 = math.log(10)
 """The paper's start of the temperature."""
 
 
+@runtime_checkable
 class Store(Protocol):
     """What a model is told of the feature store that it is tuned on."""
 
@@ -48,6 +49,7 @@ class Store(Protocol):
         """The provenance of the tower that made them; None where it is unknown."""
 
 
+@runtime_checkable
 class TunedImages(Protocol):
     """The images to tune on, as a `Selection` has them."""
 
