@@ -22,11 +22,11 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any
 
 from litune.config import Config, EvalConfig, TuneConfig
 from litune.errors import ConfigError, nearest
+from litune.settings import Setting, settings_of
 
 RETRIEVAL, ZERO_SHOT = "retrieval", "zero_shot."
 DIRECTIONS = ("text_to_image", "image_to_text")
@@ -107,11 +107,11 @@ def read_plan(file: Path, out: Path) -> Plan:
     if not file.is_file():
         raise ConfigError(f"there is no file {file}: give a TOML file of settings")
     try:
-        found = tomllib.loads(file.read_text(encoding="utf-8"))
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as why:
         raise ConfigError(f"{file} is not valid TOML ({why}): mend it") from None
     root = file.parent.resolve()
-    outline = Outline(**read_settings(Outline, found, root, str(file)))
+    outline = Outline(**read_settings(Outline, table, root, str(file)))
     seeds = outline.seeds
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise ConfigError(f"{file}: seeds is {list(seeds)}, it must be a list of different numbers, none negative")
@@ -172,18 +172,19 @@ def make_evaluations(row: Row, tune: TuneConfig, root: Path, where: str) -> dict
     if settings["store"] == tune.store:
         settings = {"split": tune.val_split} | settings  # never by default on the pairs tuned on
     retrieval = build(EvalConfig, settings | {"run": tune.out}, where)
-    found = {RETRIEVAL: retrieval}
+    evaluations = {RETRIEVAL: retrieval}
+    setting = next(setting for setting in settings_of(EvalConfig) if setting.name == "classes")
     for name, path in row.eval["classes"].items():
-        classes = read_value(path, Path, root, f"{where}: eval.classes.{name}")
-        found[ZERO_SHOT + name] = dataclasses.replace(retrieval, classes=classes, store=None, split=None, lang=())
-    return found
+        classes = read_setting(setting, path, root, f"{where}: eval.classes.{name}")
+        evaluations[ZERO_SHOT + name] = dataclasses.replace(retrieval, classes=classes, store=None, split=None, lang=())
+    return evaluations
 
 
 def build(kind: type[Config], settings: dict[str, Any], where: str) -> Config:
     """The config with these settings. Raises `ConfigError` that begins with `where`."""
-    for needed in dataclasses.fields(cast(Any, kind)):
-        if needed.default is dataclasses.MISSING and needed.name not in settings:
-            raise ConfigError(f"{where}: {needed.name} is not set: give it in [base] or in the row")
+    for setting in settings_of(kind):
+        if setting.required and setting.name not in settings:
+            raise ConfigError(f"{where}: {setting.name} is not set: give it in [base] or in the row")
     try:
         return kind(**settings)
     except ConfigError as why:
@@ -191,43 +192,31 @@ def build(kind: type[Config], settings: dict[str, Any], where: str) -> Config:
 
 
 def read_settings(
-    kind: type[Any], found: dict[str, Any], root: Path, where: str, refused: dict[str, str] | None = None
+    kind: type[Any], table: dict[str, Any], root: Path, where: str, refused: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """The settings in `found` as the fields of a dataclass `kind` want them: paths from `root` on, lists as tuples.
+    """The settings in `table` as the fields of a dataclass `kind` want them: paths from `root` on, lists as tuples.
 
     Raises `ConfigError` for a setting that `kind` does not have, that is `refused`, or that has another type.
     """
-    hints, refused = get_type_hints(kind), refused or {}
-    known = [one.name for one in dataclasses.fields(kind) if one.name not in refused]
-    for name in spelled(found):
+    refused = refused or {}
+    known = {setting.name: setting for setting in settings_of(kind) if setting.name not in refused}
+    for name in spelled(table):
         if name in refused:
             raise ConfigError(f"{where}: {name} is not set here: {refused[name]}")
         if name not in known:
             raise ConfigError(f"{where}: there is no setting {name!r}: {nearest(name, known)}")
-    return {name: read_value(value, hints[name], root, f"{where}: {name}") for name, value in spelled(found).items()}
+    return {name: read_setting(known[name], value, root, f"{where}: {name}") for name, value in spelled(table).items()}
 
 
-def read_value(value: Any, hint: Any, root: Path, where: str) -> Any:
-    """A TOML value as the type `hint`. A lone value stands for a list of one; a path must exist."""
-    inner, kind = get_args(hint), get_origin(hint) or hint
-    if kind in (Union, UnionType):
-        hint = next(one for one in inner if one is not type(None))  # TOML has no null
-        return read_value(value, hint, root, where)
-    if kind is tuple:
-        return tuple(read_value(one, inner[0], root, where) for one in (value if isinstance(value, list) else [value]))
-    if kind is Literal:
-        return value  # the config knows the choices
-    if kind is Path and isinstance(value, str):
-        path = root / value
-        if not path.exists():
-            raise ConfigError(f"{where} is {value!r}, but {path} does not exist")
-        return path
-    if kind is float and type(value) is int:
-        return float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        words = {int: "a whole number", float: "a number", bool: "true or false", dict: "a table", Path: "a path"}
-        raise ConfigError(f"{where} is {value!r}, it must be {words.get(kind, 'text')}")
-    return value
+def read_setting(setting: Setting, value: Any, root: Path, where: str) -> Any:
+    """A TOML value as the setting has it. Raises `ConfigError` for another type and for a path that does not exist."""
+    plain = setting.read(value, where)
+    if setting.kind is not Path:
+        return plain
+    for path in plain if setting.several else (plain,):
+        if not (root / path).exists():
+            raise ConfigError(f"{where} is {str(path)!r}, but {root / path} does not exist")
+    return tuple(root / path for path in plain) if setting.several else root / plain
 
 
 def spelled(settings: dict[str, Any]) -> dict[str, Any]:
