@@ -18,7 +18,7 @@ from torch import Tensor
 from litune.errors import ConfigError, MissingExtraError, nearest
 from litune.progress import track
 from litune.prompts import BARE_TEMPLATES, SHORT_TEMPLATES, prompted_name, prompted_template, write_prompts
-from litune.vectors import normalize
+from litune.vectors import class_vectors
 
 TemplateSet = Literal["lit", "clip", "short", "bare"]
 
@@ -94,10 +94,9 @@ def pick_templates(which: TemplateSet, own: Sequence[str]) -> tuple[str, ...]:
 
 
 class ClassVectors:
-    """Class vectors of one text tower: each distinct name is embedded once per set of templates.
+    """Class vectors of one text tower (`litune.vectors`): each distinct name is embedded once per set of templates.
 
-    The features of a class's prompts, each of length one, are averaged and the mean is normalised again (CLIP, arXiv
-    2103.00020; LiT, section 4). ImageNet and its variants share their 1,000 names, and so this work.
+    ImageNet and its variants share their 1,000 names, and so this work.
     """
 
     def __init__(self, encode: EncodeText, block: int = BLOCK) -> None:
@@ -124,6 +123,6 @@ class ClassVectors:
             some = names[start : start + at_once]
             features = self.encode(write_prompts(some, templates, canonical=False))
             self.texts += len(features)
-            vectors = normalize(features.view(len(some), len(templates), -1).mean(1))
+            vectors = class_vectors(features, len(some))
             self._known |= {(name, templates): vector for name, vector in zip(some, vectors, strict=True)}
             advance(len(features))

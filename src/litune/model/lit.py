@@ -21,7 +21,7 @@ from litune.prompts import read_templates, write_prompts
 from litune.text.packing import Packed
 from litune.text.registry import TextTower
 from litune.text.tokenizers import Tokenizer, Tokens
-from litune.vectors import normalize, wide
+from litune.vectors import class_vectors, normalize, wide
 
 Picture = str | Path | Image.Image
 
@@ -179,8 +179,7 @@ class ZeroShot:
             raise DataError("zero-shot classification needs at least one class name")
         self.model, self.class_names, self.templates = model, list(class_names), list(templates)
         texts = write_prompts(self.class_names, self.templates)
-        features = model.encode_text(texts).view(len(self.class_names), len(self.templates), -1)
-        self.weights: Float[Tensor, "C D"] = normalize(features.mean(1))
+        self.weights: Float[Tensor, "C D"] = class_vectors(model.encode_text(texts), len(self.class_names))
 
     def scores(self, features: Float[Tensor, "B D"]) -> Float[Tensor, "B C"]:
         """Cosine similarities of image features with the classes."""
