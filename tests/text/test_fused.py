@@ -152,7 +152,7 @@ def test_attention(depth: int, lengths: list[int]) -> None:
     bounds = np.cumsum([0, *lengths])
 
     def ours(qkv: Tensor, bias: Tensor) -> Tensor:
-        found: Tensor = fused._Attention.apply(
+        found: Tensor = fused._FusedAttention.apply(
             qkv, bias, torch.from_numpy(bounds[:-1]), torch.tensor(lengths), heads, 0.0
         )
         return found
@@ -171,7 +171,7 @@ def test_attention(depth: int, lengths: list[int]) -> None:
 
 def test_attention_holds_large_scores() -> None:
     qkv = torch.full((4, 48), 100.0).bfloat16()
-    found = fused._Attention.apply(qkv, torch.zeros(48), torch.tensor([0]), torch.tensor([4]), 1, 0.0)
+    found = fused._FusedAttention.apply(qkv, torch.zeros(48), torch.tensor([0]), torch.tensor([4]), 1, 0.0)
     assert torch.equal(found, torch.full((4, 16), 100.0).bfloat16())
 
 
@@ -216,7 +216,7 @@ def test_dropout_in_attention_is_the_same_mask_both_ways() -> None:
 
     def attend(p: float) -> Tensor:
         torch.manual_seed(3)
-        found: Tensor = fused._Attention.apply(qkv, torch.zeros(96), first, lengths, 2, p)
+        found: Tensor = fused._FusedAttention.apply(qkv, torch.zeros(96), first, lengths, 2, p)
         return found
 
     out = attend(0.4)
