@@ -20,7 +20,7 @@ from embed_speed import make_pictures
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
 
 from litune.curation.dedup import dedup_data
-from litune.curation.duplicates import PROBES, Index, Space
+from litune.curation.duplicates import PROBES, NeighbourIndex, Space
 from litune.image.pictures import open_rgb
 
 KNOWN = Path(__file__).parent / "dedup_known.txt"
@@ -111,7 +111,7 @@ def index_cost(counts: Sequence[int], width: int, queries: int) -> list[dict[str
         def blocks(numbers: np.ndarray, features: np.ndarray = features) -> Any:
             yield from (features[numbers[start : start + 8192]] for start in range(0, len(numbers), 8192))
 
-        index = Index(space, blocks, count)
+        index = NeighbourIndex(space, blocks, count)
         built = time.perf_counter()
         nearest, cosines = index.search(space(copies), 4)
         searched = time.perf_counter() - built
