@@ -166,10 +166,7 @@ def make_data(place: Path) -> None:
     for kind, members in kinds.items():
         (place / "kinds" / kind).mkdir(parents=True)
         for code in members:
-            picture = resvg_py.svg_to_bytes(
-                svg_string=svgs[code].read_text(), width=96, height=96, background="#ffffff"
-            )
-            (place / "kinds" / kind / f"{code}.png").write_bytes(bytes(picture))
+            (place / "kinds" / kind / f"{code}.png").write_bytes(drawn(svgs[code]))
     for name, text in {
         "kinds": "folder: ../kinds\ntemplates: ['an emoji of a {}']",
         "table": "table: ../table.csv\nsplit: val",
