@@ -25,7 +25,10 @@ from typing import Any
 PLACE = Path("/tmp/litune-same-results")
 """Where the commands run: the same for both versions, since stores and runs keep paths."""
 VOLATILE = re.compile(r"seconds|rate|per_second|time|date|created|version|libraries|litune|sources_stamp")
-TIMES = re.compile(r"\d[\d,.]* ?(?:seconds|s|ms|minutes|images/s|pairs/s|candidates/s)\b|\b\d+:\d\d(?::\d\d)?\b|\d{4}-\d\d-\d\d[T ][\d:.+Z]*")
+TIMES = re.compile(
+    r"\d[\d,.]* ?(?:seconds|s|ms|minutes|(?:images|pairs|candidates)/s)\b"
+    r"|\b\d+:\d\d(?::\d\d)?\b|\d{4}-\d\d-\d\d[T ][\d:.+Z]*"
+)
 COMMANDS = (
     "", "quickstart", "embed", "tune", "eval", "compare", "classify", "search", "serve", "inspect", "probe", "import",
     "export", "push", "data", "data inspect", "data fetch", "data filter", "data dedup",
