@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import litune
-from litune.towers.image import ImageTower
-from litune.towers.runtimes import build, images_per_second
+from litune.image.registry import ImageTower
+from litune.image.runtimes import build, images_per_second
 
 WARM_UP = 4
 """Steps before pairs are counted: the first ones compile, and find how much fits into memory."""

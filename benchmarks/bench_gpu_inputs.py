@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import BertConfig
 
 import litune
-from litune.towers.image import ImageTower, load_image_tower
+from litune.image.registry import ImageTower, load_image_tower
 
 MARKS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 

@@ -12,23 +12,23 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from litune.commands.tune import choose_pairs, make_model, make_tokenizer, text_spec
 from litune.config import TuneConfig
-from litune.features import FeatureStore
+from litune.model.build import make_model, make_tokenizer, text_spec
+from litune.store.selection import choose_pairs
+from litune.store.store import FeatureStore
 from litune.towers.locking import train_unlocked
-from litune.tuning import Tuning
+from litune.tuning.run import Tuning
 
 
 def start_run(store: Path, **settings: Any) -> Tuning:
     """What `litune tune` has made when its first step begins: the defaults but for `settings`, nothing held out."""
     config = TuneConfig(store=store, out=store / "run", holdout=0.0, device="cpu", **settings)
-    opened = FeatureStore(store)
     spec = text_spec(config)
-    train, _ = choose_pairs(opened, config)
+    train, _ = choose_pairs(FeatureStore(store), config)
     torch.manual_seed(config.seed)
     tokenizer = make_tokenizer(spec, config, train.iterate_captions())
-    model = make_model(opened, spec, tokenizer, train, config)
-    run = Tuning(config, opened, train, None, model, torch.device("cpu"))
+    model = make_model(train, spec, tokenizer, config)
+    run = Tuning(config, train, None, model, torch.device("cpu"))
     train_unlocked(run.model)
     return run
 

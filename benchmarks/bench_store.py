@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from litune.data.emoji import find_emoji
-from litune.data.pairs import read_pairs
-from litune.features import StoreWriter
+from litune.pairs.pairs import read_pairs
+from litune.store.store import StoreWriter
+from litune.studies.emoji import find_emoji
 
 SHARD = 8192
 

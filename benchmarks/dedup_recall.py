@@ -19,9 +19,9 @@ from bench_run import machine
 from embed_speed import make_pictures
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
 
-from litune.commands.data_dedup import dedup_data
-from litune.data.dedup import PROBES, Index, Space
-from litune.data.images import open_rgb
+from litune.curation.dedup import dedup_data
+from litune.curation.duplicates import PROBES, NeighbourIndex, Space
+from litune.image.pictures import open_rgb
 
 KNOWN = Path(__file__).parent / "dedup_known.txt"
 Change = Callable[[Image.Image, random.Random], Image.Image]
@@ -111,7 +111,7 @@ def index_cost(counts: Sequence[int], width: int, queries: int) -> list[dict[str
         def blocks(numbers: np.ndarray, features: np.ndarray = features) -> Any:
             yield from (features[numbers[start : start + 8192]] for start in range(0, len(numbers), 8192))
 
-        index = Index(space, blocks, count)
+        index = NeighbourIndex(space, blocks, count)
         built = time.perf_counter()
         nearest, cosines = index.search(space(copies), 4)
         searched = time.perf_counter() - built

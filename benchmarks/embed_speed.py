@@ -21,11 +21,11 @@ import torch
 from bench_run import machine
 from PIL import Image
 
-from litune.commands.embed import embed
-from litune.data.images import ImageTransform
 from litune.devices import processor_cores
-from litune.towers.image import ImageTower, load_image_tower
-from litune.towers.runtimes import agrees, build, candidates, images_per_second, measure
+from litune.image.pictures import ImageTransform
+from litune.image.registry import ImageTower, load_image_tower
+from litune.image.runtimes import agrees, build, candidates, images_per_second, measure
+from litune.store.embed import embed
 
 TOWERS = ("efficientnet-lite0", "timm:vit_small_patch16_224?init=random")
 BATCH = 32

@@ -22,11 +22,12 @@ import torch
 from bench_run import machine, start_run
 from bench_store import write_store
 
-from litune.evaluation import prompts, zero_shot
+from litune.evaluation import class_vectors as prompts
+from litune.evaluation import zero_shot
 from litune.evaluation.set_features import ROWS
 from litune.evaluation.suite import Subject
-from litune.features import FeatureStore
-from litune.model import LiT
+from litune.model.lit import LiT
+from litune.store.store import FeatureStore
 
 
 def peak_gb() -> float:

@@ -87,7 +87,7 @@ def describe_device(task: Task) -> None:
     import torch
 
     from litune.devices import processor_cores
-    from litune.features import library_versions
+    from litune.store.store import library_versions
 
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     task.add(cards=cards, cores=processor_cores(), **library_versions(), cuda=torch.version.cuda)
@@ -165,7 +165,7 @@ def print_part(name: str, found: dict[str, Any]) -> None:
 
 def import_early() -> None:
     """Import what the parts need, so that processes that are forked from this one need not."""
-    for name in ("bench_gpu_right", "bench_gpu_fast", "litune.commands.tune", "litune.commands.embed"):
+    for name in ("bench_gpu_right", "bench_gpu_fast", "litune.tuning.tune", "litune.store.embed"):
         importlib.import_module(name)
     importlib.import_module("transformers.models.bert.modeling_bert")
 

@@ -19,9 +19,9 @@ import pyarrow as pa
 import torch
 from bench_run import machine
 
-from litune.features import FeatureStore, StoreWriter
-from litune.index import Index
-from litune.losses import normalize
+from litune.index.index import Index
+from litune.store.store import FeatureStore, StoreWriter
+from litune.vectors import normalize
 
 SHARD = 65536
 

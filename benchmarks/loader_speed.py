@@ -38,8 +38,8 @@ def write_store(options: argparse.Namespace, folder: Path, rows: int) -> None:
     import pyarrow.compute as pc
     from bench_store import read_captions
 
-    from litune.features import FORMAT, MANIFEST
     from litune.files import write_json
+    from litune.store.store import FORMAT, MANIFEST
 
     captions = pa.array(read_captions(options.captions, options.split, options.lang))
     size = min(rows, SHARD)
@@ -105,7 +105,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         torch.set_num_threads(options.threads)
     imported, memory = anonymous(), Memory()
     # The text tower first, so that loading it is no part of what is measured.
-    from litune.towers.text import make_text_tower, parse_text_spec
+    from litune.text.registry import make_text_tower, parse_text_spec
 
     make_text_tower(parse_text_spec(options.text_tower), vocab_size=0, max_tokens=16, pooling="auto", dropout=None)
     begin = time.perf_counter()

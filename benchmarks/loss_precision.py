@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from litune.losses import normalize, sigmoid_loss, softmax_loss
+from litune.tuning.losses import sigmoid_loss, softmax_loss
+from litune.vectors import normalize
 
 BITS = {"float32": None, "TF32": 10, "bfloat16": 7}
 """The bits behind the point that operands keep."""

@@ -31,7 +31,7 @@ def rank(folder: Path, text_tower: str, shard: bool) -> None:
     import torch
     from bench_held import Held
 
-    from litune.commands.tune import tune
+    from litune.tuning.tune import tune
 
     torch.set_num_threads(1)
     with Held() as held:

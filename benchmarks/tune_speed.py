@@ -25,9 +25,9 @@ from bench_store import read_captions, vary, write_store
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from litune.towers.packing import in_rows
-from litune.towers.text import parse_text_spec
-from litune.tuning import Tuning
+from litune.text.packing import in_rows
+from litune.text.registry import parse_text_spec
+from litune.tuning.run import Tuning
 
 WARM_UP = 2
 PROFILED = 3

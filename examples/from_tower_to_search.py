@@ -32,7 +32,7 @@ FOLDER = "tower-to-search"
 from itertools import islice
 from pathlib import Path
 
-from litune.data.emoji import find_emoji, render
+from litune.studies.emoji import find_emoji, render
 
 folder = Path(FOLDER)
 emoji = find_emoji()

@@ -48,7 +48,7 @@ def main(folder: Path) -> None:
 
 def row_of(caption: str, folder: Path) -> int:
     """The first image of the store that has this caption."""
-    from litune.features import FeatureStore
+    from litune.store.store import FeatureStore
 
     captions = FeatureStore(folder / "features").metadata["captions"].to_pylist()
     return next(i for i, one in enumerate(captions) if caption in one)

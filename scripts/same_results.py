@@ -25,7 +25,10 @@ from typing import Any
 PLACE = Path("/tmp/litune-same-results")
 """Where the commands run: the same for both versions, since stores and runs keep paths."""
 VOLATILE = re.compile(r"seconds|rate|per_second|time|date|created|version|libraries|litune|sources_stamp")
-TIMES = re.compile(r"\d[\d,.]* ?(?:seconds|s|ms|minutes|images/s|pairs/s)\b|\d{4}-\d\d-\d\d[T ][\d:.+Z]*")
+TIMES = re.compile(
+    r"\d[\d,.]* ?(?:seconds|s|ms|minutes|(?:images|pairs|candidates)/s)\b"
+    r"|\b\d+:\d\d(?::\d\d)?\b|\d{4}-\d\d-\d\d[T ][\d:.+Z]*"
+)
 COMMANDS = (
     "", "quickstart", "embed", "tune", "eval", "compare", "classify", "search", "serve", "inspect", "probe", "import",
     "export", "push", "data", "data inspect", "data fetch", "data filter", "data dedup",
@@ -166,10 +169,7 @@ def make_data(place: Path) -> None:
     for kind, members in kinds.items():
         (place / "kinds" / kind).mkdir(parents=True)
         for code in members:
-            picture = resvg_py.svg_to_bytes(
-                svg_string=svgs[code].read_text(), width=96, height=96, background="#ffffff"
-            )
-            (place / "kinds" / kind / f"{code}.png").write_bytes(bytes(picture))
+            (place / "kinds" / kind / f"{code}.png").write_bytes(drawn(svgs[code]))
     for name, text in {
         "kinds": "folder: ../kinds\ntemplates: ['an emoji of a {}']",
         "table": "table: ../table.csv\nsplit: val",

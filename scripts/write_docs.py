@@ -32,10 +32,10 @@ API_PARTS = {
     "Losses": ("softmax_loss", "sigmoid_loss", "Ids", "MoreImages"),
 }
 NOT_PUBLIC = {
-    "ZeroShot": "litune.model",
-    "Selection": "litune.features",
-    "Ids": "litune.losses",
-    "MoreImages": "litune.losses",
+    "ZeroShot": "litune.model.lit",
+    "Selection": "litune.store.selection",
+    "Ids": "litune.tuning.losses",
+    "MoreImages": "litune.tuning.losses",
 }
 
 

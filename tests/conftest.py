@@ -21,7 +21,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from jaxtyping import install_import_hook
 
 _hook = install_import_hook(
-    ["litune.losses", "litune.evaluation", "litune.index", "litune.model", "litune.towers"], "beartype.beartype"
+    [
+        "litune.tuning.losses",
+        "litune.evaluation",
+        "litune.index",
+        "litune.model",
+        "litune.image",
+        "litune.text",
+        "litune.vectors",
+    ],
+    "beartype.beartype",
 )
 
 import numpy as np
@@ -30,9 +39,9 @@ import torch
 from PIL import Image
 
 from litune.config import TuneConfig
-from litune.data.images import ImageTransform
-from litune.features import FeatureStore, StoreWriter
-from litune.towers.image import ImageTower
+from litune.image.pictures import ImageTransform
+from litune.image.registry import ImageTower
+from litune.store.store import FeatureStore, StoreWriter
 
 COLORS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (240, 220, 40)}
 SHAPES = ("bar", "box", "ring")
@@ -143,7 +152,7 @@ def tower_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def store(photos: Path, tower_module: str, tmp_path: Path) -> FeatureStore:
     """A feature store of `photos`, embedded with the color tower."""
-    from litune.commands.embed import embed
+    from litune.store.embed import embed
 
     return embed(pairs=photos, image_tower=tower_module, out=tmp_path / "store")
 
@@ -194,8 +203,8 @@ def random_timm_tower(name: str = "resnet10t", **options: object) -> ImageTower:
 
 def interrupt(step: int, config: TuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Begin or go on with a run, and press Ctrl-C at this step."""
-    from litune.commands.tune import tune
-    from litune.tuning import Tuning
+    from litune.tuning.run import Tuning
+    from litune.tuning.tune import tune
 
     take = Tuning.step
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from litune.arguments import EXAMPLES
+from litune.arguments import EXAMPLES, GROUPS
 from litune.cli import COMMANDS, main, parse
 from litune.config import EvalConfig, FilterConfig
 from litune.errors import ConfigError
-from litune.options import GROUPS, options_of
+from litune.settings import settings_of
 
 TUNE = ["tune", "s", "--text-tower", "minilm", "--out", "r"]
 
@@ -167,9 +167,9 @@ def test_terminals_without_all_letters(argv: list[str]) -> None:
 def test_settings_are_those_of_python() -> None:
     """Every field is an option, the inherited ones as well, and what is said of its kind is so."""
     for config, _ in COMMANDS.values():
-        assert [one.name for one in options_of(config)] == [field.name for field in dataclasses.fields(config)]
-    kinds = {one.name: one for one in options_of(FilterConfig)}
+        assert [one.name for one in settings_of(config)] == [field.name for field in dataclasses.fields(config)]
+    kinds = {one.name: one for one in settings_of(FilterConfig)}
     assert (kinds["min_side"].kind, kinds["split"].kind, kinds["split"].several) == (int, str, True)
-    assert {one.name for one in options_of(EvalConfig) if one.required} == {"run"}
+    assert {one.name for one in settings_of(EvalConfig) if one.required} == {"run"}
     with pytest.raises(ConfigError, match="--batch-size is 1"):
         parse([*TUNE, "--batch-size", "1"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from litune.cli import COMMANDS, main
-from litune.features import FeatureStore
+from litune.store.store import FeatureStore
 
 SNAPSHOT = Path(__file__).parent / "cli_options.txt"
 

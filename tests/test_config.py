@@ -11,9 +11,9 @@ import pytest
 
 from litune import config as configs
 from litune.cli import COMMANDS, find_command, parse
-from litune.config import ClassifyConfig, EmbedConfig, TuneConfig, command, to_json
+from litune.config import ClassifyConfig, EmbedConfig, TuneConfig, command, from_json, to_json
 from litune.errors import ConfigError
-from litune.recipes import quickstart_embed, quickstart_eval, quickstart_tune
+from litune.studies.recipes import quickstart_embed, quickstart_eval, quickstart_tune
 
 
 @pytest.mark.parametrize("config", [c for c, _ in COMMANDS.values()])
@@ -51,6 +51,21 @@ def test_command_line_and_python_mean_the_same() -> None:
     assert list(inspect.signature(classify).parameters) == [f.name for f in dataclasses.fields(ClassifyConfig)]
     with pytest.raises(TypeError, match="label"):
         classify("run", ["a.jpg"], label=["x"])  # type: ignore[call-arg]
+
+
+def test_keyword_arguments_and_json_are_read_as_the_command_line_is() -> None:
+    line = parse(["tune", "s", "more", "--text-tower", "x", "--out", "r", "--lang", "en", "--learning-rate", "1"])
+
+    @command(TuneConfig)
+    def tune(config: TuneConfig) -> TuneConfig:
+        return config
+
+    assert tune("s", "x", "r", more_stores="more", lang="en", learning_rate=1) == line  # type: ignore[arg-type]
+    assert from_json(TuneConfig, {**to_json(line), "of an earlier version": 1}) == line
+    with pytest.raises(ConfigError, match="--batch-size is '8', it must be a whole number"):
+        tune("s", "x", "r", batch_size="8")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="--texts is '', it must be a path"):
+        tune("s", "x", "r", texts="")  # type: ignore[arg-type]
 
 
 def test_every_command_is_found() -> None:

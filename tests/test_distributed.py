@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from litune import distributed
 from litune.errors import ConfigError, MissingExtraError
-from litune.losses import Ids, MoreImages, normalize, sigmoid_loss, softmax_loss
+from litune.tuning.losses import Ids, MoreImages, sigmoid_loss, softmax_loss
+from litune.vectors import normalize
 
 ROWS = {2: [5, 2], 3: [4, 0, 3]}  # pairs of each rank
 MORE = {2: [3, 1], 3: [1, 2, 1]}  # further images of each rank

@@ -17,13 +17,15 @@ from tests.conftest import interrupt
 from tests.test_tuning import bytes_of, log_of
 
 from litune import distributed
-from litune.commands.tune import choose_mixture, make_model, make_tokenizer, text_spec, tune
 from litune.config import TuneConfig
-from litune.data.batches import Batch
 from litune.errors import ConfigError, DataError, RunError, StoreError
-from litune.features import FeatureStore, StoreWriter
-from litune.plan import read_plan
-from litune.tuning import Tuning
+from litune.model.build import make_model, make_tokenizer, text_spec
+from litune.store.selection import choose_mixture
+from litune.store.store import FeatureStore, StoreWriter
+from litune.studies.plan import read_plan
+from litune.tuning.batches import Batch
+from litune.tuning.run import Tuning
+from litune.tuning.tune import tune
 
 WIDTH = 12
 VALUES = np.random.default_rng(0).normal(size=(60, WIDTH)).astype(np.float32)
@@ -67,8 +69,8 @@ def start(config: TuneConfig) -> Tuning:
     stores, spec = [FeatureStore(path) for path in config.stores], text_spec(config)
     train, val = choose_mixture(stores, config)
     torch.manual_seed(config.seed)
-    model = make_model(stores[0], spec, make_tokenizer(spec, config, train.captions), train, config)
-    return Tuning(config, stores[0], train, val, model, torch.device("cpu"))
+    model = make_model(train, spec, make_tokenizer(spec, config, train.captions), config)
+    return Tuning(config, train, val, model, torch.device("cpu"))
 
 
 def test_proportional_is_one_store_of_all(config: TuneConfig, tmp_path: Path) -> None:
@@ -92,9 +94,9 @@ def test_proportional_is_one_store_of_all(config: TuneConfig, tmp_path: Path) ->
 def test_interrupted_in_an_epoch(
     config: TuneConfig, mix: tuple[str, ...], shuffle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("litune.data.batches.BLOCK", 4)
-    monkeypatch.setattr("litune.data.batches.WINDOW", 3)
-    monkeypatch.setattr("litune.tuning.run.TOKENIZED_MOST", 0 if shuffle == "window" else 10**6)
+    monkeypatch.setattr("litune.tuning.batches.BLOCK", 4)
+    monkeypatch.setattr("litune.tuning.batches.WINDOW", 3)
+    monkeypatch.setattr("litune.tuning.setup.TOKENIZED_MOST", 0 if shuffle == "window" else 10**6)
     config = dataclasses.replace(config, mix=mix, shuffle=shuffle, checkpoint_seconds=0.0, evaluations=1)
     tune.run(config)
     broken = dataclasses.replace(config, out=tmp_path / "broken")
@@ -373,7 +375,7 @@ def test_wrong_texts(config: TuneConfig, tmp_path: Path) -> None:
 def test_tokens_made_ahead_change_nothing(config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokenised before the first step or ahead of each: the same losses, and the same weights to rounding."""
     tune.run(config)
-    monkeypatch.setattr("litune.tuning.run.TOKENIZED_MOST", 10)
+    monkeypatch.setattr("litune.tuning.setup.TOKENIZED_MOST", 10)
     later = dataclasses.replace(config, out=tmp_path / "later")
     tune.run(later)
     losses = [[line["loss"] for line in log_of(out)] for out in (config.out, later.out)]

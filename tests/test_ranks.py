@@ -20,18 +20,21 @@ import pytest
 import torch
 from tests.conftest import COLORS, SHAPES, draw
 
-from litune import distributed, encoding
-from litune.checkpoint import load_tensors
+from litune import distributed
 from litune.cli import main
-from litune.commands import evaluate as evaluation
-from litune.commands.embed import embed
-from litune.commands.evaluate import evaluate
-from litune.commands.tune import prepare_run, tune
-from litune.config import TuneConfig
-from litune.data.sets import EvalSet
+from litune.config import EmbedConfig, TuneConfig
 from litune.errors import DataError, LituneError, StoreError
-from litune.evaluation import set_features, suite
-from litune.features import FeatureStore
+from litune.evaluation import evaluate as evaluation
+from litune.evaluation import suite
+from litune.evaluation.evaluate import evaluate
+from litune.image import encoding
+from litune.model.run_folder import load_tensors
+from litune.pairs.pairs import Pairs
+from litune.store import build
+from litune.store.embed import embed
+from litune.store.store import FeatureStore
+from litune.tuning.output import prepare_run
+from litune.tuning.tune import tune
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
@@ -109,14 +112,14 @@ def work(out: str) -> dict[str, Any]:
     found["rows"] = len(store)
     # The same run in both, as weights differ in their last bits.
     found["eval"] = evaluate("two/softmax", store="store", classes="classes", json=f"{out}/eval.json", device="cpu")
-    encode = set_features._encode
+    encode = build._encode
 
-    def torn(found: EvalSet, part: range, *args: Any) -> float:
-        if found.path.name == "torn" and part.stop == len(found):
+    def torn(config: EmbedConfig, pairs: Pairs, part: range, *args: Any) -> float:
+        if Path(config.pairs).name == "torn" and part.stop == len(pairs):
             raise DataError(f"the cable of rank {distributed.rank()} is torn")
-        return encode(found, part, *args)
+        return encode(config, pairs, part, *args)
 
-    set_features._encode = torn
+    build._encode = torn
     measured = evaluate("two/softmax", **TASKS, features=f"{out}/features", out=f"{out}/report")
     found |= {"tasks": measured["tasks"], "failed": measured["failed"]}
     if distributed.world_size() > 1:

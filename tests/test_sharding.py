@@ -19,14 +19,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from bench_held import Held
 
 from litune import distributed
-from litune.commands import tune as tuning
-from litune.commands.tune import tune
 from litune.config import TuneConfig
-from litune.data.tokenizers import Tokens
+from litune.model import build
 from litune.sharding import own_part, own_rows, whole_tensor
-from litune.towers.text import TextTower, make_text_tower, parse_text_spec
-from litune.tuning import Tuning
+from litune.text.registry import TextTower, make_text_tower, parse_text_spec
+from litune.text.tokenizers import Tokens
+from litune.tuning.run import Tuning
 from litune.tuning.state import Checkpoints
+from litune.tuning.tune import tune
 
 CPU = torch.device("cpu")
 COMMON: dict[str, Any] = {
@@ -55,7 +55,7 @@ def shared_tower(spec: str, **settings: Any) -> TextTower:
     parsed = parse_text_spec(spec)
     make = partial(make_text_tower, vocab_size=73, max_tokens=8)
     config = TuneConfig(Path("store"), spec, Path("out"), device="cpu", **settings)
-    return tuning.shared_text_tower(parsed, make, config, None, CPU)
+    return build.shared_text_tower(parsed, make, config, None, CPU)
 
 
 def same_weights(spec: str) -> bool:
@@ -78,7 +78,7 @@ def same_weights(spec: str) -> bool:
 def bfloat16_differs() -> float:
     """By how much features and gradients differ from those without sharing, relative to their norms, at the worst."""
     from litune.sharding import share
-    from litune.towers.rows import DrawnRows, without_weights
+    from litune.text.rows import DrawnRows, without_weights
 
     make = partial(make_text_tower, parse_text_spec("hf:bert?init=random"), vocab_size=73, max_tokens=8, dropout=0.0)
     tokens = Tokens(np.arange(40), np.full(5, 8))
@@ -117,7 +117,7 @@ def memory() -> dict[str, Any]:
         setattr(owner, name, watched)
         return lambda: setattr(owner, name, function)
 
-    places = [(tuning, "shared_text_tower"), (Tuning, "step"), (Tuning, "_evaluate_and_log"), (Checkpoints, "save")]
+    places = [(build, "shared_text_tower"), (Tuning, "step"), (Tuning, "_evaluate_and_log"), (Checkpoints, "save")]
     restore = [watch(owner, name) for owner, name in (*places, (Tuning, "finish"))]
     settings = {**COMMON, "batch_size": 4, "duration": "12pairs", "gradient_checkpointing": True}
     model = tune("store", text_tower="hf:large?init=random", out="two/large", checkpoint_seconds=0, **settings)

@@ -23,25 +23,28 @@ from tests.conftest import COLORS, draw, interrupt
 from torch import nn
 
 import litune
-from litune.checkpoint import check_store, load, load_tensors, model_state
 from litune.cli import main
-from litune.commands.embed import embed
-from litune.commands.evaluate import evaluate
-from litune.commands.tune import choose_pairs, make_model, make_tokenizer, text_spec, tune
 from litune.config import TuneConfig
-from litune.data.batches import Batch
 from litune.errors import ConfigError, MissingExtraError, RunError, StoreError, TowerError
-from litune.features import FeatureStore
-from litune.losses import softmax_loss
-from litune.model import LiT
-from litune.optim import make_optimizer
+from litune.evaluation.evaluate import evaluate
+from litune.model.build import make_model, make_tokenizer, text_spec
+from litune.model.lit import LiT
+from litune.model.run_folder import check_store, load, load_tensors, model_state
 from litune.schedules import rate_share
+from litune.store.embed import embed
+from litune.store.selection import choose_pairs
+from litune.store.store import FeatureStore
+from litune.text.registry import HfTextTower, TextTower
+from litune.text.vocabulary import TunedRows
 from litune.towers.locking import train_unlocked
-from litune.towers.text import HfTextTower, TextTower
-from litune.towers.vocabulary import TunedRows
-from litune.tuning import Tuning, evaluation_steps
+from litune.tuning.batches import Batch
+from litune.tuning.batching import evaluation_steps
 from litune.tuning.inputs import Inputs
+from litune.tuning.losses import softmax_loss
+from litune.tuning.optim import make_optimizer
+from litune.tuning.run import Tuning
 from litune.tuning.step import Reading
+from litune.tuning.tune import tune
 
 
 @pytest.fixture
@@ -70,8 +73,8 @@ def start(config: TuneConfig) -> Tuning:
     train, val = choose_pairs(store, config)
     torch.manual_seed(config.seed)
     tokenizer = make_tokenizer(spec, config, train.captions)
-    model = make_model(store, spec, tokenizer, train, config)
-    return Tuning(config, store, train, val, model, torch.device("cpu"))
+    model = make_model(train, spec, tokenizer, config)
+    return Tuning(config, train, val, model, torch.device("cpu"))
 
 
 def first_batch(run: Tuning) -> Batch:
@@ -665,7 +668,7 @@ def launch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[list[str]], An
     """Starts litune's command line in a process of its own that has imported it already: fork, not start, each time."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["litune.commands.tune", "transformers.models.bert.modeling_bert", "tyro"])
+    context.set_forkserver_preload(["litune.tuning.tune", "transformers.models.bert.modeling_bert"])
     started = []
 
     def launch(arguments: list[str]) -> Any:

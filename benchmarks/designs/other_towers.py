@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from litune.data.images import ImageTransform
+from litune.image.pictures import ImageTransform
 
 Tower = tuple[Callable[[Tensor], Tensor], Callable[[Image.Image], Tensor]]
 

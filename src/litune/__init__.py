@@ -11,60 +11,60 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from litune.checkpoint import load as load
-    from litune.commands.classify import classify as classify
-    from litune.commands.compare import compare as compare
-    from litune.commands.data_dedup import dedup_data as dedup_data
-    from litune.commands.data_filter import filter_data as filter_data
-    from litune.commands.data_inspect import inspect_data as inspect_data
-    from litune.commands.embed import embed as embed
-    from litune.commands.evaluate import evaluate as eval  # noqa: F401
-    from litune.commands.export import export as export
-    from litune.commands.fetch import fetch_data as fetch_data
-    from litune.commands.import_ import import_ as import_
-    from litune.commands.inspect_ import inspect as inspect
-    from litune.commands.probe import probe as probe
-    from litune.commands.push import push as push
-    from litune.commands.quickstart import quickstart as quickstart
-    from litune.commands.search import search as search
-    from litune.commands.tune import tune as tune
-    from litune.data.images import ImageTransform as ImageTransform
+    from litune.curation.dedup import dedup_data as dedup_data
+    from litune.curation.fetch import fetch_data as fetch_data
+    from litune.curation.filter import filter_data as filter_data
+    from litune.curation.inspect import inspect_data as inspect_data
     from litune.errors import LituneError as LituneError
-    from litune.features import FeatureStore as FeatureStore
-    from litune.index import Index as Index
-    from litune.losses import sigmoid_loss as sigmoid_loss
-    from litune.losses import softmax_loss as softmax_loss
-    from litune.model import LiT as LiT
-    from litune.towers.image import ImageTower as ImageTower
+    from litune.evaluation.classify import classify as classify
+    from litune.evaluation.evaluate import evaluate as eval  # noqa: F401
+    from litune.image.pictures import ImageTransform as ImageTransform
+    from litune.image.registry import ImageTower as ImageTower
+    from litune.index.index import Index as Index
+    from litune.index.search import search as search
+    from litune.interop.export import export as export
+    from litune.interop.import_ import import_ as import_
+    from litune.interop.push import push as push
+    from litune.model.lit import LiT as LiT
+    from litune.model.run_folder import load as load
+    from litune.store.embed import embed as embed
+    from litune.store.store import FeatureStore as FeatureStore
+    from litune.studies.compare import compare as compare
+    from litune.studies.inspect import inspect as inspect
+    from litune.studies.probe import probe as probe
+    from litune.studies.quickstart import quickstart as quickstart
+    from litune.tuning.losses import sigmoid_loss as sigmoid_loss
+    from litune.tuning.losses import softmax_loss as softmax_loss
+    from litune.tuning.tune import tune as tune
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "FeatureStore": "litune.features",
-    "ImageTower": "litune.towers.image",
-    "ImageTransform": "litune.data.images",
-    "Index": "litune.index",
-    "LiT": "litune.model",
+    "FeatureStore": "litune.store.store",
+    "ImageTower": "litune.image.registry",
+    "ImageTransform": "litune.image.pictures",
+    "Index": "litune.index.index",
+    "LiT": "litune.model.lit",
     "LituneError": "litune.errors",
-    "classify": "litune.commands.classify",
-    "compare": "litune.commands.compare",
-    "dedup_data": "litune.commands.data_dedup",
-    "embed": "litune.commands.embed",
-    "eval": "litune.commands.evaluate",
-    "inspect": "litune.commands.inspect_",
-    "inspect_data": "litune.commands.data_inspect",
-    "import_": "litune.commands.import_",
-    "export": "litune.commands.export",
-    "fetch_data": "litune.commands.fetch",
-    "filter_data": "litune.commands.data_filter",
-    "load": "litune.checkpoint",
-    "probe": "litune.commands.probe",
-    "push": "litune.commands.push",
-    "quickstart": "litune.commands.quickstart",
-    "search": "litune.commands.search",
-    "sigmoid_loss": "litune.losses",
-    "softmax_loss": "litune.losses",
-    "tune": "litune.commands.tune",
+    "classify": "litune.evaluation.classify",
+    "compare": "litune.studies.compare",
+    "dedup_data": "litune.curation.dedup",
+    "embed": "litune.store.embed",
+    "eval": "litune.evaluation.evaluate",
+    "inspect": "litune.studies.inspect",
+    "inspect_data": "litune.curation.inspect",
+    "import_": "litune.interop.import_",
+    "export": "litune.interop.export",
+    "fetch_data": "litune.curation.fetch",
+    "filter_data": "litune.curation.filter",
+    "load": "litune.model.run_folder",
+    "probe": "litune.studies.probe",
+    "push": "litune.interop.push",
+    "quickstart": "litune.studies.quickstart",
+    "search": "litune.index.search",
+    "sigmoid_loss": "litune.tuning.losses",
+    "softmax_loss": "litune.tuning.losses",
+    "tune": "litune.tuning.tune",
 }
 __all__ = [*sorted(_HOME), "__version__"]
 

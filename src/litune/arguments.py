@@ -1,23 +1,24 @@
-"""argv → config: the commands' pages of help, and one line that says what can't be read.
+"""argv → config: argparse made out of a config's settings, the pages of help, and one line for what can't be read.
 
-tyro parses and prints; what it would refuse, or take for something else, `check` says before. Nothing here imports
-torch.
+Nothing here imports torch.
 """
 
 from __future__ import annotations
 
+import argparse
+import ast
 import inspect
 import itertools
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import tyro
-
+from litune.config import DedupConfig, EmbedConfig, EvalConfig, FilterConfig, TuneConfig
 from litune.errors import ConfigError, nearest
-from litune.options import Option, filled, form_of, options_of
+from litune.settings import Setting, settings_of
 
 EXAMPLES = {
     "quickstart": "litune quickstart",
@@ -43,92 +44,186 @@ EXAMPLES = {
 WIDEST = 100
 """The most columns of running text."""
 
+GROUPS: dict[type[Any], dict[str, str]] = {
+    EmbedConfig: {"images": "data", "batch_size": "encoding", "store_dtype": "output"},
+    TuneConfig: {
+        "mix": "data",
+        "locking": "tower",
+        "loss": "loss",
+        "duration": "schedule",
+        "optimizer": "optimizer",
+        "schedule": "schedule",
+        "image_rate": "picture",
+        "precision": "run",
+    },
+    EvalConfig: {"store": "data", "tasks": "task", "out": "output"},
+    FilterConfig: {"images": "data", "dropped": "output", "preset": "rule", "seed": "other"},
+    DedupConfig: {"images": "data", "against": "duplicate", "overwrite": "other"},
+}
+"""Where a config has many settings: the first of each group, and the group's name."""
+
+PLACEHOLDERS = {int: "N", float: "X", str: "NAME", Path: "PATH"}
+NAMED = {
+    "image_tower": "TOWER",
+    "text_tower": "TOWER",
+    "templates": "TEXT",
+    "labels": "LABEL",
+    "where": "CONDITION",
+    "mix": "HOW",
+    "rates": "PATTERN=X",
+    "locking": "LETTERS",
+    "unlock": "WHEN",
+    "duration": "LENGTH",
+    "warmup": "LENGTH",
+    "cooldown": "LENGTH",
+    "timescale": "LENGTH",
+    "host": "ADDRESS",
+    "token": "TOKEN",
+    "endpoint": "URL",
+    "tokenizer": "FILE",
+}
+"""What stands for a value in the help: by its type, and for those whose type says little by their name."""
+
 
 def read(name: str, config: type[Any], arguments: Sequence[str]) -> Any:
     """The config that the arguments of a command ask for; prints its help and exits where that is asked for.
 
     Raises `ConfigError` with what can't be read.
     """
-    if {"-h", "--help"} & set(arguments):
-        print(describe(name, config), end="\n\n")
-    else:
-        check(name, config, arguments)
-    form = tyro.cli(
-        form_of(config),
-        prog=f"litune {name}",
-        args=list(arguments),
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
-    )
-    return filled(config, form)
-
-
-def check(name: str, config: type[Any], arguments: Sequence[str]) -> None:
-    """Raise `ConfigError` with what is wrong with a command's arguments, where something is."""
-    options = options_of(config)
-    given = set()
-    for option, values in assigned(name, options, arguments):
-        if option.name in given and option.several and not option.repeated:
-            raise ConfigError(f"{option.words} is given twice: put all its values behind one {option.words}")
-        given.add(option.name)
-        for value in values:
-            if wrong := option.problem(value):
-                raise ConfigError(f"{option.words} is {value!r}, {wrong}")
-    missing = [option.words for option in options if option.required and option.name not in given]
+    settings = settings_of(config)
+    parser = parser_of(name, config)
+    words = [re.sub(r"^--[a-z_]+", lambda option: option[0].replace("_", "-"), word) for word in arguments]
+    try:
+        parsed, surplus = parser.parse_known_intermixed_args(words)
+    except argparse.ArgumentError as why:
+        raise ConfigError(mistake(name, why.argument_name or "", words)) from None
+    if surplus:
+        raise ConfigError(unknown(name, settings, surplus))
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in vars(parsed).items()}
+    given = {key: value for key, value in given.items() if value not in (None, ())}
+    missing = [setting.words for setting in settings if setting.required and setting.name not in given]
     if missing:
         raise ConfigError(f"litune {name} needs {listed(missing)}, as in: {EXAMPLES[name]}")
+    return config(**given)
 
 
-def assigned(name: str, options: Sequence[Option], arguments: Sequence[str]) -> Iterator[tuple[Option, Sequence[str]]]:
-    """The options that a command's arguments name, with their values. Raises `ConfigError` for what is no option."""
-    known = {option.words: option for option in options if not option.positional}
-    known |= {f"--no-{words[2:]}": option for words, option in known.items() if option.default is True}
-    places = [option for option in options if option.positional]
-    words, place, only_places = list(arguments), 0, False
-    while words:
-        word = words.pop(0)
-        if word == "--" and not only_places:
-            only_places = True
-            continue
-        if only_places or not is_option(word):
-            if place == len(places):
-                taken = listed([option.words for option in places]) or "no arguments"
-                how = ": give them one after the other" if places and places[-1].several else ""
-                raise ConfigError(f"litune {name} takes {taken}, {word!r} is one too many{how}")
-            following = words if only_places else list(itertools.takewhile(lambda one: not is_option(one), words))
-            following = following if places[place].several else []
-            words = words[len(following) :]
-            yield places[place], [word, *following]
-            place += 1
-            continue
+def parser_of(name: str, config: type[Any]) -> argparse.ArgumentParser:
+    """The parser of a command's arguments: it leaves out what is not given, and refuses nothing for being left out."""
+    settings, helps = settings_of(config), docs_of(config)
+    places = [placeholder(setting) for setting in settings if setting.place]
+    parser = argparse.ArgumentParser(
+        prog=f"litune {name}",
+        usage=" ".join(["%(prog)s [-h] [OPTIONS]", *places]),
+        description=describe(name, config),
+        formatter_class=Page,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser._negative_number_matcher = re.compile("-[^A-Za-z-]")  # -1e-5 is a value as well
+    groups: dict[str, Any] = {"": parser}
+    group = ""
+    for setting in settings:
+        group = GROUPS.get(config, {}).get(setting.name, group)
+        if group not in groups:
+            groups[group] = parser.add_argument_group(f"{group} options")
+        # What must be given stands first.
+        text = f"{helps[setting.name]} {note(setting)}".strip().replace("%", "%%")
+        groups["" if setting.required else group].add_argument(*names(setting), help=text, **how(setting))
+    return parser
+
+
+def names(setting: Setting) -> list[str]:
+    """The names of a setting's argument: without dashes, where it is told by its place."""
+    return [setting.name] if setting.place else [setting.words]
+
+
+def how(setting: Setting) -> dict[str, Any]:
+    """How argparse is to take a setting's values."""
+    if setting.kind is bool:
+        return {"action": argparse.BooleanOptionalAction if setting.default else "store_true"}
+    taken = {"type": setting.parse, "metavar": placeholder(setting)}
+    if setting.place:  # None stands for what is not there: argparse would read another default as a word
+        return taken | {"nargs": "*" if setting.several else "?", "default": None}
+    if setting.repeated:
+        return taken | {"action": "append"}
+    return taken | ({"nargs": "+", "action": Several} if setting.several else {})
+
+
+class Several(argparse.Action):
+    """Takes all values of an option, which is given once."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Keep the values; raises `ConfigError` where there are some already."""
+        if hasattr(namespace, self.dest):
+            raise ConfigError(f"{option_string} is given twice: put all its values behind one {option_string}")
+        setattr(namespace, self.dest, values)
+
+
+class Page(argparse.RawDescriptionHelpFormatter):
+    """A page of help whose lines break at spaces alone."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False, break_long_words=False)
+
+
+def placeholder(setting: Setting) -> str:
+    """What stands for a setting's value in the help."""
+    if setting.place:
+        return setting.place if setting.required else f"[{setting.place}]"
+    if setting.choices:
+        return "{" + ",".join(setting.choices) + "}"
+    return NAMED.get(setting.name, PLACEHOLDERS[setting.kind])
+
+
+def note(setting: Setting) -> str:
+    """What the help says behind the text."""
+    if setting.required:
+        return "(required)"
+    if setting.repeated:
+        return "(repeatable)"
+    if setting.default is False or setting.default in (None, (), ""):
+        return ""
+    if setting.default is True:
+        return "(default: yes)"
+    return f"(default: {' '.join(map(str, setting.default)) if setting.several else setting.default})"
+
+
+def docs_of(config: type[Any]) -> dict[str, str]:
+    """The docstrings of a config's fields, by name, with those that it inherits."""
+    bodies = [ast.parse(inspect.getsource(kind)).body[0].body for kind in config.__mro__[:-1]]  # type: ignore[attr-defined]
+    return {
+        ast.unparse(field.target): " ".join(doc.value.value.split())
+        for body in reversed(bodies)
+        for field, doc in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign)
+    }
+
+
+def mistake(name: str, option: str, words: Sequence[str]) -> str:
+    """What is wrong with an option that argparse refuses: a switch that has a value, or another that has none."""
+    for word in words:
         written, equals, value = word.partition("=")
-        option = known.get(written.replace("_", "-"))
-        if option is None:
-            close = nearest(written, known, 2)
-            raise ConfigError(f"litune {name} has no option {written} ({close}): see litune {name} --help")
-        if option.kind is bool:
-            if equals:
-                raise ConfigError(f"{written} is a switch: write it without {equals}{value}")
-            yield option, []
-            continue
-        most = 0 if equals else 1
-        if option.several and not option.repeated:  # the last words are left to what must be given
-            most = max(0, len(words) - sum(one.required and not one.several for one in places[place:]))
-        following = list(itertools.takewhile(lambda one: not is_option(one), words))[:most]
-        values = [value, *following] if equals else following
-        if not values:
-            raise ConfigError(f"{written} needs a value: see litune {name} --help")
-        words = words[len(following) :]
-        yield option, values
+        if value and written in option.split("/"):
+            return f"{written} is a switch: write it without {equals}{value}"
+    return f"{option} needs a value: see litune {name} --help"
+
+
+def unknown(name: str, settings: Sequence[Setting], surplus: Sequence[str]) -> str:
+    """What is wrong with words that no argument takes: the first option that is none, or the first word too many."""
+    options = [word.partition("=")[0] for word in surplus if re.match(r"--?[A-Za-z]", word)]
+    if options:
+        known = [setting.words for setting in settings if not setting.place]
+        known += [f"--no-{setting.words[2:]}" for setting in settings if setting.default is True]
+        return f"litune {name} has no option {options[0]} ({nearest(options[0], known, 2)}): see litune {name} --help"
+    places = [setting for setting in settings if setting.place]
+    taken = listed([setting.words for setting in places]) or "no arguments"
+    return f"litune {name} takes {taken}, {surplus[0]!r} is one too many"
 
 
 def listed(words: Sequence[str]) -> str:
     """Some words as a clause: A, B and C."""
     return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
-
-
-def is_option(word: str) -> bool:
-    """Whether a word of the command line is the name of an option; -0.5 and - are values."""
-    return re.match(r"--?[A-Za-z]|--$", word) is not None
 
 
 def find(argv: Sequence[str], commands: Mapping[str, type[Any]], groups: Mapping[str, str]) -> tuple[str, list[str]]:
@@ -144,12 +239,12 @@ def find(argv: Sequence[str], commands: Mapping[str, type[Any]], groups: Mapping
 def names_under(group: str, commands: Mapping[str, type[Any]], groups: Mapping[str, str]) -> dict[str, str]:
     """What can follow `litune`, or `litune GROUP`, with what each does in a sentence."""
     start = f"{group} " if group else ""
-    found = {
+    commands_under = {
         name.removeprefix(start): first_sentence(config)
         for name, config in commands.items()
         if name.startswith(start) and " " not in name.removeprefix(start)
     }
-    return found if group else found | dict(groups)
+    return commands_under if group else commands_under | dict(groups)
 
 
 def first_sentence(config: type[Any]) -> str:
@@ -172,7 +267,7 @@ def listing(group: str, about: str, names: Mapping[str, str], examples: Sequence
 
 def describe(name: str, config: type[Any]) -> str:
     """What a command's page of help begins with: what it does, and an example."""
-    return f"{wrapped(inspect.getdoc(config) or '')}\n\nExample:\n  {EXAMPLES[name]}"
+    return f"{wrapped(inspect.getdoc(config) or '')}\n\nExample:\n  {EXAMPLES[name]}".replace("%", "%%")
 
 
 def wrapped(text: str) -> str:

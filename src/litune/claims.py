@@ -1,10 +1,10 @@
 """One process at a time writes into a folder, on one host or on several that share its disk.
 
-Among the processes of one host a lock in the user's cache decides. The system lets go of it when its process ends,
-however it ends. Others don't see that lock: other hosts, containers, users with a cache of their own. For them a file
-beside the folder, `.NAME.claim`, names who is at work. Its owner touches it every `BEAT` seconds while it works and
-removes it at the end. One that nobody has touched for `STALE` seconds was left by a process that is gone. Whether it is
-touched is told by watching it, never by comparing clocks.
+Processes of one host share a lock in the user's cache, which the system releases when its process ends, however it
+ends. Other hosts, containers and users with another cache don't see that lock. For them a file beside the folder,
+`.NAME.claim`, names the process at work. Its owner touches it every `BEAT` seconds and removes it at the end. A file
+that has not been touched for `STALE` seconds was left by a process that is gone. Touches are detected by watching the
+file, never by comparing clocks.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from litune.files import cache_folder
 
 try:
     import fcntl
-except ImportError:  # not on Windows: there the file beside the folder decides alone
+except ImportError:  # on Windows only the file beside the folder is used
     fcntl = None  # type: ignore[assignment]
 
 BEAT, STALE = 10.0, 60.0
-"""Seconds between two touches of a claim, and seconds without one after which it is taken over."""
+"""Seconds between two touches of a claim, and seconds without a touch after which it is taken over."""
 SETTLE = 1.0
-"""Seconds after which it has shown which of several that took over a claim at once has it."""
+"""Seconds after which it is settled which of several simultaneous takers has a claim."""
 POLL = 0.5
 
 
 @contextmanager
 def claim(folder: Path) -> Iterator[None]:
-    """Keep other processes from claiming `folder` until this one lets go or ends.
+    """Keep other processes from claiming `folder` until this one releases it or ends.
 
-    Raises `OutputBusyError`, which names host and process, where another one is at work. A claim of another host is
-    watched for up to `BEAT` seconds to see that, and for `STALE` seconds before it is taken over.
+    Raises `OutputBusyError`, which names host and process, where another process is at work. Another host's claim is
+    watched for up to `BEAT` seconds to find that out, and for `STALE` seconds before it is taken over.
     """
     folder = folder.resolve()
     locks = cache_folder() / "locks"
@@ -66,7 +66,7 @@ def claim(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(locks: Path, folder: Path) -> Iterator[bool]:
-    """Hold this host's lock of the folder; yields whether there are locks here at all."""
+    """Hold this host's lock of the folder; yields False where the system has no locks."""
     if fcntl is None:
         yield False
         return
@@ -92,7 +92,7 @@ def _busy(folder: Path, process: str) -> OutputBusyError:
 
 
 def _host(locks: Path) -> str:
-    """What those have in common who see the same locks: a host's name, and a number that lies beside its locks."""
+    """An identifier shared by all who see the same locks: the host's name, and a random id saved beside the locks."""
     file = locks / "host"
     with suppress(FileExistsError), open(file, "x", encoding="ascii") as new:
         new.write(uuid.uuid4().hex)
@@ -100,7 +100,7 @@ def _host(locks: Path) -> str:
 
 
 def _claim_file(folder: Path, host: str, locked: bool) -> tuple[Path, str] | None:
-    """Claim the folder by the file beside it: the file and what it says. None where no file can be written there."""
+    """Claim the folder by the file beside it; returns file and content, or None where no file can be written there."""
     file = folder.with_name(f".{folder.name}.claim")
     own = json.dumps(
         {"host": host, "name": socket.gethostname(), "process": os.getpid(), "id": uuid.uuid4().hex}, sort_keys=True
@@ -112,37 +112,37 @@ def _claim_file(folder: Path, host: str, locked: bool) -> tuple[Path, str] | Non
                 new.write(own)
             return file, own
         except FileExistsError:
-            there = _look(file)[0]
-    except OSError:  # a folder that only itself can be written to, or what `folder` is in is no folder
+            current = _look(file)[0]
+    except OSError:  # only the folder itself is writable, or its parent is no folder
         return None
-    if not (locked and _facts(there).get("host") == host):
-        _watch(folder, file, there)
+    if not (locked and _parse(current).get("host") == host):
+        _watch(folder, file, current)
         _write(file, own)
         time.sleep(SETTLE)
         if (now := _look(file)[0]) != own:
             raise _busy(folder, _owner(now))
         return file, own
-    _write(file, own)  # left by a process of this host that was killed: we have the lock
+    _write(file, own)  # left by a killed process of this host: we have the lock
     return file, own
 
 
-def _watch(folder: Path, file: Path, there: str) -> None:
-    """Return when nobody has touched a claim for `STALE` seconds; raises `OutputBusyError` where somebody does."""
+def _watch(folder: Path, file: Path, content: str) -> None:
+    """Return when a claim was not touched for `STALE` seconds. Raises `OutputBusyError` where it is touched."""
     touched, since = _look(file)[1], time.monotonic()
-    print(f"{folder} is claimed by process {_owner(there)}: watching whether it is still at work", file=sys.stderr)
+    print(f"{folder} is claimed by process {_owner(content)}: watching whether it is still at work", file=sys.stderr)
     while time.monotonic() - since < STALE:
         time.sleep(POLL)
-        now, then = _look(file)
-        if not then:  # it was let go
+        now, touched_now = _look(file)
+        if not touched_now:  # it was released
             return
-        if (now, then) != (there, touched):
+        if (now, touched_now) != (content, touched):
             raise _busy(folder, _owner(now))
 
 
 def _look(file: Path) -> tuple[str, int]:
-    """What a claim says and when it was touched last; "" and 0 where it is gone.
+    """A claim's content and the time of its last touch in ns; "" and 0 where it is gone.
 
-    It is opened anew each time: a network file system then asks its server and not its cache.
+    The file is opened each time: a network file system then asks its server instead of its cache.
     """
     try:
         with open(file, encoding="utf-8", errors="replace") as claimed:
@@ -151,16 +151,16 @@ def _look(file: Path) -> tuple[str, int]:
         return "", 0
 
 
-def _facts(claimed: str) -> dict[str, Any]:
+def _parse(claimed: str) -> dict[str, Any]:
     with suppress(ValueError):
-        found = json.loads(claimed)
-        return found if isinstance(found, dict) else {}
+        owner = json.loads(claimed)
+        return owner if isinstance(owner, dict) else {}
     return {}
 
 
 def _owner(claimed: str) -> str:
-    facts = _facts(claimed)
-    return f"{facts.get('process', '?')} on {facts.get('name', 'another host')}"
+    owner = _parse(claimed)
+    return f"{owner.get('process', '?')} on {owner.get('name', 'another host')}"
 
 
 def _write(file: Path, own: str) -> None:
@@ -170,9 +170,9 @@ def _write(file: Path, own: str) -> None:
 
 
 def _beat(file: Path, own: str, ended: threading.Event) -> None:
-    """Touch the claim until `ended`. Who lost it, having slept for longer than `STALE`, is interrupted."""
+    """Touch the claim until `ended`; interrupt this process if it lost it by sleeping longer than `STALE`."""
     while not ended.wait(BEAT):
-        with suppress(OSError):  # a network that is away for a moment
+        with suppress(OSError):  # a network that is down for a moment
             if (now := _look(file)[0]) not in (own, ""):
                 print(f"litune: {file} was taken over by process {_owner(now)}: stopping", file=sys.stderr)
                 _thread.interrupt_main()

@@ -44,23 +44,23 @@ and searches images by free-form text (locked-image tuning, LiT). The whole way 
 
 # Each command's config and where its function is; a name of two words is a command of a group.
 COMMANDS: dict[str, tuple[type[Any], str]] = {
-    "quickstart": (QuickstartConfig, "litune.commands.quickstart:quickstart"),
-    "embed": (EmbedConfig, "litune.commands.embed:embed"),
-    "tune": (TuneConfig, "litune.commands.tune:tune"),
-    "eval": (EvalConfig, "litune.commands.evaluate:evaluate"),
-    "compare": (CompareConfig, "litune.commands.compare:compare"),
-    "classify": (ClassifyConfig, "litune.commands.classify:classify"),
-    "search": (SearchConfig, "litune.commands.search:search"),
-    "serve": (ServeConfig, "litune.commands.serve:serve"),
-    "inspect": (InspectConfig, "litune.commands.inspect_:inspect"),
-    "probe": (ProbeConfig, "litune.commands.probe:probe"),
-    "import": (ImportConfig, "litune.commands.import_:import_"),
-    "export": (ExportConfig, "litune.commands.export:export"),
-    "push": (PushConfig, "litune.commands.push:push"),
-    "data inspect": (OverviewConfig, "litune.commands.data_inspect:inspect_data"),
-    "data fetch": (FetchConfig, "litune.commands.fetch:fetch_data"),
-    "data filter": (FilterConfig, "litune.commands.data_filter:filter_data"),
-    "data dedup": (DedupConfig, "litune.commands.data_dedup:dedup_data"),
+    "quickstart": (QuickstartConfig, "litune.studies.quickstart:quickstart"),
+    "embed": (EmbedConfig, "litune.store.embed:embed"),
+    "tune": (TuneConfig, "litune.tuning.tune:tune"),
+    "eval": (EvalConfig, "litune.evaluation.evaluate:evaluate"),
+    "compare": (CompareConfig, "litune.studies.compare:compare"),
+    "classify": (ClassifyConfig, "litune.evaluation.classify:classify"),
+    "search": (SearchConfig, "litune.index.search:search"),
+    "serve": (ServeConfig, "litune.serve.serve:serve"),
+    "inspect": (InspectConfig, "litune.studies.inspect:inspect"),
+    "probe": (ProbeConfig, "litune.studies.probe:probe"),
+    "import": (ImportConfig, "litune.interop.import_:import_"),
+    "export": (ExportConfig, "litune.interop.export:export"),
+    "push": (PushConfig, "litune.interop.push:push"),
+    "data inspect": (OverviewConfig, "litune.curation.inspect:inspect_data"),
+    "data fetch": (FetchConfig, "litune.curation.fetch:fetch_data"),
+    "data filter": (FilterConfig, "litune.curation.filter:filter_data"),
+    "data dedup": (DedupConfig, "litune.curation.dedup:dedup_data"),
 }
 FIRST_STEPS = tuple(arguments.EXAMPLES[name] for name in ("quickstart", "embed", "tune", "search"))
 GROUPS = {"data": "Look at pairs, fetch them, filter them, and remove near-duplicates."}
@@ -323,14 +323,14 @@ def _short(value: Any) -> str:
 
 def show_probe(config: ProbeConfig, results: dict[str, Any]) -> None:
     """Print the table, best first, with what it means."""
-    print(importlib.import_module("litune.commands.probe").table(results))
+    print(importlib.import_module("litune.studies.probe").table(results))
 
 
 def show_found(config: SearchConfig, results: Sequence[Any]) -> None:
     """Print scores, paths and first captions, or captions alone, best first."""
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for one in results:
-        print(importlib.import_module("litune.commands.search").line(one, width))
+        print(importlib.import_module("litune.index.search").line(one, width))
 
 
 def show_export(config: ExportConfig, about: dict[str, Any]) -> None:

@@ -9,33 +9,68 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, ParamSpec, TypeVar, cast, get_args, get_origin, get_type_hints
-
-from tyro.conf import Positional, UseAppendAction, arg
+from typing import Annotated, Any, Generic, Literal, ParamSpec, TypeVar, cast
 
 from litune.errors import ConfigError
 from litune.schedules import parse_duration, parse_unlock
+from litune.settings import (
+    A_FILE,
+    BELOW_ONE,
+    COSINE,
+    FINITE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    WITHIN_ONE,
+    Place,
+    Repeated,
+    at_least,
+    at_most,
+    check,
+    settings_of,
+)
+
+Settings = ParamSpec("Settings")
+Config = TypeVar("Config")
+Result = TypeVar("Result")
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 # A path, a URL or a pattern: as it was given, since a Path would make one slash of the two in s3://.
 Address = str | Path
 Precision = Literal["auto", "float32", "bfloat16"]
+Natural = Annotated[int, at_least(0)]
+Count = Annotated[int, at_least(1)]
+Tokens = Annotated[int, at_least(2)]
+Share = Annotated[float, SHARE]
+BelowOne = Annotated[float, BELOW_ONE]
+Cosine = Annotated[float, COSINE]
+Positive = Annotated[float, POSITIVE]
+Finite = Annotated[float, FINITE]
+Rate = Annotated[float, NOT_NEGATIVE, FINITE]
+Limit = Annotated[float, POSITIVE, FINITE]
+NewFile = Annotated[Path, A_FILE]
+
+
+class Checked:
+    """What all configs are: every setting is within the bounds that stand beside it."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True)
-class EmbedConfig:
+class EmbedConfig(Checked):
     """Encode every image once, with a locked image tower, into a feature store.
 
     An interrupted run goes on where it was with the same command.
     """
 
-    pairs: Annotated[Positional[Address], arg(metavar="PAIRS")]
+    pairs: Annotated[Address, Place("PAIRS")]
     """What to embed: a folder of images with a table of captions in it or beside it; the table itself (.csv, .tsv,
     .jsonl, .parquet); a tree with one folder per class; a folder of images, with .txt files beside them or without
     captions; webdataset shards ('shards/{00000..00099}.tar'); Parquet or Arrow files with pictures in them; COCO's,
@@ -63,10 +98,10 @@ class EmbedConfig:
     """Take only the images of these splits."""
     lang: tuple[str, ...] = ()
     """Take only the captions in these languages."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Images that pass through the tower at once; by default 32, and on a CUDA GPU as many as fit its memory and are
     fast, tried before the first ones."""
-    workers: int = 0
+    workers: Natural = 0
     """Threads that decode images; 0: one per processor core."""
     runtime: Literal["auto", "torch", "onnxruntime", "openvino", "compile"] = "auto"
     """What runs the tower. auto takes the fastest that is installed and whose features agree with torch's in float32
@@ -77,32 +112,25 @@ class EmbedConfig:
     many processors and less exact; it needs --runtime onnxruntime."""
     store_dtype: Literal["float16", "float32"] = "float16"
     """How features are stored."""
-    shard_size: int = 16384
+    shard_size: Count = 16384
     """Images in a file of the store, at most: it is closed at the end of a batch, also every few seconds, so that an
     interruption costs seconds of work."""
-    max_damaged: float = 0.01
+    max_damaged: Share = 0.01
     """Stop when more than this share of the images or captions, from 0 to 1, can't be used."""
     overwrite: bool = False
     """Remove a store that is already at --out."""
     device: Device = "auto"
     """Where the tower runs."""
 
-    def __post_init__(self) -> None:
-        _choices(self)
-        _at_least("batch-size", 1 if self.batch_size is None else self.batch_size, 1)
-        _at_least("workers", self.workers, 0)
-        _at_least("shard-size", self.shard_size, 1)
-        _share("max-damaged", self.max_damaged)
-
 
 @dataclass(frozen=True)
-class FetchConfig:
+class FetchConfig(Checked):
     """Fetch the images of a list of URLs into webdataset shards, with img2dataset.
 
     Ends with a report of what could not be had. An interrupted run goes on with the same command.
     """
 
-    urls: Annotated[Positional[Address], arg(metavar="URLS")]
+    urls: Annotated[Address, Place("URLS")]
     """The list: a table (.parquet, .csv, .tsv, .jsonl) with a column of URLs, or a .txt file with one on each line."""
     out: Path
     """The folder to write shards to, which litune embed reads; the report is in its folder fetch/."""
@@ -112,45 +140,37 @@ class FetchConfig:
     """The table's column of captions; by default the first of caption, captions, text, title, …, if there is one."""
     keep: tuple[str, ...] = ()
     """Further columns to keep beside each image."""
-    image_size: int = 384
+    image_size: Natural = 384
     """Pixels of the short side: larger images are made so small; 0 keeps every image as it came."""
-    threads: int = 64
+    threads: Count = 64
     """Downloads at the same time, in each process."""
-    processes: int = 0
+    processes: Natural = 0
     """Processes; 0: one per processor core."""
-    timeout: float = 10.0
+    timeout: Positive = 10.0
     """Seconds until a server must answer."""
-    seconds: float = 60.0
+    seconds: Positive = 60.0
     """Seconds that one image may take."""
-    most_bytes: int = 50_000_000
+    most_bytes: Count = 50_000_000
     """Bytes that one image may have."""
-    retries: int = 1
+    retries: Natural = 1
     """Further tries for each image."""
-    shard_size: int = 10000
+    shard_size: Annotated[int, at_least(2)] = 10000
     """URLs in a shard: what an interruption can cost in each process."""
     python: Path | None = None
     """The Python of another environment that img2dataset is installed in; by default litune's own."""
     overwrite: bool = False
     """Remove what was fetched to --out before."""
 
-    def __post_init__(self) -> None:
-        for name, least in (("image_size", 0), ("threads", 1), ("processes", 0), ("most_bytes", 1), ("retries", 0)):
-            _at_least(name.replace("_", "-"), getattr(self, name), least)
-        _at_least("shard-size", self.shard_size, 2)
-        for name in ("timeout", "seconds"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"--{name} is {getattr(self, name)}, it must be positive")
-
 
 @dataclass(frozen=True)
-class TuneConfig:
+class TuneConfig(Checked):
     """Teach a text tower to read a locked image tower, from the features in a store.
 
     Writes a run folder: the model, its tokenizer, metrics.jsonl and where everything came from. An
     interrupted run goes on from its last checkpoint with the same command.
     """
 
-    store: Annotated[Positional[Path], arg(metavar="STORE")]
+    store: Annotated[Path, Place("STORE")]
     """A feature store that `litune embed` wrote, or a folder that clip-retrieval wrote."""
     text_tower: str
     """The text tower: minilm, use-m3 (always locked), hf:NAME_OR_FOLDER (pre-trained), hf:NAME_OR_FOLDER?init=random
@@ -158,7 +178,7 @@ class TuneConfig:
     tokenizer and those of its heads that fit)."""
     out: Path
     """The run folder to write."""
-    more_stores: Annotated[Positional[tuple[Path, ...]], arg(metavar="STORE...")] = ()
+    more_stores: Annotated[tuple[Path, ...], Place("STORE...")] = ()
     """Further feature stores of the same image tower, to tune on all of them (see --mix)."""
 
     # Pairs
@@ -176,7 +196,7 @@ class TuneConfig:
     val_split: str = "val"
     """Evaluate on the pairs of this split as tuning goes, where the store has splits; otherwise a held-out
     part of the pairs is used (see --holdout)."""
-    holdout: float = 0.05
+    holdout: BelowOne = 0.05
     """The share of the images, from 0 to 1, held out for evaluation where the store has no splits (at most 1,000
     images); 0: none."""
     exclude_held_out: bool = False
@@ -201,43 +221,43 @@ class TuneConfig:
     and linear on an unlocked one; gated is an MLP whose hidden values are gated (SwiGLU)."""
     text_head: Literal["none", "linear", "mlp", "gated"] = "linear"
     """The head of the text side."""
-    dim: int | None = None
+    dim: Count | None = None
     """The shared dimension; by default the width of the side that has no head, else the image tower's."""
     image_map: Literal["none", "center", "whiten"] = "center"
     """A fixed linear map of a locked tower's features before they are normalised, estimated once on the tuning
     images and saved with the run: subtract their mean (features of a CNN after its last ReLU are all positive, so
     that every cosine starts high), or also even out their variances. none: the tower's features as they are, as in
     the paper, and as for every unlocked tower."""
-    shrinkage: float = 5.0
+    shrinkage: Rate = 5.0
     """How far whitening holds back: this many times the mean variance is added to every direction's variance."""
     tokenizer: str | None = None
     """For vit: towers, a tokenizer.json, a SentencePiece .model or a folder that has one; by default one is trained on
     the captions."""
-    vocab_size: int = 32000
+    vocab_size: Annotated[int, at_least(8)] = 32000
     """The size of a freshly trained tokenizer, at most."""
-    max_tokens: int = 16
+    max_tokens: Tokens = 16
     """Tokens of a caption that are read, at most."""
     pooling: Literal["auto", "first", "mean", "last"] = "auto"
     """How the text tower's tokens become one vector: the first token (BERT), their mean, or the last token;
     auto: what the tower itself declares, else the first token (vit: the last)."""
-    dropout: float | None = None
+    dropout: Share | None = None
     """Dropout in the text tower; by default what its own configuration says."""
 
     # Loss
     loss: Literal["softmax", "sigmoid"] = "softmax"
     """The contrastive loss: cross-entropy both ways over the batch, or SigLIP's binary one over all its pairs."""
-    image_to_text: float = 0.5
+    image_to_text: Share = 0.5
     """The weight λ of the image→text direction of the softmax loss; text→image has 1 − λ."""
-    logit_scale: float | None = None
+    logit_scale: Finite | None = None
     """The temperature's start, the logarithm of the scale: by default that of a run whose text tower is tuned on
     (--text-tower run:RUN), else ln 10 as in the paper."""
-    logit_bias: float = -10.0
+    logit_bias: Finite = -10.0
     """The start of the sigmoid loss's bias."""
     negatives: Literal["global", "local"] = "global"
     """With several processes, contrast each pair with those of all processes, or of its own alone."""
     mask_duplicates: bool = True
     """Leave equal captions, and several captions of one image, out of each other's negatives."""
-    image_negatives: int = 0
+    image_negatives: Natural = 0
     """Further images from outside the batch, drawn anew for each step, among which every text must find its own:
     their features are stored, so they cost no encoding. More than there are: all; 0: none. For a locked image tower
     without a head."""
@@ -245,12 +265,12 @@ class TuneConfig:
     # How long, and how
     duration: str | None = None
     """How long to tune: 10epochs, 2000steps, 30kpairs; by default 10 epochs, at least 30k and at most 4M pairs."""
-    batch_size: int = 256
+    batch_size: Annotated[int, at_least(2)] = 256
     """Pairs in a batch, over all processes; each is contrasted with all others."""
-    micro_batch: int | None = None
+    micro_batch: Count | None = None
     """Texts that pass through their tower at once; by default 512 on CPUs, on GPUs as many as fit. A larger batch is
     encoded twice (gradient caching): the same gradient, in a micro-batch's memory."""
-    image_micro_batch: int | None = None
+    image_micro_batch: Count | None = None
     """The same for the pictures of an unlocked image tower; by default 64 on CPUs, on GPUs as many as fit."""
     gradient_checkpointing: bool = False
     """Keep few activations of the text tower, and of an unlocked image tower, for the backward pass and compute the
@@ -261,25 +281,25 @@ class TuneConfig:
     longer."""
     optimizer: Literal["adamw", "adafactor", "lion"] = "adamw"
     """adamw; adafactor as in "Scaling Vision Transformers"; lion, with about a tenth of adamw's learning rate."""
-    learning_rate: float = 1e-3
+    learning_rate: Limit = 1e-3
     """The peak learning rate."""
-    head_rate: float = 1.0
+    head_rate: Rate = 1.0
     """The learning rate of the heads, as a multiple of --learning-rate. On a thousand pairs, a lower rate with
     --head-rate 10 overfits less."""
-    temperature_rate: float = 30.0
+    temperature_rate: Rate = 30.0
     """The learning rate of the temperature and bias, as a multiple of --learning-rate; 1 in the paper's long runs,
     but in some hundred steps the temperature could not leave its start."""
     rates: tuple[str, ...] = ()
     """Learning rates by name, as PATTERN=MULTIPLE: text.*=0.1, image.*blocks.11.*=0.01; 0 locks. The first pattern
     that matches a parameter's name (* ? [0-5]) counts. Names begin with text., text_head., image. or image_head."""
-    weight_decay: float = 1e-4
+    weight_decay: Rate = 1e-4
     """Decoupled weight decay of the weight matrices. It follows the schedule but is not multiplied by the
     learning rate (PyTorch's AdamW would need --weight-decay / --learning-rate)."""
-    beta1: float = 0.9
+    beta1: BelowOne = 0.9
     """The decay of the momentum."""
-    beta2: float | None = None
+    beta2: BelowOne | None = None
     """The decay of the second moment; by default 0.999, for lion 0.99."""
-    clip_norm: float = 1.0
+    clip_norm: Positive = 1.0
     """Clip the gradient to this global norm."""
     not_finite: Literal["stop", "skip"] = "stop"
     """A step whose loss or gradient is not finite: stop with its number, or skip it (10 in a row stop the run; a GPU
@@ -294,7 +314,7 @@ class TuneConfig:
     """The time after which rsqrt has fallen to 1/√2."""
 
     # The image tower from pixels
-    image_rate: float = 1.0
+    image_rate: Rate = 1.0
     """The learning rate of an unlocked image tower, as a multiple of --learning-rate."""
     unlock: str = "always"
     """When an unlocked image tower is tuned: always, after:50% (locked until then), ramp:50% (a sigmoid ramp of its
@@ -303,9 +323,9 @@ class TuneConfig:
     """Of the pictures of an unlocked image tower: random parts of them (the Inception crop), or all of each."""
     flip: bool = False
     """Mirror half of the pictures. Captions that speak of left and right become wrong."""
-    workers: int = 0
+    workers: Natural = 0
     """Threads that decode pictures; 0: one per processor core."""
-    max_damaged: float = 0.01
+    max_damaged: Share = 0.01
     """Stop when more than this share, from 0 to 1, of the pictures can't be read or of the --texts belongs to no
     image."""
 
@@ -313,14 +333,14 @@ class TuneConfig:
     precision: Precision = "auto"
     """Arithmetic of the towers; auto: bfloat16 on processors with AMX or AVX512-bf16 and on GPUs. Losses and
     parameters are float32."""
-    evaluations: int = 3
+    evaluations: Natural = 3
     """How often the held-out pairs are evaluated during tuning, spread evenly. The best model so far is kept in
     best/ in the run folder."""
-    checkpoint_seconds: float = 60.0
+    checkpoint_seconds: Annotated[float, NOT_NEGATIVE] = 60.0
     """Seconds between checkpoints: what an interruption can cost."""
     tensorboard: bool = False
     """Also write what is logged for TensorBoard, into the run folder."""
-    seed: int = 0
+    seed: Natural = 0
     """The seed of everything random. The same seed gives the same weights, bit for bit, on one machine."""
     overwrite: bool = False
     """Remove a run that is already at --out."""
@@ -328,46 +348,9 @@ class TuneConfig:
     """Where the towers are tuned."""
 
     def __post_init__(self) -> None:
-        _choices(self)
-        for name, value, least in (
-            ("batch-size", self.batch_size, 2),
-            ("max-tokens", self.max_tokens, 2),
-            ("vocab-size", self.vocab_size, 8),
-            ("evaluations", self.evaluations, 0),
-            ("image-negatives", self.image_negatives, 0),
-            ("workers", self.workers, 0),
-            ("micro-batch", 1 if self.micro_batch is None else self.micro_batch, 1),
-            ("image-micro-batch", 1 if self.image_micro_batch is None else self.image_micro_batch, 1),
-            ("dim", 1 if self.dim is None else self.dim, 1),
-        ):
-            _at_least(name, value, least)
+        super().__post_init__()
         if self.shard and self.optimizer == "adafactor":
             raise ConfigError("--optimizer adafactor needs whole matrices: with --shard use adamw or lion")
-        for name, number in (("learning-rate", self.learning_rate), ("clip-norm", self.clip_norm)):
-            if not number > 0:
-                raise ConfigError(f"--{name} is {number}, it must be positive")
-        for name in (
-            "weight_decay",
-            "shrinkage",
-            "checkpoint_seconds",
-            "head_rate",
-            "temperature_rate",
-            "image_rate",
-        ):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, it must not be negative")
-        finite = "learning_rate weight_decay shrinkage head_rate temperature_rate image_rate logit_scale logit_bias"
-        for name in finite.split():
-            value = getattr(self, name)
-            if value is not None and math.isinf(value):
-                raise ConfigError(f"--{name.replace('_', '-')} is {value}, it must be finite")
-        for name, share in (("image-to-text", self.image_to_text), ("max-damaged", self.max_damaged)):
-            _share(name, share)
-        for name, number in (("holdout", self.holdout), ("beta1", self.beta1), ("beta2", self.beta2 or 0.0)):
-            if not 0 <= number < 1:
-                raise ConfigError(f"--{name} is {number}, it must be at least 0 and less than 1")
-        if self.dropout is not None:
-            _share("dropout", self.dropout)
         if self.duration is not None:
             parse_duration(self.duration, "duration", run_length=True)
         for name in ("warmup", "cooldown", "timescale"):
@@ -446,12 +429,12 @@ def parse_rates(rates: Sequence[str]) -> list[tuple[str, float]]:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Checked):
     """Measure runs: on the field's evaluation sets or your own, on a store's pairs, on a tree of class folders."""
 
-    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    run: Annotated[Path, Place("RUN")]
     """The run folder."""
-    others: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN...")] = ()
+    others: Annotated[tuple[Path, ...], Place("RUN...")] = ()
     """Further runs, to compare with it."""
     store: Path | None = None
     """A feature store whose pairs are retrieved."""
@@ -463,7 +446,7 @@ class EvalConfig:
     """Also one row per language of the captions."""
     classes: Path | None = None
     """A tree with one folder of images per class, classified zero-shot (also a store made from such a tree)."""
-    templates: Annotated[tuple[str, ...], UseAppendAction] = ()
+    templates: Annotated[tuple[str, ...], Repeated()] = ()
     """A template that puts a class name into a sentence, as in "a photo of a {}."; repeat for several, or give
     a text file with one per line. By default the bare name and "a photo of a {}.", for --tasks the --template-set."""
 
@@ -483,7 +466,7 @@ class EvalConfig:
     text_precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the text tower for --tasks. bfloat16 is faster where the processor has units for it, and moves a
     few images of a thousand."""
-    kshot: int = 0
+    kshot: Natural = 0
     """Also learn a ridge regression on the image features from this many training images per class; 0: none."""
     probes: bool = False
     """Also learn a linear probe and nearest neighbours on the image features from the set's training images."""
@@ -498,15 +481,15 @@ class EvalConfig:
 
     image_tower: str | None = None
     """The image tower, where the run does not name one that can be loaded."""
-    json: Path | None = None
+    json: NewFile | None = None
     """Also write the results to this file, as JSON."""
-    max_damaged: float = 0.01
+    max_damaged: Share = 0.01
     """Stop when more than this share of the images, from 0 to 1, can't be read."""
     device: Device = "auto"
     """Where the towers run."""
 
     def __post_init__(self) -> None:
-        _choices(self)
+        super().__post_init__()
         if self.store is None and self.classes is None and not self.tasks:
             raise ConfigError(
                 "nothing to evaluate: give --store for retrieval, --classes for classification, or --tasks"
@@ -515,26 +498,24 @@ class EvalConfig:
             raise ConfigError("--out reports on --tasks and --store: give the folder of --classes as a task in YAML")
         if self.out is not None and self.store is None and not self.tasks:
             raise ConfigError("--out reports on --tasks and --store: give one of both")
-        _at_least("kshot", self.kshot, 0)
-        _share("max-damaged", self.max_damaged)
 
 
 @dataclass(frozen=True)
-class ClassifyConfig:
+class ClassifyConfig(Checked):
     """Classify images with any labels, without training data for them."""
 
-    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    run: Annotated[Path, Place("RUN")]
     """The run folder."""
-    images: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE...")]
+    images: Annotated[tuple[Path, ...], Place("IMAGE...")]
     """The images."""
     labels: tuple[str, ...]
     """The labels to choose from."""
-    templates: Annotated[tuple[str, ...], UseAppendAction] = ()
+    templates: Annotated[tuple[str, ...], Repeated()] = ()
     """A template that puts a label into a sentence, as in "a photo of a {}."; repeat for several, or give a text
     file with one per line. By default the bare label and "a photo of a {}."."""
     image_tower: str | None = None
     """The image tower, where the run does not name one that can be loaded."""
-    json: Path | None = None
+    json: NewFile | None = None
     """Also write the probabilities to this file, as JSON."""
     overwrite: bool = False
     """Replace a --json file that is already there."""
@@ -542,7 +523,7 @@ class ClassifyConfig:
     """Where the towers run."""
 
     def __post_init__(self) -> None:
-        _choices(self)
+        super().__post_init__()
         if not self.images:
             raise ConfigError("no image was given: name one or more behind the run")
         if not self.labels:
@@ -552,22 +533,22 @@ class ClassifyConfig:
 
 
 @dataclass(frozen=True)
-class SearchConfig:
+class SearchConfig(Checked):
     """Find the images of a feature store that match a text, a picture, or both together."""
 
-    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    run: Annotated[Path, Place("RUN")]
     """The run folder."""
-    store: Annotated[Positional[Path], arg(metavar="STORE")]
+    store: Annotated[Path, Place("STORE")]
     """The feature store to search."""
-    query: Annotated[Positional[str], arg(metavar="QUERY")] = ""
+    query: Annotated[str, Place("QUERY")] = ""
     """What to look for, in free form; may be left out where --image is given."""
     image: Path | None = None
     """Look for what is like this picture, or with a text beside it, like both: "like this, but at night"."""
-    text_weight: float = 1.0
+    text_weight: Finite = 1.0
     """The weight of the text in a search for both; a negative one means less like it."""
-    image_weight: float = 1.0
+    image_weight: Finite = 1.0
     """The weight of the picture in a search for both."""
-    top: int = 5
+    top: Count = 5
     """How many images to show."""
     where: tuple[str, ...] = ()
     """Search only images that meet these conditions on the store's columns: split=val "width>=640" "captions~dog".
@@ -578,9 +559,9 @@ class SearchConfig:
     """exact looks at every image; approximate looks into the nearest cells of an index, which is built and kept in the
     store's folder where there is none (extra search); auto: approximate where one was built and there are more than
     200,000 images."""
-    sheet: Path | None = None
+    sheet: NewFile | None = None
     """Also draw the found images into this file, a PNG."""
-    json: Path | None = None
+    json: NewFile | None = None
     """Also write what was found to this file, as JSON."""
     overwrite: bool = False
     """Replace a --sheet or --json file that is already there."""
@@ -590,31 +571,27 @@ class SearchConfig:
     """Where the towers run."""
 
     def __post_init__(self) -> None:
-        _choices(self)
-        _at_least("top", self.top, 1)
+        super().__post_init__()
         if not self.query.strip() and self.image is None:
             raise ConfigError("the query is empty: say what to look for, or give --image")
         if self.captions and self.sheet is not None:
             raise ConfigError("--sheet draws images, --captions finds texts: leave one of them out")
-        for name in ("text_weight", "image_weight"):
-            if not math.isfinite(getattr(self, name)):
-                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, it must be a finite number")
 
 
 @dataclass(frozen=True)
-class ServeConfig:
+class ServeConfig(Checked):
     """Serve a run over HTTP: encoding, matching, classification and search as a JSON API, and a page in the browser.
 
     Ctrl-C or SIGTERM stops it after the requests that are running.
     """
 
-    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    run: Annotated[Path, Place("RUN")]
     """The run folder."""
     images: Path | None = None
     """The feature store whose images are searched, classified and shown."""
     host: str = "127.0.0.1"
     """The address to listen on. The default is reachable from this machine alone."""
-    port: int = 8000
+    port: Annotated[int, at_least(0), at_most(65535)] = 8000
     """The port to listen on; 0: any free one, which is printed."""
     token: str | None = None
     """Ask every request of the API for this bearer token; by default that in LITUNE_TOKEN, which other users of the
@@ -625,72 +602,55 @@ class ServeConfig:
     given here."""
     index: Literal["auto", "exact", "approximate"] = "auto"
     """How --images is searched, as with litune search; approximate needs an index that was built."""
-    batch: int = 64
+    batch: Count = 64
     """Texts or pictures that are encoded at once, at most."""
-    batch_ms: float = 2.0
+    batch_ms: Rate = 2.0
     """Milliseconds that a request waits, at most, for others to be encoded with."""
-    queue: int = 1024
+    queue: Count = 1024
     """Texts, pictures and searches that may wait; beyond it requests are answered with 429."""
-    upload_mb: float = 32.0
+    upload_mb: Limit = 32.0
     """The largest upload, in megabytes."""
-    pixels_m: float = 50.0
+    pixels_m: Limit = 50.0
     """The largest picture, in millions of pixels."""
-    body_seconds: float = 20.0
+    body_seconds: Limit = 20.0
     """Seconds that a request may take to arrive."""
-    cache_mb: float = 64.0
+    cache_mb: Limit = 64.0
     """Megabytes of features of texts that are kept, and as much for thumbnails."""
     image_tower: str | None = None
     """The image tower, where the run does not name one that can be loaded."""
-    threads: int = 0
+    threads: Natural = 0
     """Threads that the towers compute with; 0: as torch chooses."""
     device: Device = "auto"
     """Where the towers run."""
 
     def __post_init__(self) -> None:
-        _choices(self)
-        for name, value, least in (
-            ("batch", self.batch, 1),
-            ("queue", self.queue, 1),
-            ("port", self.port, 0),
-            ("threads", self.threads, 0),
-        ):
-            _at_least(name, value, least)
-        if self.port > 65535:
-            raise ConfigError(f"--port is {self.port}, it must be at most 65535")
-        for name in ("upload_mb", "pixels_m", "body_seconds", "cache_mb"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, it must be positive")
-        if not 0 <= self.batch_ms < math.inf:
-            raise ConfigError(f"--batch-ms is {self.batch_ms}, it must not be negative")
+        super().__post_init__()
         if self.token is not None and not re.fullmatch(r"[\x21-\x7e]{8,}", self.token):
             raise ConfigError("--token must have at least 8 characters, visible ASCII ones: it is sent in a header")
 
 
 @dataclass(frozen=True)
-class ImportConfig:
+class ImportConfig(Checked):
     """Make a run of one of the released LiT checkpoints (LiT-B16B, B16B_2, L16L, L16S, L16Ti).
 
     Which one it is, its shapes tell. The run has its own image tower: embed with --image-tower run:RUN.
     """
 
-    checkpoint: Annotated[Positional[Path], arg(metavar="FILE")]
+    checkpoint: Annotated[Path, Place("FILE")]
     """The .npz file."""
     vocab: Path
     """The vocabulary that was released with it: a WordPiece .txt (B16B, B16B_2, L16L) or a SentencePiece .model
     (L16S, L16Ti)."""
     out: Path
     """The run folder to write."""
-    max_tokens: int | None = None
+    max_tokens: Tokens | None = None
     """Tokens of a text that are read, at most; by default 16, as these models were tuned."""
     overwrite: bool = False
     """Remove a run that is already at --out."""
 
-    def __post_init__(self) -> None:
-        _at_least("max-tokens", 2 if self.max_tokens is None else self.max_tokens, 2)
-
 
 @dataclass(frozen=True)
-class QuickstartConfig:
+class QuickstartConfig(Checked):
     """The whole way on real data in minutes, on a CPU: render emoji, embed, tune, evaluate, search.
 
     All data and weights come with the extra `quickstart`: EfficientNet-Lite0 (locked), MiniLM (tuned) and
@@ -699,21 +659,18 @@ class QuickstartConfig:
 
     out: Path = Path("litune-quickstart")
     """The folder to write. A second run reuses the pictures and features that are there."""
-    seed: int = 0
+    seed: Natural = 0
     """The seed of everything random."""
-
-    def __post_init__(self) -> None:
-        _choices(self)
 
 
 @dataclass(frozen=True)
-class CompareConfig:
+class CompareConfig(Checked):
     """Tune a table of settings, each with several seeds, evaluate every run, and print means and spreads.
 
     An interrupted comparison goes on where it was with the same command; what is finished is reused.
     """
 
-    file: Annotated[Positional[Path], arg(metavar="FILE")]
+    file: Annotated[Path, Place("FILE")]
     """A TOML file: the settings of all rows in [base], a [[row]] for each line of the table or a [grid] of values,
     seeds, and what is measured in [eval]."""
     out: Path
@@ -723,37 +680,31 @@ class CompareConfig:
 
 
 @dataclass(frozen=True)
-class InspectConfig:
+class InspectConfig(Checked):
     """Say what a tower, a run, a feature store or a released checkpoint is.
 
     Parameters per part, what is locked, widths, preprocessing, pooling, fingerprint. With --text-tower, also what
     tuning the pair would train, store and need in memory.
     """
 
-    what: Annotated[Positional[str], arg(metavar="WHAT")]
+    what: Annotated[str, Place("WHAT")]
     """The spec of an image or text tower, a run folder, a feature store, or an .npz file of the released models."""
     text_tower: str | None = None
     """The text tower to tune on this image tower or store."""
-    images: int | None = None
+    images: Count | None = None
     """How many images there would be; by default those of the store."""
-    batch_size: int = 256
+    batch_size: Annotated[int, at_least(2)] = 256
     """Pairs in a batch."""
-    max_tokens: int = 16
+    max_tokens: Tokens = 16
     """Tokens of a caption."""
-    json: Path | None = None
+    json: NewFile | None = None
     """Also write it to this file, as JSON."""
     overwrite: bool = False
     """Replace a --json file that is already there."""
 
-    def __post_init__(self) -> None:
-        _at_least("batch-size", self.batch_size, 2)
-        _at_least("max-tokens", self.max_tokens, 2)
-        if self.images is not None:
-            _at_least("images", self.images, 1)
-
 
 @dataclass(frozen=True)
-class ProbeConfig:
+class ProbeConfig(Checked):
     """Say how promising a locked image tower is for a set of pairs, before anything is tuned.
 
     Compares its features with those of a frozen text tower: do images and captions have the same neighbours, does a
@@ -761,7 +712,7 @@ class ProbeConfig:
     the stores of several towers to rank them.
     """
 
-    stores: Annotated[Positional[tuple[Path, ...]], arg(metavar="STORE...")]
+    stores: Annotated[tuple[Path, ...], Place("STORE...")]
     """The feature stores, of the same pairs if they are to be compared."""
     text_tower: str = "minilm"
     """The frozen text tower: minilm, use-m3 or hf:NAME_OR_FOLDER."""
@@ -769,19 +720,19 @@ class ProbeConfig:
     """Learn from the pairs of this split, where a store has splits."""
     val_split: str = "val"
     """Measure on the pairs of this split, where a store has splits; otherwise on a held-out part."""
-    holdout: float = 0.05
+    holdout: Annotated[float, WITHIN_ONE] = 0.05
     """The share of the images held out where a store has no splits: the same images as litune tune holds out."""
     lang: tuple[str, ...] = ()
     """Use only captions in these languages."""
-    train_images: int = 2000
+    train_images: Annotated[int, at_least(50)] = 2000
     """Images to learn from, at most, drawn by the seed."""
-    val_images: int = 500
+    val_images: Annotated[int, at_least(20)] = 500
     """Images to measure on, at most, drawn by the seed."""
-    max_tokens: int = 16
+    max_tokens: Tokens = 16
     """Tokens of a caption that are read, at most."""
-    seed: int = 0
+    seed: Natural = 0
     """The seed of what is drawn."""
-    json: Path | None = None
+    json: NewFile | None = None
     """Also write everything to this file, as JSON."""
     overwrite: bool = False
     """Replace a --json file that is already there."""
@@ -789,24 +740,19 @@ class ProbeConfig:
     """Where the text tower runs."""
 
     def __post_init__(self) -> None:
-        _choices(self)
+        super().__post_init__()
         if not self.stores:
             raise ConfigError("no feature store was given: name one or more")
-        if not 0 < self.holdout < 1:
-            raise ConfigError(f"--holdout is {self.holdout}, it must be more than 0 and less than 1")
-        _at_least("train-images", self.train_images, 50)
-        _at_least("val-images", self.val_images, 20)
-        _at_least("max-tokens", self.max_tokens, 2)
 
 
 @dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(Checked):
     """Write a run for another library, load the result with that library, and compare its features with the run's.
 
     Where a library can't express a run exactly, one line says why; nothing approximate is written.
     """
 
-    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    run: Annotated[Path, Place("RUN")]
     """The run folder."""
     to: Literal["onnx", "web", "open_clip", "hf", "sentence-transformers", "npz"]
     """What to write: both towers as ONNX; a page that runs in the browser alone; a folder for open_clip; one for
@@ -832,7 +778,7 @@ class ExportConfig:
     """Remove an export that is already at --out."""
 
     def __post_init__(self) -> None:
-        _choices(self)
+        super().__post_init__()
         if self.int8 and self.to not in ("onnx", "web"):
             raise ConfigError(f"--int8 is for --to onnx and web, not for {self.to}")
         if self.store is not None and not (self.int8 and self.to == "onnx"):
@@ -847,12 +793,12 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
-class PushConfig:
+class PushConfig(Checked):
     """Upload a run folder, or an export of one, to a repository on the Hugging Face Hub."""
 
-    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    run: Annotated[Path, Place("RUN")]
     """The run folder, or a folder that litune export wrote."""
-    repo: Annotated[Positional[str], arg(metavar="REPO")]
+    repo: Annotated[str, Place("REPO")]
     """The repository, as NAME or OWNER/NAME; made if it is not there."""
     private: bool = False
     """Make the repository private."""
@@ -861,10 +807,10 @@ class PushConfig:
 
 
 @dataclass(frozen=True)
-class ReadingConfig:
+class ReadingConfig(Checked):
     """How pairs are read: the same settings, with the same meaning, as those of `EmbedConfig`."""
 
-    pairs: Annotated[Positional[Address], arg(metavar="PAIRS")]
+    pairs: Annotated[Address, Place("PAIRS")]
     """The pairs: whatever litune embed reads, or a feature store."""
     images: Address | None = None
     """The folder that the table's image paths are relative to, if litune should not look for it."""
@@ -881,15 +827,10 @@ class ReadingConfig:
     """Take only the images of these splits."""
     lang: tuple[str, ...] = ()
     """Take only the captions in these languages."""
-    workers: int = 0
+    workers: Natural = 0
     """Threads that read images; 0: one per processor core."""
-    max_damaged: float = 0.01
+    max_damaged: Share = 0.01
     """Stop when more than this share of the images or captions, from 0 to 1, can't be used."""
-
-    def __post_init__(self) -> None:
-        _choices(self)
-        _at_least("workers", self.workers, 0)
-        _share("max-damaged", self.max_damaged)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -903,20 +844,20 @@ class FilterConfig(ReadingConfig):
     out: Path
     """The table of kept pairs to write (.parquet, .jsonl or .csv: litune embed reads it); or, where PAIRS is a feature
     store, a folder: the store of what is kept."""
-    dropped: Path | None = None
+    dropped: NewFile | None = None
     """Also list what was dropped, with the rule that did it (.parquet, .jsonl or .csv)."""
-    report: Path | None = None
+    report: NewFile | None = None
     """Also write the counts and examples as JSON."""
     preset: Literal["yfcc", "align", "lit"] | None = None
     """A published set of rules: yfcc (titles, descriptions and tags as in the LiT paper), align (ALIGN's on images and
     texts), lit (ALIGN's on images, hardly any on texts). Further options add to it or replace its values."""
 
     # Images
-    min_side: int | None = None
+    min_side: Count | None = None
     """The image's shorter side has at least this many pixels."""
-    max_aspect: float | None = None
+    max_aspect: Annotated[float, at_least(1)] | None = None
     """The longer side is at most this many times the shorter one."""
-    max_captions: int | None = None
+    max_captions: Count | None = None
     """The image has at most this many captions."""
 
     # Captions
@@ -930,30 +871,30 @@ class FilterConfig(ReadingConfig):
     """The text field that --tags is about."""
     boilerplate: Literal["keep", "drop"] | None = None
     """drop: drop what says nothing of the image: names of files, cameras' numbers, addresses, "untitled", numbers."""
-    min_chars: int | None = None
+    min_chars: Count | None = None
     """A caption has at least this many characters."""
-    max_chars: int | None = None
+    max_chars: Count | None = None
     """A caption has at most this many characters."""
-    min_words: int | None = None
+    min_words: Count | None = None
     """A caption has at least this many words; a Chinese or Japanese character is a word."""
-    max_words: int | None = None
+    max_words: Count | None = None
     """A caption has at most this many words."""
-    min_letters: float | None = None
+    min_letters: Share | None = None
     """At least this share of a caption's characters, spaces aside, are letters."""
-    max_repeats: int | None = None
+    max_repeats: Count | None = None
     """At most this many images have the caption (case and spaces aside); all such captions are dropped otherwise."""
-    vocabulary: int | None = None
+    vocabulary: Count | None = None
     """Every word and pair of neighbouring words of a caption is among this many most frequent ones of all captions."""
     languages: tuple[str, ...] = ()
     """The caption is in one of these languages (en, de, zh, …), as identified from its letters (extra data)."""
-    min_certainty: float = 0.0
+    min_certainty: Share = 0.0
     """The identified language has at least this probability, among all that are known."""
     agree: Path | None = None
     """A run that scores how well caption and image agree; PAIRS is a feature store of its image tower."""
-    min_agreement: float | None = None
+    min_agreement: Cosine | None = None
     """The cosine of caption and image under --agree is at least this."""
 
-    seed: int = 0
+    seed: Natural = 0
     """Seeds the order of tags."""
     overwrite: bool = False
     """Replace files that are there, or a store at --out."""
@@ -962,20 +903,8 @@ class FilterConfig(ReadingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sizes = "min_side max_captions min_chars max_chars min_words max_words max_repeats vocabulary"
-        for name in sizes.split():
-            value = getattr(self, name)
-            if value is not None:
-                _at_least(name.replace("_", "-"), value, 1)
-        if self.max_aspect is not None and self.max_aspect < 1:
-            raise ConfigError(f"--max-aspect is {self.max_aspect}, it must be at least 1")
-        for name in ("min_letters", "min_certainty"):
-            if getattr(self, name) is not None:
-                _share(name.replace("_", "-"), getattr(self, name))
         if (self.agree is None) != (self.min_agreement is None):
             raise ConfigError("--agree names the run and --min-agreement the least cosine: give both, or neither")
-        if self.min_agreement is not None:
-            _cosine("min-agreement", self.min_agreement)
         if self.min_certainty and not self.languages:
             raise ConfigError("--min-certainty is of the identified language: give --languages as well")
 
@@ -998,13 +927,13 @@ class DedupConfig(ReadingConfig):
     image_tower: str | None = None
     """The image tower of the features, for sets that are no feature stores (see litune embed); by default that of the
     first store given."""
-    neighbours: int = 4
+    neighbours: Count = 4
     """Candidates of each image: so many nearest ones by features in each set."""
-    min_cosine: float = 0.5
+    min_cosine: Cosine = 0.5
     """Candidates have at least this cosine (of features less their mean)."""
-    min_match: float = 0.75
+    min_match: Share = 0.75
     """Duplicates have at least this agreement of their aligned pixels, from 0 to 1."""
-    examples: int = 200
+    examples: Natural = 200
     """Pairs of pictures shown in report.html, at most."""
     overwrite: bool = False
     """Replace the report and the kept pairs at --out; features that are there are used again."""
@@ -1013,10 +942,6 @@ class DedupConfig(ReadingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least("neighbours", self.neighbours, 1)
-        _at_least("examples", self.examples, 0)
-        _share("min-match", self.min_match)
-        _cosine("min-cosine", self.min_cosine)
         if not self.against and not self.within:
             raise ConfigError("nothing to compare: give --against SET, or leave out --no-within")
 
@@ -1030,56 +955,20 @@ class OverviewConfig(ReadingConfig):
 
     out: Path | None = None
     """A folder to write overview.json and overview.html into."""
-    sample: int = 0
+    sample: Natural = 0
     """Open this many images, drawn at random; 0: all. Captions are counted all the same."""
     verify: bool = False
     """Decode every opened image to its end; by default only headers are read."""
     tokenizer: str = "minilm"
     """The text tower (see litune tune) whose tokens are counted, or none."""
-    max_tokens: int = 16
+    max_tokens: Tokens = 16
     """Tokens of a caption that tuning would read."""
-    pictures: int = 48
+    pictures: Natural = 48
     """Pictures on the contact sheet of the page."""
-    seed: int = 0
+    seed: Natural = 0
     """Seeds what is drawn."""
     overwrite: bool = False
     """Replace what is at --out."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _at_least("sample", self.sample, 0)
-        _at_least("pictures", self.pictures, 0)
-        _at_least("max-tokens", self.max_tokens, 2)
-
-
-def _choices(config: Any) -> None:
-    """Check what holds for all settings of a kind: one of few choices, numbers that are some, seeds not negative.
-
-    The command line does so for choices; this is for those who call from Python.
-    """
-    for name, hint in get_type_hints(type(config)).items():
-        option, value = f"--{name.replace('_', '-')}", getattr(config, name)
-        if get_origin(hint) is Literal and value not in get_args(hint):
-            raise ConfigError(f"{option} is {value!r}, it must be one of {', '.join(map(str, get_args(hint)))}")
-        if isinstance(value, float) and math.isnan(value):
-            raise ConfigError(f"{option} is {value}, it must be a number")
-        if name == "seed":
-            _at_least("seed", value, 0)
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ConfigError(f"--{name} is {value}, it must be at least {least}")
-
-
-def _share(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ConfigError(f"--{name} is {value}, it must be between 0 and 1")
-
-
-def _cosine(name: str, value: float) -> None:
-    if not -1 <= value <= 1:
-        raise ConfigError(f"--{name} is {value}, it must be between -1 and 1")
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -1093,9 +982,13 @@ def to_json(config: Any) -> dict[str, Any]:
     return {key: plain(value) for key, value in dataclasses.asdict(config).items()}
 
 
-Settings = ParamSpec("Settings")
-Config = TypeVar("Config")
-Result = TypeVar("Result")
+def from_json(config: type[Config], values: dict[str, Any]) -> Config:
+    """The config that `to_json` was given; settings that it does not have any more are left out.
+
+    Raises `ConfigError` for a value that can't be read, and `TypeError` where one is missing.
+    """
+    known = [setting for setting in settings_of(config) if setting.name in values]
+    return config(**{setting.name: setting.read(values[setting.name], setting.words) for setting in known})
 
 
 class Command(Generic[Settings, Config, Result]):
@@ -1114,14 +1007,9 @@ class Command(Generic[Settings, Config, Result]):
         """
         more = {name: kwargs.pop(name) for name in self._more if name in kwargs}
         bound = self.__signature__.bind(*args, **kwargs)
-        hints = {field.name: str(field.type) for field in dataclasses.fields(cast(Any, self.config))}
-        for name, value in bound.arguments.items():
-            if "Path" in hints[name] and isinstance(value, str):
-                bound.arguments[name] = (Path(value),) if "tuple" in hints[name] else Path(value)
-            elif "tuple" in hints[name] and isinstance(value, str):
-                bound.arguments[name] = (value,)
-            elif "tuple" in hints[name]:
-                bound.arguments[name] = tuple(Path(v) if "Path" in hints[name] else v for v in value)
+        for setting in settings_of(self.config):
+            if setting.name in bound.arguments:
+                bound.arguments[setting.name] = setting.read(bound.arguments[setting.name], setting.words)
         return self.run(self.config(*bound.args, **bound.kwargs), **more)
 
 

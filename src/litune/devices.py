@@ -1,4 +1,4 @@
-"""Where towers run, and in which arithmetic."""
+"""The devices that towers run on, and their precision."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 def pick_device(name: str) -> torch.device:
     """The device that `name` asks for; `auto`: CUDA, else Apple's MPS, else the CPU.
 
-    On CUDA float32 is float32 from then on, in the whole process (see `exact_float32`).
+    On CUDA, float32 is exact from then on, in the whole process (see `exact_float32`).
     """
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
@@ -38,7 +38,7 @@ def exact_float32() -> None:
     """Have GPUs compute float32 convolutions and matrix products in float32.
 
     By default torch lets convolutions round their inputs to TF32's ten bits. These two older settings set the newer
-    ones (`fp32_precision`) too; with those alone, torch's compiler fails where it finds that the two differ.
+    ones (`fp32_precision`) too; with the newer ones alone, torch's compiler fails because the two differ.
     """
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
@@ -72,7 +72,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def sent(value: T, device: torch.device) -> T:
-    """A tensor, or what holds tensors (dataclasses, lists, tuples), with all of them sent to `device`."""
+    """A tensor, or a dataclass, list or tuple that holds tensors, with all of them sent to `device`."""
     return cast(T, _sent(value, device))
 
 
@@ -80,20 +80,20 @@ def _sent(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return send(value, device)
     if isinstance(value, list | tuple):
-        return type(value)(_sent(one, device) for one in value)
+        return type(value)(_sent(item, device) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return dataclasses.replace(value, **{name: _sent(one, device) for name, one in fields.items()})
+        return dataclasses.replace(value, **{name: _sent(item, device) for name, item in fields.items()})
     return value
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
-    """All tensors of a value like those that `sent` takes."""
+    """All tensors in a value of the kind that `sent` takes."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple):
-        for one in value:
-            yield from tensors_of(one)
+        for item in value:
+            yield from tensors_of(item)
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             yield from tensors_of(getattr(value, field.name))
@@ -141,7 +141,7 @@ def deterministic(device: torch.device, *, strict: bool = True) -> Iterator[None
 
 
 def receive(tensor: Tensor) -> Callable[[], Tensor]:
-    """Begin to copy a tensor to the processor; the function waits for that copy, and for nothing after it."""
+    """Begin to copy a tensor to the CPU; the function returned waits for that copy alone, and returns it."""
     if tensor.device.type != "cuda":
         return tensor.cpu
     copy = tensor.to("cpu", non_blocking=True)  # torch takes pinned memory for it
@@ -150,22 +150,22 @@ def receive(tensor: Tensor) -> Callable[[], Tensor]:
 
     def wait() -> Tensor:
         copied.synchronize()
-        return copy.clone()  # so that the pinned memory is free for the next
+        return copy.clone()  # to free the pinned memory for the next copy
 
     return wait
 
 
 def free_memory(device: torch.device) -> int:
-    """The bytes that a CUDA device has for new tensors: those that nobody has, and those that torch keeps unused."""
+    """The bytes that a CUDA device has for new tensors: free ones, and those that torch has reserved and not used."""
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + unused
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep what is freed for the next step, where it is glibc.
+    """Have glibc, where it is the C library, keep freed memory for the next step.
 
-    By default it gives large blocks back to the system, which fills them with zeros, page by page, when the next
-    step asks for the same again.
+    By default it returns large blocks to the system, which zeroes them page by page when the next step allocates the
+    same again.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -1,7 +1,7 @@
 """Several processes that tune one model: torch.distributed behind a few functions.
 
-A process is a rank. Each function is called by all ranks alike, and in the same order. Without a process group there
-is one rank, and each is an identity: what is written for many ranks runs in one process as it is.
+A process is a rank. All ranks call each function, in the same order. Without a process group there is one rank, and
+each function is an identity: code for many ranks runs in one process as it is.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SHARE_GPU = "LITUNE_SHARE_GPU"
-"""The environment variable that lets several ranks share a GPU, to check on one what is meant for two."""
+"""The environment variable that lets several ranks share a GPU, to test on one GPU what is meant for two."""
 BUCKET = 2**24  # elements that `sum_` and `broadcast_` send at once
 AHEAD = 2**22  # elements that `GradientSums` sends at once
-# How long a rank waits for another: while rank 0 evaluates, or has hours left to embed. That a process has ended is
-# noticed at once all the same, by torchrun.
+# How long a rank waits for another: while rank 0 evaluates, or has hours left to embed. torchrun still notices at once
+# that a process has ended.
 PATIENCE = timedelta(days=7)
 
 _watch: Watch | None = None
@@ -42,8 +42,8 @@ _watch: Watch | None = None
 def start(device: str = "auto") -> None:
     """Join the process group that torchrun's environment variables describe; without them, do nothing.
 
-    Tensors on the CPU go through gloo. Where there is CUDA and `device` is not "cpu", the current CUDA device is that
-    of LOCAL_RANK, and its tensors go through NCCL; with `SHARE_GPU` set ranks can have one device, and its tensors go
+    Tensors on the CPU go through gloo. Where there is CUDA and `device` is not "cpu", the current CUDA device is
+    set to LOCAL_RANK's, and its tensors go through NCCL; with `SHARE_GPU` set, ranks can share a device, and tensors go
     through gloo and the CPU, since NCCL wants a device for each rank. From then on, a rank that fails ends all. Raises
     `ConfigError` for variables that describe no group, and where the group can't be joined.
     """
@@ -54,25 +54,25 @@ def start(device: str = "auto") -> None:
     missing = [name for name in VARIABLES if name not in os.environ]
     if missing:
         raise ConfigError(f"the environment describes half a process group, without {', '.join(missing)}: {remedy}")
-    told = ", ".join(f"{name}={os.environ[name]}" for name in VARIABLES)
+    given = ", ".join(f"{name}={os.environ[name]}" for name in VARIABLES)
     try:
-        own, ranks, local, _ = (int(os.environ[name]) for name in VARIABLES if name != "MASTER_ADDR")
+        number, ranks, local, _ = (int(os.environ[name]) for name in VARIABLES if name != "MASTER_ADDR")
     except ValueError:
-        raise ConfigError(f"the environment's process group has a number that is none ({told}): {remedy}") from None
-    if not (0 <= own < ranks and 0 <= local < ranks):
-        raise ConfigError(f"the environment's ranks must be below WORLD_SIZE ({told}): {remedy}")
+        raise ConfigError(f"the environment's process group has a number that is none ({given}): {remedy}") from None
+    if not (0 <= number < ranks and 0 <= local < ranks):
+        raise ConfigError(f"the environment's ranks must be below WORLD_SIZE ({given}): {remedy}")
     if not dist.is_available():
-        raise ConfigError(f"this torch has no torch.distributed ({told}): {remedy}")
+        raise ConfigError(f"this torch has no torch.distributed ({given}): {remedy}")
     backend = _pick_backend(device, local)
     try:
         dist.init_process_group(backend, timeout=PATIENCE)
-        _watch = Watch(own) if ranks > 1 else None
+        _watch = Watch(number) if ranks > 1 else None
     except (RuntimeError, ValueError) as why:
-        raise ConfigError(f"the process group can't be joined ({told}): {why}") from why
+        raise ConfigError(f"the process group can't be joined ({given}): {why}") from why
 
 
 def _pick_backend(device: str, local: int) -> str:
-    """What carries tensors between ranks; the current CUDA device is set to this one's, where there is one."""
+    """The backend that carries tensors between ranks; also sets the current CUDA device, where there is one."""
     if device == "cpu" or not torch.cuda.is_available():
         return "gloo"
     cards, shared = torch.cuda.device_count(), os.environ.get(SHARE_GPU) == "1"
@@ -86,7 +86,7 @@ def _pick_backend(device: str, local: int) -> str:
 
 
 def leave(line: str, why: str, code: int) -> None:
-    """End this process, where it is one of a group, and with it the others, which are told `why`; `line` is printed."""
+    """End this process and, in a group, the others, which are told `why`; `line` is printed."""
     if _watch is not None:
         _watch.leave(line, why, code)
 
@@ -117,15 +117,15 @@ def is_main() -> bool:
 
 
 def barrier() -> None:
-    """Return when all ranks have come here."""
-    gather_objects(None)  # through gloo, where dist.barrier would take NCCL and ask for a device
+    """Return when all ranks have called this."""
+    gather_objects(None)  # through gloo: dist.barrier would use NCCL, which needs a device
 
 
 def row_counts(rows: Shaped[Tensor, "n D"]) -> list[int]:
     """The n of every rank, in rank order; raises `ValueError` on every rank where they differ in D."""
     if not _grouped():
         return [len(rows)]
-    # From processor to processor: over NCCL each would wait for its GPU to read them.
+    # Through the CPU: over NCCL each rank would wait for its GPU to read them.
     counts, widths = zip(*gather_objects(tuple(rows.shape)), strict=True)
     if len(set(widths)) > 1:
         raise ValueError(f"rows are {list(widths)} wide on the ranks: they must be of one width to be gathered")
@@ -135,22 +135,22 @@ def row_counts(rows: Shaped[Tensor, "n D"]) -> list[int]:
 def gather_rows(rows: Shaped[Tensor, "n D"], counts: Sequence[int] | None = None) -> Shaped[Tensor, "N D"]:
     """The rows of all ranks, in rank order; n may differ from rank to rank. Gradients do not flow through it.
 
-    `counts` are their `row_counts`, where these are known.
+    `counts` are their `row_counts`, if they are known already.
     """
     if not _grouped():
         return rows.detach()
     counts = row_counts(rows) if counts is None else counts
-    most = max(counts)
-    padded = F.pad(rows.detach(), (0, 0, 0, most - len(rows))).contiguous()
-    found = padded.new_empty(len(counts) * most, rows.shape[1])
-    dist.all_gather_into_tensor(found, padded)
-    if min(counts) == most:
-        return found
-    return torch.cat([block[:n] for block, n in zip(found.split(most), counts, strict=True)])
+    longest = max(counts)
+    padded = F.pad(rows.detach(), (0, 0, 0, longest - len(rows))).contiguous()
+    gathered = padded.new_empty(len(counts) * longest, rows.shape[1])
+    dist.all_gather_into_tensor(gathered, padded)
+    if min(counts) == longest:
+        return gathered
+    return torch.cat([block[:n] for block, n in zip(gathered.split(longest), counts, strict=True)])
 
 
 def sum_own_rows(rows: Shaped[Tensor, "N D"], counts: Sequence[int]) -> Shaped[Tensor, "n D"]:
-    """The sum over ranks of each one's [N D], of which this rank gets its own `counts[rank]` rows."""
+    """The sum over ranks of their [N D]; this rank gets its own `counts[rank]` rows of it."""
     if not _grouped():
         return rows
     if rows.is_cuda and len(set(counts)) == 1 and "nccl" in dist.get_backend_config():
@@ -175,7 +175,7 @@ def broadcast_(tensors: Sequence[Tensor]) -> None:
 
 
 def _in_buckets(tensors: Sequence[Tensor], send: Callable[[Tensor], Any]) -> None:
-    """Replace each tensor by what `send` makes of it, of many at once."""
+    """Apply `send`, which works in place, to the tensors, many of them in one message."""
     if not _grouped():
         return
     for bucket in _buckets(tensors, BUCKET):
@@ -186,17 +186,17 @@ def _in_buckets(tensors: Sequence[Tensor], send: Callable[[Tensor], Any]) -> Non
 
 
 def _parts(flat: Tensor, bucket: Sequence[Tensor]) -> Iterator[Tensor]:
-    """What `flat` has for each tensor of a bucket, in its shape."""
+    """The part of `flat` that belongs to each tensor of a bucket, in its shape."""
     parts = flat.split([tensor.numel() for tensor in bucket])
     return (part.view(tensor.shape) for part, tensor in zip(parts, bucket, strict=True))
 
 
 def _buckets(tensors: Iterable[AnyTensor], most: int) -> Iterator[list[AnyTensor]]:
-    """The tensors in order, cut where the dtype or the device changes or a bucket is full."""
+    """The tensors in order, in a new bucket where the dtype or the device changes or a bucket is full."""
     bucket: list[AnyTensor] = []
     for tensor in tensors:
-        alike = bucket and (tensor.dtype, tensor.device) == (bucket[0].dtype, bucket[0].device)
-        if bucket and not (alike and sum(t.numel() for t in bucket) + tensor.numel() <= most):
+        same = bucket and (tensor.dtype, tensor.device) == (bucket[0].dtype, bucket[0].device)
+        if bucket and not (same and sum(t.numel() for t in bucket) + tensor.numel() <= most):
             yield bucket
             bucket = []
         bucket.append(tensor)
@@ -207,9 +207,9 @@ def _buckets(tensors: Iterable[AnyTensor], most: int) -> Iterator[list[AnyTensor
 class GradientSums:
     """Sums gradients over ranks while the backward pass goes on.
 
-    `arm` comes before the last backward pass of a step, `wait` behind it: then each gradient is the sum of all ranks',
-    and what no rank has a gradient for stays without. Gradients that earlier backward passes have left are summed along
-    with it. Between the two, there must be no second backward pass, and nothing else that ranks do together.
+    Call `arm` before the last backward pass of a step and `wait` after it: then each gradient is the sum of all ranks',
+    and a parameter that has none on any rank stays without. Gradients left by earlier backward passes are included in
+    the sums. Between the two calls there must be no second backward pass, and no other collective operation.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -218,15 +218,15 @@ class GradientSums:
         self.bucket_of = {parameter: i for i, bucket in enumerate(self.buckets) for parameter in bucket}
         self.armed = False
         self.missing: list[set[nn.Parameter]] = []
-        """What each bucket still waits for."""
+        """The parameters of each bucket whose gradients are still to come."""
         self.begun: list[tuple[Tensor, Any]] = []
-        """The sums that are on their way, of the first buckets, and what waits for them."""
+        """Of the first buckets: the sums under way, and the handles to wait on."""
         if _grouped():
             for parameter in parameters:
                 parameter.register_post_accumulate_grad_hook(cast(Any, self._ready))
 
     def arm(self) -> None:
-        """The backward pass that follows is the step's last."""
+        """Announce that the next backward pass is the step's last."""
         self.armed = _grouped()
         self.missing, self.begun = [set(bucket) for bucket in self.buckets], []
 
@@ -249,7 +249,7 @@ class GradientSums:
         self.begun = []
 
     def _ready(self, parameter: nn.Parameter) -> None:
-        """Called where a backward pass has added to a gradient: begin the sums of what is whole now."""
+        """Called when a backward pass has added to a gradient: begin the sums of the buckets that are complete."""
         if not self.armed:
             return
         missing = self.missing[self.bucket_of[parameter]]
@@ -261,7 +261,7 @@ class GradientSums:
             self._begin()
 
     def _begin(self) -> None:
-        """Send the next bucket; what has no gradient here counts as zero."""
+        """Send the next bucket; a missing gradient counts as zero."""
         bucket = self.buckets[len(self.begun)]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
         flat = torch.cat([gradient.detach().reshape(-1) for gradient in gradients])
@@ -272,9 +272,9 @@ def gather_objects(item: T) -> list[T]:
     """The picklable objects of all ranks, in rank order."""
     if not _grouped():
         return [item]
-    found: list[T | None] = [None] * world_size()
-    dist.all_gather_object(found, item)
-    return found  # type: ignore[return-value]
+    gathered: list[T | None] = [None] * world_size()
+    dist.all_gather_object(gathered, item)
+    return gathered  # type: ignore[return-value]
 
 
 def broadcast_object(item: T) -> T:
@@ -287,15 +287,15 @@ def broadcast_object(item: T) -> T:
 
 
 def from_main(function: Callable[[], T]) -> T:
-    """What `function` returns on rank 0, where alone it runs.
+    """The result of `function`, which runs on rank 0 alone, on every rank.
 
-    A `LituneError` is raised on every rank; of any other exception the others only hear that there was one.
+    A `LituneError` is raised on every rank; of any other exception the other ranks only learn its message.
     """
-    found: T | None = None
+    result: T | None = None
     error: Exception | None = None
     if is_main():
         try:
-            found = function()
+            result = function()
         except LituneError as why:
             error = why
         except Exception as why:
@@ -304,28 +304,28 @@ def from_main(function: Callable[[], T]) -> T:
     failure = broadcast_object(_sendable(error))
     if failure is not None:
         raise error or _error(*failure)
-    return broadcast_object(found)  # type: ignore[return-value]
+    return broadcast_object(result)  # type: ignore[return-value]
 
 
 def together(function: Callable[[], T]) -> T:
-    """What `function`, a part of the work in which no rank needs another, returns on this rank.
+    """The result on this rank of `function`, in which no rank needs another.
 
-    A `LituneError` on any rank is raised on every one: all go on alike, or none does.
+    A `LituneError` on any rank is raised on every rank: all go on, or none does.
     """
-    found: T | None = None
+    result: T | None = None
     error: LituneError | None = None
     try:
-        found = function()
+        result = function()
     except LituneError as why:
         error = why
-    failures = [one for one in gather_objects(_sendable(error)) if one is not None]
+    failures = [failure for failure in gather_objects(_sendable(error)) if failure is not None]
     if failures:
         raise error or _error(*failures[0])
-    return found  # type: ignore[return-value]
+    return result  # type: ignore[return-value]
 
 
 def _sendable(error: Exception | None) -> tuple[type[Exception], str] | None:
-    """An exception as it can be sent: pickled, it would have to be made of its message alone."""
+    """An exception as type and message: not every exception survives pickling."""
     return None if error is None else (type(error), str(error))
 
 
@@ -348,16 +348,16 @@ def sum_counts(count: int) -> int:
 
 
 def bounds(count: int, unit: int = 1) -> list[int]:
-    """Where each rank's part of `count` things begins, and the end: contiguous, nearly equal, cut at whole units.
+    """Where each rank's part of `count` items begins, and the end: contiguous, nearly equal, cut at whole units.
 
-    Rank 0 has one unit at least, if there is one; others may have none.
+    Rank 0 has at least one unit, if there is one; others may have none.
     """
     units, ranks = -(-count // unit), world_size()
     return [min(count, -(-units * r // ranks) * unit) for r in range(ranks + 1)]
 
 
 def own_part(count: int, unit: int = 1) -> range:
-    """The part of `count` things that is this rank's (see `bounds`)."""
+    """The part of this rank in `count` items (see `bounds`)."""
     cuts = bounds(count, unit)
     return range(cuts[rank()], cuts[rank() + 1])
 

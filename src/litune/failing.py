@@ -1,8 +1,7 @@
-"""A rank that fails tells the others why, and all of them end: none waits for it in vain.
+"""A rank that fails tells the others why, and all of them end instead of waiting for it.
 
-torchrun ends the others when one has ended. But other launchers don't, and a process can hang as it ends, in a
-collective's threads. So each rank looks now and then whether another one has failed, in the store by which the ranks
-found each other. Rank 0 speaks for all.
+torchrun ends the others when one has ended. But other launchers don't, and a process can hang at exit, in the threads
+of a collective. So each rank polls the rendezvous store for the failure of another one. Rank 0 prints for all.
 """
 
 from __future__ import annotations
@@ -20,24 +19,24 @@ from typing import Any, cast
 import torch.distributed as dist
 
 POLL = 0.5
-"""Seconds between two looks."""
+"""Seconds between two polls."""
 LINGER = 2.0
-"""Seconds that a rank stays after it has failed, so that the others see it: rank 0 may be the host of the store. Others
-stay twice as long: a launcher ends rank 0 as soon as one of them has ended, and it is to say why before."""
+"""Seconds that rank 0 stays after a failure, so that the others see it: it may host the store. Other ranks stay twice
+as long: a launcher ends rank 0 as soon as one of them has ended, and rank 0 should print the reason before."""
 
 
 class MainRankError(RuntimeError):
-    """Rank 0, which worked for all, has failed; it says why itself."""
+    """Rank 0, which was working for all, has failed; it prints the reason itself."""
 
 
 class Watch:
-    """One rank's part of it, from the beginning of the group to `close`; what nobody catches is a failure."""
+    """One rank's watch, from the start of the group to `close`; an uncaught exception is a failure."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.key = f"litune/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # A connection of its own: over the group's, somebody may wait.
+        # A separate connection: the group's may be blocked by a waiting call.
         self.store = cast(Any, dist).TCPStore(
             address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30)
         )
@@ -50,7 +49,7 @@ class Watch:
         atexit.register(self.close)
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop watching."""
         self.closed.set()
         self.thread.join()
         atexit.unregister(self.close)
@@ -63,12 +62,12 @@ class Watch:
         self._end(line, code)
 
     def uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        """What the interpreter calls for an exception that nobody has caught."""
+        """The interpreter's hook for uncaught exceptions."""
         if isinstance(error, MainRankError):
             self._end("", 1)
         own = " ".join(f"{kind.__name__}: {error}".split())
         first = self._tell(own)
-        if first != self._named(own):  # this one is what follows from that one
+        if first != self._named(own):  # this failure is a consequence of that one
             self._follow(first)
         self.hook(kind, error, trace)
         self._end("", 1)
@@ -77,7 +76,7 @@ class Watch:
         return f"rank {self.rank}: {why}"
 
     def _tell(self, why: str) -> str:
-        """Tell why this rank fails; returns which one failed first, and why."""
+        """Publish why this rank fails; returns which rank failed first, and why."""
         with suppress(RuntimeError):  # the store's host has ended
             return str(self.store.compare_set(self.key, "", self._named(why)).decode())
         return self._named(why)
@@ -90,17 +89,17 @@ class Watch:
                 first = self.store.get(self.key).decode()
             except RuntimeError:  # the store's host has ended
                 return
-            if not self.closed.wait(LINGER / 2):  # where all fail alike, this rank is about to say so itself
+            if not self.closed.wait(LINGER / 2):  # if all fail alike, this rank is about to report it itself
                 self._follow(first)
 
     def _follow(self, first: str) -> None:
-        """End this process because another rank has failed, of which rank 0 speaks."""
+        """End this process because another rank has failed; rank 0 prints why."""
         self._end(f"litune: error: {first}" if self.rank == 0 else "", 1)
 
     def _end(self, line: str, code: int) -> None:
-        """Print `line` and end this process at once: at a usual exit the threads of collectives can hang or abort."""
+        """Print `line` and end this process at once: at a normal exit the threads of collectives can hang or abort."""
         if not self.leaving.acquire(blocking=False):
-            time.sleep(3600)  # another thread is at it
+            time.sleep(3600)  # another thread is ending the process
         if self.rank > 0:
             time.sleep(2 * LINGER)
         if line:

@@ -1,4 +1,4 @@
-"""Writing that never leaves a half-written file under its final name."""
+"""Atomic writes: no half-written file ever has its final name."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's list of names to the disk: without it, a renamed file can be lost with the power."""
-    with suppress(OSError):  # Windows opens no folders, and some file systems flush none
+    """Flush a folder's entries to the disk: without it, a power failure can undo a rename."""
+    with suppress(OSError):  # Windows can't open folders, and some file systems can't flush them
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -49,11 +49,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def replace_folder(new: Path, target: Path, last: str) -> None:
-    """Put the files of `new` into the place of those of `target`, the one named `last` at the end; `new` is gone then.
+    """Replace the files of `target` by those of `new`, the one named `last` at the end, and remove `new`.
 
-    `target` is never absent, nor is any file in it, and each file is the old one or the new one. No file system but a
-    few of Linux's can exchange two folders at once. `last` has to be written last into `new`, as it says that the rest
-    is whole: after a kill, the same call finishes what was begun, and removes a `new` that was not.
+    `target` and its files exist throughout, and each file is either the old or the new one. (Only a few Linux file
+    systems can swap two folders atomically.) `last` must be written last into `new`, since it marks the rest as
+    complete: after a kill, the same call finishes a replacement, and removes a `new` that is incomplete.
     """
     if (new / last).exists():
         if target.exists():

@@ -1,4 +1,4 @@
-"""Progress with a rate and the time left: a live bar on a terminal, a plain line now and then elsewhere."""
+"""Progress with rate and remaining time: a live bar on a terminal, occasional plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def console() -> Console:
 
 
 def say(message: str) -> None:
-    """One message for the person at the terminal; of several processes, only rank 0 speaks."""
+    """Print one message for the user; of several processes, only rank 0 prints."""
     if not _silent():
         console().print(message, markup=False)
 
@@ -51,7 +51,7 @@ class Task:
         self._began, self._at_start = time.monotonic(), done
 
     def advance(self, count: int) -> None:
-        """Say that `count` more are done."""
+        """Count `count` more units as done."""
         self.done += count
 
     @property
@@ -109,7 +109,7 @@ class _RateAndNote(TextColumn):
 
 @contextmanager
 def track(what: str, unit: str, total: int, done: int = 0) -> Iterator[Task]:
-    """Follow `total` units of work, `done` of them done before, and say at the end what the others took."""
+    """Track `total` units of work, of which `done` were done before, and say at the end how long the others took."""
     task: Task
     if total == done:
         say(f"{what}: {total:,} {unit}" + (", done before" if total else ""))

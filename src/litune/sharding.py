@@ -1,8 +1,7 @@
 """A tower whose weights, gradients and optimizer states are shared by the ranks (FSDP2, arXiv 2304.11277).
 
-Each rank holds its rows of every parameter. A layer is whole on a rank only while it runs, forward or backward; going
-backward, each rank gets the gradient of its own rows. The optimizer sees plain tensors, a rank's own rows, and knows
-nothing of it.
+Each rank holds its rows of every parameter. A layer is complete on a rank only while it runs, forward or backward; the
+backward pass leaves each rank the gradient of its own rows. The optimizer only sees plain tensors, the rank's rows.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ Rows = Callable[[Tensor], Tensor]
 def share(
     tower: nn.Module, parts: Sequence[nn.Module], rows: Rows, device: torch.device, *, bfloat16: bool = False
 ) -> None:
-    """Fill the parameters of `tower`, which are on the meta device, with each rank's rows, and share it from here on.
+    """Fill the parameters of `tower`, which are on the meta device, with each rank's rows, and shard it from here on.
 
-    Of its `parts`, the table of tokens and every layer, one at a time is whole, and so is what lies outside of them.
-    Every rank must run the tower equally often, forward and backward. With `bfloat16` the layers compute in it, from
-    weights that are sent in it; gradients are summed in float32.
+    Of its `parts`, the token table and every layer, one at a time is gathered, as are the parameters outside of them.
+    Every rank must run the tower equally often, forward and backward. With `bfloat16`, layers compute in it and weights
+    are gathered in it; gradients are summed in float32.
     """
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -44,12 +43,12 @@ def share(
             f"--shard needs torch 2.9 or newer, this is {torch.__version__}: pip install -U torch"
         ) from None
 
-    # It warns of layers that return views, which could be changed in place: those of text towers are not.
+    # FSDP2 warns of layers that return views, which could be modified in place: text towers don't.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
     filled = {name: rows(parameter).to(device) for name, parameter in tower.named_parameters()}
-    # Without a mesh FSDP2 takes the machine's GPUs, whatever was asked for.
+    # Without a mesh FSDP2 uses the machine's GPUs, whatever `device` is.
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
-    # Autocast decides what a layer's inputs are cast to. Tables are float32, as in a tower that is not shared.
+    # Autocast decides how a layer's inputs are cast. Tables are float32, as in a tower that is not sharded.
     low = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for part in (*parts, tower):
         layer = part is not tower and not isinstance(part, nn.Embedding)
@@ -64,7 +63,7 @@ def share(
 
 
 class Shards:
-    """The optimizer's view of a tower that the ranks share."""
+    """The optimizer's view of a sharded tower."""
 
     def __init__(self, tower: nn.Module) -> None:
         self.parameters: dict[str, Any] = dict(tower.named_parameters())
@@ -72,10 +71,10 @@ class Shards:
             name: nn.Parameter(own_part(p).detach(), requires_grad=p.requires_grad)
             for name, p in self.parameters.items()
         }
-        """This rank's rows of every parameter, by name: what an optimizer steps."""
+        """This rank's rows of every parameter, by name: what the optimizer steps."""
 
     def take_gradients(self) -> None:
-        """After the backward passes: the sum over ranks of their gradients, as gradients of `own`."""
+        """After the backward passes, move the gradients, summed over ranks, to the parameters of `own`."""
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
                 # FSDP2 gives the mean.
@@ -83,16 +82,16 @@ class Shards:
                 parameter.grad = None
 
     def shared(self, name: str, own: Tensor) -> Tensor:
-        """Rows like those of the parameter `name`, of which each rank brings its own, as one tensor."""
+        """Each rank's own rows, laid out like the parameter `name`, as one sharded tensor."""
         return _shared(own, self.parameters[name])
 
 
 STATES, FACTS = "state-*", "facts.json"
-"""A state's folder and what is written into it last: without, the writing did not end."""
+"""A state's folder, and the file written into it last: without it, the state is incomplete."""
 
 
 def save_state(run: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Write the state of a run at `facts["step"]`, each rank the rows that it holds, and drop the one before.
+    """Write the state of a run at `facts["step"]`, each rank its own rows, and drop the previous state.
 
     A folder of safetensors files, written by torch.distributed.checkpoint: any number of ranks can read it.
     """
@@ -114,7 +113,7 @@ def save_state(run: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> 
 
 
 def drop_states(run: Path, but: Path | None = None) -> None:
-    """Remove the states of a run, whole or not, but one."""
+    """Remove the states of a run, complete or not, except one."""
     for folder in run.glob(STATES):
         if folder != but:
             shutil.rmtree(folder)
@@ -122,20 +121,20 @@ def drop_states(run: Path, but: Path | None = None) -> None:
 
 def find_state(run: Path) -> Path | None:
     """The folder of a run's state, if it has one."""
-    found = (path.parent for path in run.glob(f"{STATES}/{FACTS}"))
-    return max(found, key=lambda folder: int(folder.name.partition("-")[2]), default=None)
+    folders = (path.parent for path in run.glob(f"{STATES}/{FACTS}"))
+    return max(folders, key=lambda folder: int(folder.name.partition("-")[2]), default=None)
 
 
 def load_state(folder: Path, tensors: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]) -> None:
-    """Read a state into the tensors, shared or not, that `tensors` names, given what is there, on the meta device."""
+    """Read a state into the tensors, sharded or not, that `tensors` returns for the saved ones (on the meta device)."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
     reader = HuggingFaceStorageReader(str(folder))
     sizes: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
-    there = {name: torch.empty(one.size, dtype=one.properties.dtype, device="meta") for name, one in sizes.items()}
-    wanted = tensors(there)
-    if missing := sorted(wanted.keys() - there.keys()):
+    saved = {name: torch.empty(size.size, dtype=size.properties.dtype, device="meta") for name, size in sizes.items()}
+    wanted = tensors(saved)
+    if missing := sorted(wanted.keys() - saved.keys()):
         raise RunError(f"{folder} is damaged ({missing[0]} is missing): restore it, or tune again with --overwrite")
     with _alone() as alone:
         load(wanted, storage_reader=reader, no_dist=alone)
@@ -143,7 +142,7 @@ def load_state(folder: Path, tensors: Callable[[Mapping[str, Tensor]], dict[str,
 
 @contextmanager
 def _alone() -> Iterator[bool]:
-    """Yield whether there is one process, which torch.distributed.checkpoint warns of where it is told so."""
+    """Yield whether there is one process, without torch.distributed.checkpoint's warning about it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         yield distributed.world_size() == 1
@@ -159,17 +158,17 @@ def is_shared(tensor: Tensor) -> bool:
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """The rows of a tensor that are this rank's; all of one that is not shared."""
+    """The rows of a tensor that this rank holds; all rows if it is not sharded."""
     return cast(Any, tensor).to_local() if is_shared(tensor) else tensor
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """All rows of a tensor, on every rank; all ranks must come here."""
+    """All rows of a tensor, on every rank; all ranks must call this."""
     return cast(Any, tensor).full_tensor() if is_shared(tensor) else tensor
 
 
 def own_rows(count: int) -> slice:
-    """The rows of `count` that are this rank's, as FSDP2 shares them out: the last ranks may have fewer, or none."""
+    """The rows of `count` that this rank holds, as FSDP2 distributes them: the last ranks may have fewer or none."""
     share = -(-count // distributed.world_size())
     begin = min(count, distributed.rank() * share)
     return slice(begin, min(count, begin + share))

@@ -9,7 +9,7 @@ from tests.conftest import random_store
 
 from litune.errors import DataError, StoreError
 from litune.evaluation import contamination
-from litune.features import FeatureStore, StoreWriter
+from litune.store.store import FeatureStore, StoreWriter
 
 
 @pytest.fixture(scope="module")

@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import shutil
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec  # type: ignore[import-untyped]
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from tests.conftest import COLORS, SHAPES, draw
 
 import litune
-from litune import encoding
 from litune.cli import main
-from litune.commands.embed import embed
-from litune.commands.evaluate import evaluate, run_names, tuned_on
-from litune.commands.tune import tune
 from litune.config import TuneConfig
-from litune.data.images import open_rgb
-from litune.data.sets import read_set
 from litune.errors import ConfigError, DataError, OutputExistsError, StoreError
-from litune.evaluation import prompts, set_features
+from litune.evaluation import class_vectors as prompts
+from litune.evaluation.evaluate import evaluate, run_names, tuned_on
 from litune.evaluation.suite import Protocol, Subject, run_task
 from litune.evaluation.tasks import Task, find_tasks
-from litune.features import FeatureStore
+from litune.image import encoding
+from litune.image.pictures import open_rgb
+from litune.pairs.benchmarks import read_set
+from litune.pairs.reference import read_bytes
+from litune.store import build
+from litune.store.embed import embed
+from litune.store.store import FeatureStore
+from litune.tuning.tune import tune
 
 QUIET: dict[str, Any] = {"calibration": False, "contamination": False}
 
@@ -97,7 +104,7 @@ def test_features_are_made_once(
     settings: dict[str, Any] = {"tasks": "cifar10", "data": sets, "features": tmp_path / "f", **QUIET}
     first = evaluate(run, **settings)["tasks"]
     assert "embedding" in capsys.readouterr().err
-    monkeypatch.setattr(set_features, "encode_images", None)
+    monkeypatch.setattr(build, "encode_images", None)
     again = evaluate(run, **settings)["tasks"]
     assert again[0]["values"] == first[0]["values"]
     assert "embedding" not in capsys.readouterr().err
@@ -110,9 +117,9 @@ def test_an_interrupted_set_goes_on(
     run: Path, sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encoding, "BATCH", 5)
-    monkeypatch.setattr(set_features, "SHARD_SECONDS", 0.0)
+    monkeypatch.setattr(build, "SHARD_SECONDS", 0.0)
     settings: dict[str, Any] = {"tasks": "cifar10", "data": sets, "features": tmp_path / "f", **QUIET}
-    whole = set_features.encode_images
+    whole = build.encode_images
     with monkeypatch.context() as patch:
 
         def stopping(*args: Any, **kwargs: Any) -> Any:
@@ -120,7 +127,7 @@ def test_an_interrupted_set_goes_on(
             batches.close()
             raise KeyboardInterrupt
 
-        patch.setattr(set_features, "encode_images", stopping)
+        patch.setattr(build, "encode_images", stopping)
         with pytest.raises(KeyboardInterrupt):
             evaluate(run, **settings)
     capsys.readouterr()
@@ -137,13 +144,18 @@ def test_damaged_pictures(run: Path, sets: Path, tmp_path: Path) -> None:
             evaluate(run, **settings)
     found = evaluate(run, **settings, max_damaged=0.1)["tasks"][0]
     assert (found["images"], found["protocol"]["damaged"]) == (11, 1)
+    for file in (sets / "cifar10" / "test").glob("*/*.png"):
+        file.write_bytes(b"none at all")
+    with pytest.raises(DataError, match=r"none of the 12 images can be read: .*damaged\.jsonl says why"):
+        evaluate(run, **settings, max_damaged=1.0)
 
 
-def test_pictures_in_a_tar_give_the_same(run: Path, sets: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "tars" / "wds_cifar10" / "test"
+def write_tar(pictures: list[Path], root: Path) -> None:
+    """The pictures as CLIP_benchmark's shard."""
+    folder = root / "wds_cifar10" / "test"
     folder.mkdir(parents=True)
     with tarfile.open(folder / "0.tar", "w") as tar:
-        for i, file in enumerate(sorted((sets / "cifar10" / "test").glob("*/*.png"))):
+        for i, file in enumerate(pictures):
             label = str(sorted(COLORS).index(file.parent.name)).encode()
             for extension, data in (("png", file.read_bytes()), ("cls", label)):
                 member = tarfile.TarInfo(f"s{i:07d}.{extension}")
@@ -151,12 +163,59 @@ def test_pictures_in_a_tar_give_the_same(run: Path, sets: Path, tmp_path: Path) 
                 tar.addfile(member, io.BytesIO(data))
     (folder / "nshards.txt").write_text("1")
     (folder.parent / "classnames.txt").write_text("\n".join(sorted(COLORS)))
+
+
+def write_parquet(pictures: list[Path], root: Path) -> None:
+    """The pictures as the hub's Parquet."""
+    (root / "cifar10").mkdir(parents=True)
+    images = [{"bytes": file.read_bytes(), "path": file.name} for file in pictures]
+    table = pa.table({"image": images, "label": [file.parent.name for file in pictures]})
+    pa.parquet.write_table(table, root / "cifar10" / "test.parquet", row_group_size=5)
+
+
+@pytest.mark.parametrize(("write", "layout"), [(write_tar, "webdataset"), (write_parquet, "Parquet")])
+def test_pictures_in_archives_give_the_same(
+    write: Callable[[list[Path], Path], None], layout: str, run: Path, sets: Path, tmp_path: Path
+) -> None:
+    """The same figures as files, from a cache that is a store like any other; reports show the pictures."""
+    write(sorted((sets / "cifar10" / "test").glob("*/*.png")), tmp_path / "archives")
+    settings: dict[str, Any] = {"tasks": "cifar10", "features": tmp_path / "f", **QUIET}
     both = [
-        evaluate(run, tasks="cifar10", data=data, features=tmp_path / "f", **QUIET)["tasks"][0]
-        for data in (sets, tmp_path / "tars")
+        evaluate(run, data=data, out=tmp_path / "reports" / data.name, **settings)["tasks"][0]
+        for data in (sets, tmp_path / "archives")
     ]
     assert both[0]["values"] == both[1]["values"]
-    assert "webdataset" in both[1]["protocol"]["layout"]
+    assert layout in both[1]["protocol"]["layout"]
+    for data in ("sets", "archives"):
+        page = (tmp_path / "reports" / data / "report.html").read_text()
+        assert 'src="data:image/jpeg' in page
+        assert "no picture" not in page
+    caches = [FeatureStore(one["protocol"]["features"]) for one in both]
+    assert caches[0].metadata["sha256"].equals(caches[1].metadata["sha256"])
+    for cache in caches:
+        data = [read_bytes(reference) for reference in cache.metadata["image_path"].to_pylist()]
+        assert [hashlib.sha256(one).hexdigest() for one in data] == cache.metadata["sha256"].to_pylist()
+
+
+def test_pictures_behind_addresses(run: Path, photos: Path, tmp_path: Path) -> None:
+    """A table of pictures elsewhere gives what it gives of files."""
+    with fsspec.open("memory://sets/README", "w") as file:
+        file.write("made by the test")
+    fsspec.filesystem("memory").put(f"{photos}/images/", "/sets/images/", recursive=True)
+    rows = (photos / "captions.csv").read_text().splitlines()
+    table = [rows[0], *(f"memory://sets/images/{row}" for row in rows[1:])]
+    (tmp_path / "elsewhere.csv").write_text("\n".join(table))
+    (tmp_path / "my.yaml").write_text(
+        "- {name: here, table: photos/captions.csv, split: val}\n- {name: there, table: elsewhere.csv, split: val}\n"
+    )
+    settings: dict[str, Any] = {"tasks": str(tmp_path / "my.yaml"), "features": tmp_path / "f", **QUIET}
+    here, there = evaluate(run, **settings, out=tmp_path / "o")["tasks"]
+    assert here["values"] == there["values"]
+    assert here["images"] == there["images"] == 6
+    page = (tmp_path / "o" / "report.html").read_text()
+    assert "no picture" not in page
+    cache = FeatureStore(there["protocol"]["features"])
+    assert cache.metadata["image_path"][0].as_py().startswith("memory://sets/images/")
 
 
 def test_a_store_as_a_set(run: Path, sets: Path, tower_module: str, tmp_path: Path) -> None:
@@ -338,4 +397,4 @@ def test_retrieval_by_language_of_one_task(run: Path, photos: Path, tmp_path: Pa
     assert one.groups["text_to_image recall@5"].tolist() == one.owner.tolist()
     features = FeatureStore(next((tmp_path / "f").iterdir()))
     assert features.metadata["position"].to_pylist() == list(range(6))
-    assert open_rgb(read_set(photos, "retrieval").pictures[0].read_bytes()).size[0] in (48, 56)
+    assert open_rgb(read_bytes(read_set(photos, "retrieval").pictures[0])).size[0] in (48, 56)

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from litune.data.sets import EvalSet
 from litune.errors import ConfigError, DataError
-from litune.evaluation.prompts import class_names
+from litune.evaluation.class_vectors import class_names
 from litune.evaluation.published import IMAGES, note, published_shares
 from litune.evaluation.result import Result
 from litune.evaluation.tasks import (
@@ -25,6 +24,7 @@ from litune.evaluation.tasks import (
     read_tasks,
     task_templates,
 )
+from litune.pairs.benchmarks import EvalSet
 
 DOCS = Path(__file__).parents[2] / "docs" / "evaluation.md"
 SAMPLES = Path(__file__).parents[3] / "shared" / "data" / "imagenet-samples"
@@ -34,7 +34,7 @@ def labelled(classes: list[str], layout: str = "class folders in x", keys: list[
     """A set with one image of each class, in order."""
     keys = keys or [f"{name}/0.png" for name in classes]
     labels = np.arange(len(keys)) % len(classes)
-    return EvalSet(Path("set"), layout, keys, [Path(key) for key in keys], classes, labels)
+    return EvalSet(Path("set"), layout, keys, keys, classes, labels)
 
 
 def test_the_registry() -> None:
@@ -293,7 +293,7 @@ def test_every_published_set_has_its_number_of_images() -> None:
 
 @pytest.mark.skipif(not SAMPLES.is_dir(), reason="shared/data is not here")
 def test_the_samples_are_imagenets_classes_in_order() -> None:
-    from litune.data.sets import read_set
+    from litune.pairs.benchmarks import read_set
 
     truth = find_truth(TASKS["imagenet1k"], read_set(SAMPLES, "classification"))
     assert [int(one[0]) for one in truth.accepted] == list(range(1000))

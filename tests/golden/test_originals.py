@@ -39,17 +39,17 @@ from tests.golden.cases import (
 from tests.interop.released import Reference, write
 from torch import nn
 
-from litune.data.images import resize_tensorflow
-from litune.data.names import write_prompts
-from litune.data.pieces import SentencePiece
-from litune.data.tokenizers import Tokenizer, Tokens, wordpiece
 from litune.evaluation import probes
+from litune.image.pictures import resize_tensorflow
 from litune.interop import web
 from litune.interop.official import Checkpoint, read_model
 from litune.interop.tokenizer import plain_tokenizer
-from litune.model import LiT
-from litune.optim import make_optimizer, parameter_groups, set_rate
+from litune.model.lit import LiT
+from litune.prompts import write_prompts
 from litune.schedules import rate_share
+from litune.text.sentencepiece import SentencePiece
+from litune.text.tokenizers import Tokenizer, Tokens, wordpiece
+from litune.tuning.optim import make_optimizer, parameter_groups, set_rate
 
 HERE = Path(__file__).parent
 

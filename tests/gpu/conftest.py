@@ -12,8 +12,8 @@ from tests.conftest import write_photos
 from tests.pretend_cuda import PretendGPU, pretend
 
 import litune
-from litune.commands.embed import embed
 from litune.config import TuneConfig
+from litune.store.embed import embed
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.commands.test_probe import worded_store
 from tests.conftest import COLORS, draw
 from tests.gpu.conftest import World
 from tests.pretend_cuda import PretendGPU, pretend
+from tests.studies.test_probe import worded_store
 
 import litune
-from litune.commands import probe as probe_module
-from litune.commands.serve import describe, open_images
 from litune.config import ServeConfig
-from litune.data.pairs import read_pairs
-from litune.index import Index
+from litune.index.index import Index
+from litune.pairs.pairs import read_pairs
+from litune.serve.serve import describe, open_images
+from litune.studies import probe as probe_module
 
 
 def on_both(command: Callable[[str], Any]) -> tuple[Any, Any, PretendGPU]:

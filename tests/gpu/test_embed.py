@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ from tests.gpu.conftest import World
 from tests.pretend_cuda import PretendGPU, pretend
 
 import litune
-from litune import encoding
-from litune.features import FeatureStore
-from litune.towers import gpu as batches
-from litune.towers import runtimes
+from litune.image import encoding, runtimes
+from litune.image import gpu as batches
+from litune.store import build
+from litune.store.store import FeatureStore
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +75,7 @@ def test_a_batch_waits_for_nothing_but_features_two_batches_old(
         gpu.copies.clear()
         return whole(*args, **settings)
 
-    monkeypatch.setattr(importlib.import_module("litune.commands.embed"), "encode_images", counted)
+    monkeypatch.setattr(build, "encode_images", counted)
     embed(world, tmp_path / "s", runtime="compile", precision="bfloat16", batch_size=5)
     assert not gpu.copies
     ((line, times),) = gpu.waits.items()

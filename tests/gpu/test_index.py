@@ -9,9 +9,9 @@ from tests.gpu.conftest import World
 from tests.pretend_cuda import PretendGPU, pretend
 
 import litune
-from litune import index as module
 from litune.evaluation.retrieval import rank
-from litune.index import Index
+from litune.index import index as module
+from litune.index.index import Index
 
 TEXTS = [f"a {color} {shape}" for color in ("red", "blue", "green") for shape in ("box", "ring")]
 

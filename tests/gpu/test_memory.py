@@ -10,7 +10,7 @@ from tests.gpu.conftest import World
 from tests.gpu.test_tune import log_of
 from tests.pretend_cuda import pretend
 
-from litune.commands.tune import tune
+from litune.tuning.tune import tune
 
 
 def test_micro_batches_that_fit(

@@ -15,8 +15,8 @@ from tests.conftest import interrupt
 from tests.gpu.conftest import World
 from tests.pretend_cuda import PretendGPU, pretend
 
-from litune.commands.tune import tune
 from litune.config import TuneConfig
+from litune.tuning.tune import tune
 
 SPECIAL = {"vocab_size": 80, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "cls_token_id": 2}
 WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}

@@ -12,9 +12,9 @@ from tests.gpu.conftest import World
 from tests.gpu.test_tune import towers
 from tests.pretend_cuda import pretend
 
-from litune.commands.tune import tune
 from litune.config import TuneConfig
 from litune.tuning import run as module
+from litune.tuning.tune import tune
 
 __all__ = ["towers"]
 

@@ -10,13 +10,13 @@ import torch
 from tests.conftest import random_store
 
 import litune
-from litune.commands.search import line, search
-from litune.commands.tune import tune
 from litune.config import TuneConfig
 from litune.errors import DataError, StoreError
-from litune.features import FeatureStore, StoreWriter
-from litune.index import EXACT_ROWS, Found, FoundCaption, Index, nearest_images, top_positions
 from litune.index.cells import make_cells
+from litune.index.index import EXACT_ROWS, Found, FoundCaption, Index, nearest_images, top_positions
+from litune.index.search import line, search
+from litune.store.store import FeatureStore, StoreWriter
+from litune.tuning.tune import tune
 
 
 class Plain:
@@ -251,9 +251,9 @@ def test_cells_of_few_rows() -> None:
     cells = make_cells(lambda rows: raw[rows], there, 50, 0, lambda count: None)
     assert cells.cell[2] == -1
     assert len(cells) == 4
-    assert cells.order[cells.places(np.arange(4))].tolist() == cells.order.tolist()
+    assert cells.order[cells.positions(np.arange(4))].tolist() == cells.order.tolist()
     assert sorted(cells.order.tolist()) == [0, 1, 3, 4]
-    assert all(cells.cell[cells.order[cells.places(np.array([c]))]] == c for c in range(4))
+    assert all(cells.cell[cells.order[cells.positions(np.array([c]))]] == c for c in range(4))
 
 
 def test_a_new_text_tower_searches_the_old_index(tune_config: TuneConfig, tmp_path: Path) -> None:

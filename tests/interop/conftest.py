@@ -11,16 +11,16 @@ import pytest
 import timm.data
 import torch
 
-from litune.checkpoint import CONFIG, save_model
-from litune.commands.tune import output_width
 from litune.config import TuneConfig, to_json
-from litune.data.tokenizers import Tokenizer, find_tokenizer, train_tokenizer
 from litune.files import write_json
+from litune.image.registry import load_image_tower, weights_hash
 from litune.interop.samples import TEXTS
-from litune.model import LiT
-from litune.towers.heads import make_head
-from litune.towers.image import load_image_tower, weights_hash
-from litune.towers.text import VIT_SIZES, make_text_tower, parse_text_spec, text_layout
+from litune.model.build import output_width
+from litune.model.heads import make_head
+from litune.model.lit import LiT
+from litune.model.run_folder import CONFIG, save_model
+from litune.text.registry import VIT_SIZES, make_text_tower, parse_text_spec, text_layout
+from litune.text.tokenizers import Tokenizer, find_tokenizer, train_tokenizer
 
 MakeRun = Callable[..., Path]
 _resolve = timm.data.resolve_model_data_config

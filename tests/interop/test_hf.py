@@ -21,8 +21,8 @@ from transformers import (
 )
 
 import litune
-from litune.commands.export import export
 from litune.errors import ExportError
+from litune.interop.export import export
 from litune.interop.samples import TEXTS, pictures
 
 from .conftest import MakeRun

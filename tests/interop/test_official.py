@@ -18,8 +18,8 @@ from tests.interop.released import OLD, Names, Reference, layout, random_values,
 
 import litune
 from litune.cli import main
-from litune.commands.import_ import import_
 from litune.errors import ConfigError, DataError, LituneError, OutputExistsError, RunError
+from litune.interop.import_ import import_
 from litune.interop.layout import entries, find_design
 from litune.interop.official import Checkpoint, build, export_npz
 
@@ -201,7 +201,7 @@ COUNTS = {
 @pytest.mark.parametrize("name", COUNTS)
 def test_released_sizes(name: str, wordpieces: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The five layouts, by shapes alone: every key once, every parameter, and the published counts."""
-    from litune.data.tokenizers import Tokenizer, wordpiece
+    from litune.text.tokenizers import Tokenizer, wordpiece
 
     shapes = released(name)
     assert sum(math.prod(shape) for shape in shapes.values()) == COUNTS[name]
@@ -210,7 +210,7 @@ def test_released_sizes(name: str, wordpieces: Path, monkeypatch: pytest.MonkeyP
     assert {entry.key: entry.shape for entry in found} == shapes
     assert len(found) == len(shapes)
     assert design.parameters == COUNTS[name]
-    monkeypatch.setattr("litune.towers.timm_image.weights_hash", lambda module: "")
+    monkeypatch.setattr("litune.image.timm.weights_hash", lambda module: "")
     with torch.device("meta"):
         model = build(design, Tokenizer(wordpiece(wordpieces), "bert", 16))
     assert model.image_provenance is not None
@@ -441,7 +441,7 @@ def test_overwriting(tmp_path: Path, wordpieces: Path) -> None:
         import_(tmp_path / "bad.npz", vocab=wordpieces, out=out, overwrite=True)
     assert (out / "model.safetensors").read_bytes() == before, "what is there goes when the new one is read"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="full"):
-        patch.setattr("litune.checkpoint._header", full_disk)
+        patch.setattr("litune.model.run_folder._header", full_disk)
         import_(file, vocab=wordpieces, out=out, overwrite=True)
     assert (out / "model.safetensors").read_bytes() == before, "nor before the new one is on the disk"
     assert not list(tmp_path.glob(".*")), "nothing half-written stays"
@@ -469,7 +469,7 @@ def test_headers_are_read_without_the_numbers(tmp_path: Path) -> None:
 
 
 def test_wordpiece_by_hand_agrees_on_captions(wordpieces: Path, photos: Path) -> None:
-    from litune.data.tokenizers import Tokenizer, wordpiece
+    from litune.text.tokenizers import Tokenizer, wordpiece
 
     with open(photos / "captions.csv", encoding="utf-8", newline="") as file:
         captions = [row["caption"] for row in csv.DictReader(file)] + TEXTS

@@ -15,10 +15,10 @@ import tokenizers
 from tests.conftest import random_store
 
 import litune
-from litune.commands.export import export
 from litune.errors import ConfigError, ExportError, OutputExistsError
 from litune.evaluation.retrieval import retrieval
 from litune.interop import onnx as onnx_export
+from litune.interop.export import export
 from litune.interop.samples import TEXTS, pictures
 
 from .conftest import MakeRun
@@ -107,7 +107,7 @@ def test_settings() -> None:
 
 
 def test_towers_that_are_no_modules(store: litune.FeatureStore, tune_config: object) -> None:
-    from litune.commands.tune import tune
+    from litune.tuning.tune import tune
 
     tune.run(tune_config)
     run = tune_config.out  # type: ignore[attr-defined]

@@ -14,9 +14,9 @@ from timm.data import create_transform
 open_clip = pytest.importorskip("open_clip", reason="the export to open_clip needs the extra open-clip")
 
 import litune
-from litune.commands.export import export
 from litune.errors import ExportError
 from litune.interop import open_clip as target
+from litune.interop.export import export
 from litune.interop.samples import TEXTS, pictures
 
 from .conftest import MakeRun

@@ -14,8 +14,8 @@ with warnings.catch_warnings():
     library = pytest.importorskip("sentence_transformers", reason="needs the extra sentence-transformers")
 
 import litune
-from litune.commands.export import export
 from litune.errors import ExportError
+from litune.interop.export import export
 from litune.interop.samples import TEXTS, pictures
 
 from .conftest import MakeRun

@@ -11,10 +11,10 @@ from tokenizers import models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from litune.data.tokenizers import Layout, Tokenizer, find_tokenizer, train_tokenizer, wordpiece
 from litune.errors import ExportError
 from litune.interop.samples import TEXTS
 from litune.interop.tokenizer import save_tokenizer
+from litune.text.tokenizers import Layout, Tokenizer, find_tokenizer, train_tokenizer, wordpiece
 
 MORE = (*TEXTS, "", "a [SEP] in a text", "one two three four five six seven")
 

@@ -29,14 +29,14 @@ pytest.importorskip("onnxscript", reason="the export to ONNX needs the extra exp
 from tests.conftest import COLORS, SHAPES, draw, random_store
 
 import litune
-from litune.commands.export import export
-from litune.data.images import ImageTransform
-from litune.data.tokenizers import train_tokenizer, wordpiece
 from litune.errors import ConfigError, DataError, ExportError, LituneError
-from litune.features import FeatureStore, StoreWriter
+from litune.image.pictures import ImageTransform
 from litune.index.filters import list_columns, select_rows
 from litune.interop import web
-from litune.model import LiT
+from litune.interop.export import export
+from litune.model.lit import LiT
+from litune.store.store import FeatureStore, StoreWriter
+from litune.text.tokenizers import train_tokenizer, wordpiece
 
 from .conftest import run_maker
 
@@ -117,7 +117,7 @@ def trained(kind: str, texts: list[str]) -> tokenizers.Tokenizer:
         sentencepiece = pytest.importorskip("sentencepiece", reason="SentencePiece is of the extra sentencepiece")
         import io
 
-        from litune.data.pieces import convert
+        from litune.text.sentencepiece import convert
 
         out = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(

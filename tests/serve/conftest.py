@@ -14,11 +14,11 @@ from starlette.testclient import TestClient
 from tests.conftest import COLORS, SHAPES, draw
 
 import litune
-from litune.commands.serve import describe, open_images
 from litune.config import ServeConfig
-from litune.model import LiT
+from litune.model.lit import LiT
 from litune.serve.app import make_app
 from litune.serve.engine import Engine
+from litune.serve.serve import describe, open_images
 from litune.serve.server import _Server, listen, make_server
 
 TOWER = """

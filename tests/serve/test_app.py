@@ -15,11 +15,11 @@ from starlette.testclient import TestClient
 from tests.conftest import draw
 from tests.serve.conftest import Made, Start
 
-from litune.features import FeatureStore
-from litune.model import LiT
+from litune.model.lit import LiT
 from litune.serve.app import make_app
 from litune.serve.gate import POLICY, path_name
 from litune.serve.openapi import document
+from litune.store.store import FeatureStore
 
 
 def png(picture: Image.Image) -> bytes:

@@ -21,10 +21,10 @@ import numpy as np
 import pytest
 from tests.serve.conftest import Live, Made
 
-from litune.commands.serve import known_hosts, serve
 from litune.config import ServeConfig
 from litune.errors import ConfigError
-from litune.model import LiT
+from litune.model.lit import LiT
+from litune.serve.serve import known_hosts, serve
 from litune.serve.server import listen
 
 Serve = Callable[..., Live]

@@ -30,17 +30,17 @@ DEFINITION = (
 def reliability(confidence: np.ndarray, hits: np.ndarray, bins: int = BINS) -> list[dict[str, float]]:
     """Mean confidence, accuracy and number of images of each bin that has any; the confidences [B] are in [0, 1]."""
     bin_of = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    found = []
+    rows = []
     for number in np.unique(bin_of):
-        here = bin_of == number
-        found.append(
+        in_bin = bin_of == number
+        rows.append(
             {
-                "confidence": float(confidence[here].mean()),
-                "accuracy": float(hits[here].mean()),
-                "images": int(here.sum()),
+                "confidence": float(confidence[in_bin].mean()),
+                "accuracy": float(hits[in_bin].mean()),
+                "images": int(in_bin.sum()),
             }
         )
-    return found
+    return rows
 
 
 def calibration_error(confidence: np.ndarray, hits: np.ndarray, bins: int = BINS) -> float:
@@ -81,8 +81,8 @@ def calibrate(logits: Tensor | np.ndarray, labels: Tensor | np.ndarray, seed: in
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The temperature T > 0 with the least mean −log softmax(logits / T) of the labels.
 
-    The loss is convex in β = 1 / T. Newton's steps, kept between the ends of a bracket in which its slope changes
-    sign; T ends up between 1/1000 and 1000.
+    The loss is convex in β = 1 / T. Newton steps are kept inside a bracket in which its slope changes sign;
+    T is between 1/1000 and 1000.
     """
     low, high, beta = 1e-3, 1e3, 1.0
     for _ in range(100):

@@ -1,4 +1,4 @@
-"""What a classifier takes for what: counts, a picture of them, and a line for every class."""
+"""Confusions of a classifier: counts, a picture of them, and a row for every class."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def confusion(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.nda
 
 
 def commonest(counts: np.ndarray, most: int) -> list[tuple[int, int, int]]:
-    """The confusions that happened most often: own class, predicted class, images."""
+    """The most frequent confusions: own class, predicted class, images."""
     wrong = counts * (1 - np.eye(len(counts), dtype=counts.dtype))
     order = np.argsort(-wrong, axis=None, kind="stable")[:most]
     own, taken = np.unravel_index(order, wrong.shape)
@@ -34,8 +34,8 @@ def commonest(counts: np.ndarray, most: int) -> list[tuple[int, int, int]]:
 
 
 def class_rows(counts: np.ndarray, names: list[str]) -> list[dict[str, str | int | float]]:
-    """One line per class: images, share found, share of its predictions that are right, and what it is taken for."""
-    found, said = counts.sum(1), counts.sum(0)
+    """One row per class: images, accuracy, precision, and the class it is most often taken for."""
+    images, predictions = counts.sum(1), counts.sum(0)
     wrong = counts * (1 - np.eye(len(counts), dtype=counts.dtype))
     rows: list[dict[str, str | int | float]] = []
     for c, name in enumerate(names):
@@ -43,18 +43,18 @@ def class_rows(counts: np.ndarray, names: list[str]) -> list[dict[str, str | int
         rows.append(
             {
                 "class": name,
-                "images": int(found[c]),
-                "accuracy": round(float(counts[c, c] / found[c]), 4) if found[c] else "",
-                "precision": round(float(counts[c, c] / said[c]), 4) if said[c] else "",
+                "images": int(images[c]),
+                "accuracy": round(float(counts[c, c] / images[c]), 4) if images[c] else "",
+                "precision": round(float(counts[c, c] / predictions[c]), 4) if predictions[c] else "",
                 "taken_for": names[other] if wrong[c, other] else "",
-                "taken_for_share": round(float(wrong[c, other] / found[c]), 4) if wrong[c, other] else "",
+                "taken_for_share": round(float(wrong[c, other] / images[c]), 4) if wrong[c, other] else "",
             }
         )
     return rows
 
 
 def class_csv(rows: list[dict[str, str | int | float]]) -> str:
-    """The lines as CSV."""
+    """The rows as CSV."""
     out = io.StringIO()
     writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -63,7 +63,7 @@ def class_csv(rows: list[dict[str, str | int | float]]) -> str:
 
 
 def class_markdown(rows: list[dict[str, str | int | float]]) -> str:
-    """The lines as a Markdown table, in percent."""
+    """The rows as a Markdown table, in percent."""
     lines = ["| class | images | found | of its predictions right | most often taken for |", "|:--|--:|--:|--:|:--|"]
     for row in rows:
         taken = f"{row['taken_for']} ({_percent(row['taken_for_share'])})" if row["taken_for"] else ""
@@ -77,10 +77,10 @@ def _percent(share: str | int | float) -> str:
 
 
 def write_confusion(file: Path, counts: np.ndarray, names: list[str]) -> None:
-    """A PNG: rows are the images' own classes, columns what they were taken for, each row in shares of its images.
+    """Write a PNG: rows are the images' own classes, columns the predicted ones, each row in shares of its images.
 
-    Few classes have their names and shares written out. Many have a pixel or more each, with the commonest confusions
-    in words beside them.
+    Up to `FEW` classes, names and shares are written out; with more, each has a pixel or more, and the most frequent
+    confusions are listed beside them.
     """
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     picture = _labelled(shares, names) if len(names) <= FEW else _field(shares, counts, names)
@@ -89,7 +89,7 @@ def write_confusion(file: Path, counts: np.ndarray, names: list[str]) -> None:
 
 
 def _colors(shares: np.ndarray) -> np.ndarray:
-    """White to green on the diagonal, white to red off it: [C, C, 3] bytes. Small shares are still seen."""
+    """White to green on the diagonal, white to red off it: [C, C, 3] bytes. Small shares stay visible."""
     strength = np.sqrt(shares)[..., None]
     hue = np.where(np.eye(len(shares), dtype=bool)[..., None], RIGHT, WRONG)
     colors: np.ndarray = (255 - strength * (255 - hue)).astype(np.uint8)

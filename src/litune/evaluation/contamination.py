@@ -1,7 +1,7 @@
-"""Were the images of an evaluation among those that were tuned on?
+"""Contamination: evaluation images that are among those that were tuned on.
 
-By the bytes of their files, and by how near their features are: resized, re-encoded and slightly cropped copies have
-other bytes and almost the same features.
+Images are compared by the bytes of their files and by their features: resized, re-encoded and slightly cropped copies
+have other bytes and almost the same features.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from litune.errors import DataError, StoreError
-from litune.features import FeatureStore
 from litune.progress import track
+from litune.store.store import FeatureStore
 
 THRESHOLD = 0.8
 """Cosine from which two images count as copies (see docs/results-evaluation.md for how it was set)."""
@@ -58,10 +58,10 @@ def overlap(
     known = "sha256" in tuned.metadata.column_names
     exact = _same_bytes(tuned, rows, hashes) if known else {}
     near = {} if features is None else _near(tuned, rows, features, threshold)
-    there = tuned.metadata["key"]
-    exact_found = [{"image": names[i], "tuned": str(there[row].as_py())} for i, row in exact.items()]
-    near_found = [
-        {"image": names[i], "tuned": str(there[row].as_py()), "cosine": round(cosine, 4)}
+    tuned_keys = tuned.metadata["key"]
+    exact_pairs = [{"image": names[i], "tuned": str(tuned_keys[row].as_py())} for i, row in exact.items()]
+    near_pairs = [
+        {"image": names[i], "tuned": str(tuned_keys[row].as_py()), "cosine": round(cosine, 4)}
         for i, (row, cosine) in near.items()
         if i not in exact
     ]
@@ -71,9 +71,9 @@ def overlap(
         "hashes_compared": sum(map(bool, hashes)) if known else 0,
         "features_compared": 0 if features is None else len(features),
         "threshold": threshold,
-        "exact": exact_found,
-        "near": near_found,
-        "warning": _warning(len(exact_found), len(near_found), len(hashes), threshold),
+        "exact": exact_pairs,
+        "near": near_pairs,
+        "warning": _warning(len(exact_pairs), len(near_pairs), len(hashes), threshold),
         "definition": DEFINITION,
     }
 
@@ -86,22 +86,22 @@ def overlap_with(
     keys: Sequence[str],
     threshold: float = THRESHOLD,
 ) -> dict[str, Any]:
-    """The same for all stores that were tuned on together, each with its rows."""
+    """`overlap` with all stores that were tuned on together, each with its rows."""
     parts = [overlap(store, hashes, features, keys=keys, rows=rows, threshold=threshold) for store, rows in tuned]
-    exact = [one for part in parts for one in part["exact"]]
-    same = {one["image"] for one in exact}
-    near = [one for part in parts for one in part["near"] if one["image"] not in same]
+    exact = [pair for part in parts for pair in part["exact"]]
+    same = {pair["image"] for pair in exact}
+    near = [pair for part in parts for pair in part["near"] if pair["image"] not in same]
     return parts[0] | {
         "tuned_images": sum(part["tuned_images"] for part in parts),
         "hashes_compared": max(part["hashes_compared"] for part in parts),
         "exact": exact,
         "near": near,
-        "warning": _warning(len(same), len({one["image"] for one in near}), len(hashes), threshold),
+        "warning": _warning(len(same), len({pair["image"] for pair in near}), len(hashes), threshold),
     }
 
 
 def _warning(exact: int, near: int, images: int, threshold: float) -> str:
-    """One line where images were found; else none."""
+    """One line where images overlap, else ""."""
     if not exact + near:
         return ""
     return (
@@ -111,11 +111,13 @@ def _warning(exact: int, near: int, images: int, threshold: float) -> str:
 
 
 def _same_bytes(tuned: FeatureStore, rows: np.ndarray, hashes: Sequence[str]) -> dict[int, int]:
-    """Image → the first row of the store with the same file."""
-    there = tuned.metadata["sha256"].take(pa.array(rows))
-    same = np.flatnonzero(pc.is_in(there, value_set=pa.array(sorted({h for h in hashes if h}), pa.string())).to_numpy())
+    """Image → the first row of the store whose file has the same hash."""
+    tuned_hashes = tuned.metadata["sha256"].take(pa.array(rows))
+    same = np.flatnonzero(
+        pc.is_in(tuned_hashes, value_set=pa.array(sorted({h for h in hashes if h}), pa.string())).to_numpy()
+    )
     first: dict[str, int] = {}
-    for row, digest in zip(rows[same].tolist(), there.take(pa.array(same)).to_pylist(), strict=True):
+    for row, digest in zip(rows[same].tolist(), tuned_hashes.take(pa.array(same)).to_pylist(), strict=True):
         first.setdefault(digest, row)
     return {i: first[digest] for i, digest in enumerate(hashes) if digest in first}
 
@@ -128,19 +130,19 @@ def _near(
     for block in tuned.blocks(rows, BLOCK):
         mean += block.sum(axis=0, dtype=np.float64)
     center = torch.from_numpy(mean / max(1, len(rows))).float()
-    best, place = torch.full((len(features),), -torch.inf), torch.zeros(len(features), dtype=torch.int64)
+    best, nearest = torch.full((len(features),), -torch.inf), torch.zeros(len(features), dtype=torch.int64)
     with track("looking for copies", "tuned images", len(rows)) as task:
         for number, block in enumerate(tuned.blocks(rows, BLOCK)):
-            there = _directions(block, center)
+            directions = _directions(block, center)
             for start in range(0, len(features), BLOCK):
                 part = slice(start, start + BLOCK)
-                cosine, which = (_directions(features[part], center) @ there.T).max(1)
-                nearer = cosine > best[part]
-                best[part] = torch.where(nearer, cosine, best[part])
-                place[part] = torch.where(nearer, which + number * BLOCK, place[part])
-            task.advance(len(there))
-    found = torch.nonzero(best >= threshold)[:, 0].tolist()
-    return {i: (int(rows[place[i]]), float(best[i])) for i in found}
+                cosine, position = (_directions(features[part], center) @ directions.T).max(1)
+                closer = cosine > best[part]
+                best[part] = torch.where(closer, cosine, best[part])
+                nearest[part] = torch.where(closer, position + number * BLOCK, nearest[part])
+            task.advance(len(directions))
+    copies = torch.nonzero(best >= threshold)[:, 0].tolist()
+    return {i: (int(rows[nearest[i]]), float(best[i])) for i in copies}
 
 
 def _directions(raw: np.ndarray, center: Tensor) -> Tensor:

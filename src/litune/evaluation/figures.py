@@ -21,7 +21,7 @@ MOST_CLASSES = 5000
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of one run: its value, interval and chance, as shares of one; what has none is None."""
+    """One figure of one run: its value, interval and chance, as shares of one; None where there is no such number."""
 
     value: float
     low: float | None
@@ -37,9 +37,9 @@ class Entry:
     result: Result
     figures: dict[str, Figure]
     counts: np.ndarray | None
-    """Of a classification: the confusions [C, C]."""
+    """The confusion counts [C, C] of a classification."""
     stem: str
-    """The beginning of the names of its files."""
+    """The stem of its files' names."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that the written forms show."""
+    """Everything that a written report shows."""
 
     runs: dict[str, dict[str, Entry]]
-    """Run → task, with its language → entry."""
+    """Run → task (with its language) → entry."""
     differences: list[Difference]
     not_paired: list[str]
     """Tasks whose examples are not the same in all runs."""
@@ -87,16 +87,16 @@ class Report:
 
 def collect(runs: dict[str, list[Result]]) -> Report:
     """All figures with their intervals, and the paired differences to the first run."""
-    found: dict[str, dict[str, Entry]] = {}
+    entries: dict[str, dict[str, Entry]] = {}
     stems: set[str] = set()
     for run, results in runs.items():
-        found[run] = {}
+        entries[run] = {}
         for result in results:
             _check(result)
             stem = _unused(f"{result.task}-{result.lang}-{run}" if result.lang else f"{result.task}-{run}", stems)
-            found[run][title(result)] = Entry(result, figures(result), _counts(result), stem)
-    differences, not_paired = compare(found)
-    return Report(found, differences, not_paired)
+            entries[run][title(result)] = Entry(result, figures(result), _counts(result), stem)
+    differences, not_paired = compare(entries)
+    return Report(entries, differences, not_paired)
 
 
 def title(result: Result) -> str:
@@ -125,15 +125,15 @@ def _check(result: Result) -> None:
 
 def figures(result: Result) -> dict[str, Figure]:
     """Every figure with its interval, where its examples' outcomes are known."""
-    found = {}
+    by_name = {}
     for name, value in result.values.items():
         outcomes = result.outcomes.get(name)
         low = high = None
         if outcomes is not None:
             low, high = interval(outcomes, result.groups.get(name), per_class(name))
         examples = result.images if outcomes is None else len(outcomes)
-        found[name] = Figure(value, low, high, result.chance.get(name), examples)
-    return found
+        by_name[name] = Figure(value, low, high, result.chance.get(name), examples)
+    return by_name
 
 
 def per_class(figure: str) -> bool:
@@ -150,7 +150,7 @@ def _counts(result: Result) -> np.ndarray | None:
 def compare(runs: dict[str, dict[str, Entry]]) -> tuple[list[Difference], list[str]]:
     """Paired differences of every run's figures to the first run's, and the tasks where examples differ."""
     (base, first), *others = runs.items()
-    found, unequal = [], []
+    differences, unequal = [], []
     for run, entries in others:
         for task, entry in entries.items():
             if task not in first:
@@ -161,10 +161,10 @@ def compare(runs: dict[str, dict[str, Entry]]) -> tuple[list[Difference], list[s
                 continue
             for figure in a.outcomes.keys() & b.outcomes.keys() & a.values.keys():
                 pair = paired(a.outcomes[figure], b.outcomes[figure], a.groups.get(figure), per_class(figure))
-                found.append(Difference(task, figure, run, base, pair["difference"], pair["low"], pair["high"]))
+                differences.append(Difference(task, figure, run, base, pair["difference"], pair["low"], pair["high"]))
     order = {name: i for entries in runs.values() for entry in entries.values() for i, name in enumerate(entry.figures)}
-    found.sort(key=lambda one: (list(first).index(one.task), order.get(one.figure, 0)))
-    return found, list(dict.fromkeys(unequal))
+    differences.sort(key=lambda difference: (list(first).index(difference.task), order.get(difference.figure, 0)))
+    return differences, list(dict.fromkeys(unequal))
 
 
 def same_examples(a: Result, b: Result) -> bool:
@@ -176,35 +176,37 @@ def same_examples(a: Result, b: Result) -> bool:
 
 
 def warning(entry: Entry) -> str:
-    """That evaluation images were tuned on, or nothing."""
+    """The warning that evaluation images were tuned on, or ""."""
     return str(entry.result.extras.get("contamination", {}).get("warning", ""))
 
 
 def headlines(report: Report) -> list[tuple[str, str]]:
-    """The columns of the summary: task and figure; of a retrieval, recall@1 of both directions."""
-    found = []
+    """The columns of the summary: task and figure; recall@1 in both directions for a retrieval."""
+    columns = []
     for task in report.tasks:
         entry = next(iter(report.entries(task).values()))
         both = [f for f in ("text_to_image recall@1", "image_to_text recall@1") if f in entry.figures]
         metric = entry.result.metric
-        found += [(task, f) for f in (both if metric in both else [metric])]
-    return found
+        columns += [(task, f) for f in (both if metric in both else [metric])]
+    return columns
 
 
 def published_percent(report: Report, task: str, figure: str) -> dict[str, float]:
-    """System → percent, of a column of the summary."""
+    """System → published percent, for a column of the summary."""
     result = next(iter(report.entries(task).values())).result
-    found = published(result.task, result.lang)
-    return {system: values[figure] for system, values in found.items() if figure in values}
+    systems = published(result.task, result.lang)
+    return {system: values[figure] for system, values in systems.items() if figure in values}
 
 
 def notes(report: Report) -> list[tuple[str, str]]:
-    """Task and what its figures can't say: how they compare with what was published, whether images were tuned on."""
-    found: dict[str, dict[str, None]] = {}
+    """Task and a caveat on its figures: why published ones don't compare, or that overlap with tuning is unchecked."""
+    by_task: dict[str, dict[str, None]] = {}
     for task in report.tasks:
         results = [entry.result for entry in report.entries(task).values()]
-        found[task] = dict.fromkeys([*map(note, results), *(str(one.extras.get("unchecked", "")) for one in results)])
-    return [(task, one) for task, notes in found.items() for one in notes if one]
+        by_task[task] = dict.fromkeys(
+            [*map(note, results), *(str(result.extras.get("unchecked", "")) for result in results)]
+        )
+    return [(task, text) for task, notes in by_task.items() for text in notes if text]
 
 
 def words(figure: str) -> str:
@@ -216,14 +218,18 @@ def words(figure: str) -> str:
     return figure.replace("_to_", "→").replace(" recall@", " R@").replace("_", " ")
 
 
-def percent(one: Figure) -> str:
+def percent(figure: Figure) -> str:
     """A figure with its interval, in percent.
 
     >>> percent(Figure(0.5, 0.412, 0.588, 0.1, 100))
     '50.0 (41.2–58.8)'
     """
-    value = f"{100 * one.value:.1f}"
-    return value if one.low is None or one.high is None else f"{value} ({100 * one.low:.1f}–{100 * one.high:.1f})"
+    value = f"{100 * figure.value:.1f}"
+    return (
+        value
+        if figure.low is None or figure.high is None
+        else f"{value} ({100 * figure.low:.1f}–{100 * figure.high:.1f})"
+    )
 
 
 def points(share: float) -> str:

@@ -8,7 +8,7 @@ from litune.errors import DataError
 
 LEVEL = 0.95
 DRAWS = 2**24
-"""The most counts that are drawn at once: 128 MB."""
+"""The most counts drawn at once: 128 MB."""
 
 DEFINITION = (
     "95% percentile bootstrap of 1,000 resamples. What is drawn anew are independent units: images (with all their "
@@ -27,8 +27,8 @@ def interval(
     """The 95% percentile bootstrap interval of the mean outcome [N], resampling whole `groups` [N] where given.
 
     With `per_group_mean` the figure is the mean of the groups' means, as for mean per-class accuracy. Where all units
-    failed, or all succeeded, resampling them would show no doubt at all: the exact binomial (Clopper-Pearson) bound
-    stands in. With a single unit nothing is known: (0, 1). Raises `DataError` for outcomes that are not finite or none.
+    failed, or all succeeded, resampling them shows no variance: the exact binomial (Clopper-Pearson) bound is used
+    instead. With a single unit nothing is known: (0, 1). Raises `DataError` for outcomes that are not finite, or none.
     """
     units, counts = _units([outcomes], groups, per_group_mean)
     total, levels = int(counts.sum()), units[:, 0] / units[:, 1]
@@ -52,9 +52,9 @@ def paired(
     """How much higher the figure of `a` [N] is than that of `b` [N], both measured on the same examples.
 
     `difference`, and the `low` and `high` end of its 95% paired bootstrap interval: both are resampled together, so
-    that how hard the examples are cancels out. Where no unit favours the other run, no resample shows one that does:
-    the end nearer to zero is then at most that of the exact sign test (McNemar's), which leaves out zero from six units
-    on. Raises `DataError` where their numbers differ.
+    that the difficulty of the examples cancels out. Where no unit favours the other run, no resample can: the end
+    nearer to zero is then at most that of the exact sign test (McNemar's), which excludes zero from six units on.
+    Raises `DataError` where the numbers of examples differ.
     """
     if len(a) != len(b):
         raise DataError(f"runs measured on {len(a):,} and {len(b):,} examples can't be compared example by example")
@@ -78,12 +78,12 @@ def _percentiles() -> tuple[float, float]:
 def _units(
     outcomes: list[np.ndarray], groups: np.ndarray | None, per_group_mean: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct resampling units, each as its sums of outcomes and its size [U, R + 1], and how many of each [U].
+    """The distinct resampling units, as sums of outcomes and size [U, R + 1], and how many there are of each [U].
 
-    A resample depends only on how often each *kind* of unit is drawn, and of 0/1 outcomes there are few kinds: ten
-    million captions cost no more than a thousand.
+    A resample depends only on how often each *kind* of unit is drawn, and 0/1 outcomes have few kinds: ten million
+    captions cost no more than a thousand.
     """
-    values = np.stack([np.asarray(one, dtype=np.float64) for one in outcomes], axis=1)
+    values = np.stack([np.asarray(array, dtype=np.float64) for array in outcomes], axis=1)
     if not len(values):
         raise DataError("there are no examples: no figure can be told")
     if not np.isfinite(values).all():
@@ -102,12 +102,12 @@ def _units(
 
 
 def _resampled(units: np.ndarray, counts: np.ndarray, seed: int, resamples: int) -> np.ndarray:
-    """The figures [R, resamples] of as many units drawn with replacement."""
+    """The figures [R, resamples] of resamples of the same size, drawn with replacement."""
     random = np.random.default_rng(seed)
     total, parts = int(counts.sum()), []
     at_once = max(1, DRAWS // len(counts))
     for start in range(0, resamples, at_once):
         drawn = random.multinomial(total, counts / total, size=min(at_once, resamples - start)) @ units
         parts.append(drawn[:, :-1] / drawn[:, -1:])
-    found: np.ndarray = np.concatenate(parts).T
-    return found
+    figures: np.ndarray = np.concatenate(parts).T
+    return figures

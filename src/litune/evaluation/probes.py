@@ -1,7 +1,7 @@
-"""What image features alone tell of the classes: few-shot ridge regression, a linear probe, nearest neighbours.
+"""Probes of image features alone: few-shot ridge regression, a linear probe, nearest neighbours.
 
-Each takes features [N, D] with labels [N] to learn from and others to be measured on, and returns plain values: the
-accuracy with its interval, what was chosen on what, and how many there were.
+Each takes features [N, D] with labels [N] to train on and others to test on, and returns plain values: the accuracy
+with its interval, the hyperparameters and what they were chosen on, and the numbers of images and classes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from litune.errors import DataError
 from litune.evaluation.intervals import interval
 
 BIAS = 100.0
-"""A constant feature this large makes for a bias that the L2 term hardly touches."""
+"""A constant feature this large makes a bias that the L2 term hardly affects."""
 RIDGE_STRENGTH = 2.0**10
 SEEDS = 3
 LINEAR_GRID = tuple(10.0**power for power in range(1, -7, -1))
@@ -44,7 +44,7 @@ DEFINITIONS = {
 def draw_shots(labels: np.ndarray, shots: int, seeds: int = SEEDS) -> list[np.ndarray]:
     """For each seed from 0 on, the rows of `shots` images of each class, or of all that a class has.
 
-    They are those that big_vision draws where images come in the same order.
+    The same draws as big_vision's, where images come in the same order.
     """
     randoms = [np.random.default_rng(seed) for seed in range(seeds)]
     of_class = [np.flatnonzero(labels == c) for c in np.unique(labels)]
@@ -60,12 +60,12 @@ def ridge(
     shots: int = 10,
     draws: list[np.ndarray] | None = None,
 ) -> dict[str, Any]:
-    """Mean accuracy of the ridge regressions learned from `shots` images of each class, as drawn by three seeds.
+    """Mean accuracy of ridge regressions on `shots` images of each class, drawn with three seeds.
 
-    It is big_vision's `fewshot_lsr` at its usual setting: features are standardised by the mean and the deviation
+    This is big_vision's `fewshot_lsr` at its usual setting: features are standardised by the mean and the deviation
     (+ 1e-5) of the drawn images and get a constant 100 for the bias, targets are 1 for the own class and −1 for all
-    others, the L2 term is 2^10, and the class with the highest score is predicted. `draws` holds each seed's rows;
-    otherwise `draw_shots` draws. Raises `DataError` for what can't be learned from, as all probes here do.
+    others, the L2 term is 2^10, and the class with the highest score is predicted. `draws` holds each seed's rows,
+    by default those of `draw_shots`. Raises `DataError` for input that can't be learned from, as all probes here do.
     """
     classes = _check(features, labels, test_features, test_labels)
     draws = draw_shots(labels, shots) if draws is None else draws
@@ -75,12 +75,12 @@ def ridge(
             for rows in draws
         ]
     )
-    found = _found("ridge", hits.mean(0), classes, len(draws[0]))
-    return found | {"l2": RIDGE_STRENGTH, "shots": shots, "by_seed": hits.mean(1).tolist()}
+    result = _result("ridge", hits.mean(0), classes, len(draws[0]))
+    return result | {"l2": RIDGE_STRENGTH, "shots": shots, "by_seed": hits.mean(1).tolist()}
 
 
 class _Ridge:
-    """Least squares to ±1 targets, for any strength of the L2 term after one eigendecomposition."""
+    """Least squares to ±1 targets: one eigendecomposition serves any strength of the L2 term."""
 
     def __init__(self, features: np.ndarray, labels: np.ndarray, classes: int) -> None:
         x = features.astype(np.float64)
@@ -103,34 +103,34 @@ class _Ridge:
             (self._prepared(features[start : start + CHUNK].astype(np.float64)) @ weights).argmax(1)
             for start in range(0, len(features), CHUNK)
         ]
-        found: np.ndarray = np.concatenate(parts)
-        return found
+        predicted: np.ndarray = np.concatenate(parts)
+        return predicted
 
 
 def linear_probe(
     features: np.ndarray, labels: np.ndarray, test_features: np.ndarray, test_labels: np.ndarray, seed: int = 0
 ) -> dict[str, Any]:
-    """Accuracy of a logistic regression learned from all training images."""
+    """Accuracy of a logistic regression trained on all training images."""
     classes = _check(features, labels, test_features, test_labels)
     mean, deviation = features.mean(0), features.std(0) + 1e-5
-    x, test = (torch.from_numpy(((one - mean) / deviation).astype(np.float32)) for one in (features, test_features))
+    x, test = (torch.from_numpy(((array - mean) / deviation).astype(np.float32)) for array in (features, test_features))
     y = torch.from_numpy(labels).long()
-    held = np.zeros(len(labels), dtype=bool)
-    held[np.random.default_rng(seed).permutation(len(labels))[: round(VALIDATION * len(labels))]] = True
+    held_out = np.zeros(len(labels), dtype=bool)
+    held_out[np.random.default_rng(seed).permutation(len(labels))[: round(VALIDATION * len(labels))]] = True
     strength, validated = LINEAR_GRID[len(LINEAR_GRID) // 2], None
-    if held.any():
-        kept = torch.from_numpy(~held)
+    if held_out.any():
+        rest = torch.from_numpy(~held_out)
         weights = torch.zeros(x.shape[1] + 1, classes)
         best = -1.0
-        for l2 in LINEAR_GRID:  # from strong to weak, each from where the last one ended
-            weights = logistic_regression(x[kept], y[kept], classes, l2, weights)
-            score = float((_predict(x[~kept], weights) == y[~kept]).double().mean())
+        for l2 in LINEAR_GRID:  # from strong to weak, each starting from the previous solution
+            weights = logistic_regression(x[rest], y[rest], classes, l2, weights)
+            score = float((_predict(x[~rest], weights) == y[~rest]).double().mean())
             if score > best:
                 best, strength = score, l2
-        validated = {"images": int(held.sum()), "accuracy": best}
+        validated = {"images": int(held_out.sum()), "accuracy": best}
     weights = logistic_regression(x, y, classes, strength, torch.zeros(x.shape[1] + 1, classes))
     hits = _predict(test, weights).numpy() == test_labels
-    return _found("linear", hits, classes, len(labels)) | {"l2": strength, "chosen_on": validated, "seed": seed}
+    return _result("linear", hits, classes, len(labels)) | {"l2": strength, "chosen_on": validated, "seed": seed}
 
 
 def logistic_regression(x: Tensor, y: Tensor, classes: int, l2: float, start: Tensor) -> Tensor:
@@ -167,11 +167,11 @@ def knn(
     parts = []
     for start in range(0, len(test_features), CHUNK):
         test = F.normalize(torch.from_numpy(test_features[start : start + CHUNK]).float())
-        near, which = nearest(test, train, k)
-        votes = torch.zeros(len(test), classes).scatter_add_(1, own[which], ((near - 1) / temperature).exp())
+        cosines, rows = nearest(test, train, k)
+        votes = torch.zeros(len(test), classes).scatter_add_(1, own[rows], ((cosines - 1) / temperature).exp())
         parts.append(votes.argmax(1))
     hits = torch.cat(parts).numpy() == test_labels
-    return _found("knn", hits, classes, len(features)) | {"k": k, "temperature": temperature}
+    return _result("knn", hits, classes, len(features)) | {"k": k, "temperature": temperature}
 
 
 def nearest(queries: Tensor, among: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -181,13 +181,13 @@ def nearest(queries: Tensor, among: Tensor, k: int) -> tuple[Tensor, Tensor]:
     for start in range(0, len(among), CHUNK):
         scores = torch.cat([best, queries @ among[start : start + CHUNK].T], 1)
         rows = torch.arange(start, start + scores.shape[1] - k).expand(len(queries), -1)
-        best, place = scores.topk(k, dim=1)
-        which = torch.cat([which, rows], 1).gather(1, place)
+        best, chosen = scores.topk(k, dim=1)
+        which = torch.cat([which, rows], 1).gather(1, chosen)
     return best, which
 
 
 def _check(features: np.ndarray, labels: np.ndarray, test_features: np.ndarray, test_labels: np.ndarray) -> int:
-    """The number of classes. Raises `DataError` for what can't be learned from."""
+    """The number of classes. Raises `DataError` for input that can't be learned from."""
     if len(features) != len(labels) or len(test_features) != len(test_labels):
         raise DataError("a probe needs one label for each image")
     if not len(labels) or not len(test_labels):
@@ -202,7 +202,7 @@ def _check(features: np.ndarray, labels: np.ndarray, test_features: np.ndarray, 
     return classes
 
 
-def _found(name: str, hits: np.ndarray, classes: int, train: int) -> dict[str, Any]:
+def _result(name: str, hits: np.ndarray, classes: int, train: int) -> dict[str, Any]:
     return {
         "accuracy": float(hits.mean()),
         "interval": list(interval(hits)),

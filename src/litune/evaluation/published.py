@@ -1,7 +1,7 @@
-"""Published figures to stand beside one's own, in percent as printed.
+"""Published figures to compare with, in percent as printed.
 
-Sources: LiT (arXiv 2111.07991; v3, and where it says so v1), CLIP (2103.00020) and ALIGN (2102.05918) as the LiT paper
-cites them. The numbers of images are those of the sets' papers; of VTAB's natural sets, of VTAB (1910.04867).
+Sources: LiT (arXiv 2111.07991; v3, and v1 where a name says so), CLIP (2103.00020) and ALIGN (2102.05918) as the LiT
+paper cites them. The numbers of images are from the sets' papers; for VTAB's natural sets, from VTAB (1910.04867).
 """
 
 from __future__ import annotations
@@ -40,50 +40,50 @@ IMAGES = {
     "caltech101": 6_084, "cifar100": 10_000, "dtd": 1_880, "flowers102": 6_149, "pets": 3_669, "sun397": 21_750,
     "svhn": 26_032,
 }  # fmt: skip
-"""Images of a set that the published figures are of."""
+"""Images in the sets that the published figures were measured on."""
 CAPTIONS = {"coco": 25_010}
 TEMPLATE_SETS = ("lit", "clip")
-"""Those that the published figures are near: the set's own templates, with or without the bare name."""
+"""Template sets comparable with the published figures: the set's own templates, with or without the bare name."""
 
 
 def published(task: str, lang: str = "") -> dict[str, dict[str, float]]:
-    """System → figure → percent, for one task; none for other languages than English.
+    """System → figure → percent for one task; empty for languages other than English.
 
     >>> published("coco")["LiT L/16, public CC12M+YFCC"]
     {'image_to_text recall@1': 48.5, 'text_to_image recall@1': 31.2}
     """
-    found: dict[str, dict[str, float]] = {}
+    systems: dict[str, dict[str, float]] = {}
     for system, values in _ROWS.items():
         for (name, figure), value in zip(_COLUMNS, values, strict=True):
             if name == task and lang in ("", "en") and value is not None:
-                found.setdefault(system, {})[figure] = value
-    return found
+                systems.setdefault(system, {})[figure] = value
+    return systems
 
 
 def published_shares(task: str, lang: str = "") -> dict[str, dict[str, float]]:
     """The same as shares of one, as litune's own figures are."""
-    found = published(task, lang)
-    return {system: {name: round(value / 100, 4) for name, value in row.items()} for system, row in found.items()}
+    systems = published(task, lang)
+    return {system: {name: round(value / 100, 4) for name, value in row.items()} for system, row in systems.items()}
 
 
 def mismatch(result: Result) -> str:
-    """What makes a result's figures and those published on its set different things, in a few words; "" where nothing.
+    """Why a result is not comparable with the figures published on its set, in a few words; "" where it is.
 
-    The images and captions that they are of, and the templates: a part of a set is easier or harder than all of it.
+    Compares the numbers of images and captions, and the templates: a part of a set is easier or harder than all of it.
     """
-    asked: dict[str, Any] = result.protocol
-    found = []
-    for what, here, there in (
+    protocol: dict[str, Any] = result.protocol
+    reasons = []
+    for what, own, theirs in (
         ("images", result.images, IMAGES.get(result.task)),
         ("captions", len(result.captions), CAPTIONS.get(result.task)),
     ):
-        if there is not None and here != there:
-            found.append(f"{here:,} {what} here, {there:,} there")
-    if asked.get("template_set", "lit") not in TEMPLATE_SETS:
-        found.append(f"templates here: {asked['template_set']}, there: the set's")
-    if not asked.get("canonical_names", True):
-        found.append("class names not canonicalised here")
-    return "; ".join(found)
+        if theirs is not None and own != theirs:
+            reasons.append(f"{own:,} {what} here, {theirs:,} there")
+    if protocol.get("template_set", "lit") not in TEMPLATE_SETS:
+        reasons.append(f"templates here: {protocol['template_set']}, there: the set's")
+    if not protocol.get("canonical_names", True):
+        reasons.append("class names not canonicalised here")
+    return "; ".join(reasons)
 
 
 def note(result: Result) -> str:

@@ -27,8 +27,8 @@ from litune.evaluation.intervals import DEFINITION as INTERVALS
 from litune.evaluation.page import write_page
 from litune.evaluation.published import SYSTEMS, note, published
 from litune.evaluation.result import Result
-from litune.features import library_versions
 from litune.files import clear_output, write_json, write_text
+from litune.store.store import library_versions
 
 FORMAT = "litune evaluation 1"
 RESULTS, TABLE, PAGE = "results.json", "report.md", "report.html"

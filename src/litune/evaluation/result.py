@@ -1,4 +1,4 @@
-"""The outcome of one evaluation: figures, and example by example what they are made of."""
+"""The outcome of one evaluation: its figures, and the outcome of each example that they are computed from."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Result:
     chance: dict[str, float]
     """What a random guess would reach, for those of the same keys that have one."""
     definition: str
-    """Of the figures, in words."""
+    """The figures' definition, in words."""
     images: int
     protocol: dict[str, Any]
     """Template set, number of templates, canonicalised, languages, class subset, set path, fingerprint, …"""
@@ -31,7 +31,7 @@ class Result:
     of the classes' means)."""
     groups: dict[str, np.ndarray]
     """Name → the resampling unit of each example [N] (its class for mean_per_class, the image of each caption for
-    text_to_image); where absent, each is its own."""
+    text_to_image); where absent, each example is its own unit."""
     keys: list[str]
     """Per image [B]."""
     pictures: list[str]
@@ -39,19 +39,19 @@ class Result:
     hashes: list[str]
     """Per image [B]: sha256 of its file, "" where unknown."""
     class_names: list[str]
-    """Of a classification [C], as shown to people."""
+    """The class names [C] of a classification, as shown to people."""
     labels: np.ndarray | None
-    """Of a classification [B], each image's own class."""
+    """Each image's own class [B], in a classification."""
     predicted: np.ndarray | None
-    """Of a classification [B]."""
+    """The predicted classes [B], in a classification."""
     confidence: np.ndarray | None
-    """Of a classification [B], the softmax probability of the predicted class at the model's temperature."""
+    """The softmax probability [B] of the predicted class at the model's temperature, in a classification."""
     captions: list[str]
-    """Of a retrieval [N]."""
+    """The captions [N] of a retrieval."""
     owner: np.ndarray | None
-    """Of a retrieval [N], the image of each caption."""
+    """The image of each caption [N], in a retrieval."""
     found: np.ndarray | None
-    """Of a retrieval [N, 5], the best images of each caption, best first."""
+    """The highest-scoring images of each caption [N, 5], best first, in a retrieval."""
     lang: str = ""
     """The language of this row of a per-language table, or ""."""
     extras: dict[str, Any] = field(default_factory=dict)

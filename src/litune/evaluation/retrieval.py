@@ -25,7 +25,7 @@ DEFINITION = (
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where N captions and B images stand in each other's order.
+    """The ranks of N captions and B images in each other's order.
 
     `of_images` [N]: how many other images score at least as high with a caption as its own. `of_captions` [B]: how many
     other images' captions score at least as high with an image as the best of its own. `found` [N, 5]: the images with
@@ -51,8 +51,8 @@ def rank(
 ) -> Ranks:
     """The ranks of N captions among B images and the other way round, with the `best` images of each caption.
 
-    `owner[j]` is the image that caption j belongs to; every image needs a caption. It is computed where the images'
-    features are, in memory of B × `chunk`. Raises `DataError` for an image without a caption or features that are not
+    `owner[j]` is the image that caption j belongs to; every image needs a caption. Computed on the images'
+    device, in memory of B × `chunk`. Raises `DataError` for an image without a caption or features that are not
     finite.
     """
     texts, owner = send(texts, images.device), send(owner, images.device)
@@ -62,15 +62,15 @@ def rank(
     if len(torch.unique(owner)) != len(images):
         raise DataError("an image has no caption: retrieval needs at least one for each")
     text_ranks = torch.empty_like(owner)
-    found = owner.new_empty(len(texts), min(best, len(images)))
+    best_images = owner.new_empty(len(texts), min(best, len(images)))
     best_own = images.new_full((len(images),), -torch.inf)
     for start in range(0, len(texts), chunk):
         part = slice(start, start + chunk)
         scores = texts[part] @ images.T
         own = scores.gather(1, owner[part, None])
-        # The own image itself is among the scores ≥ its own: hence − 1.
+        # − 1: the caption's own image is among the scores ≥ its own.
         text_ranks[part] = (scores >= own).sum(1) - 1
-        found[part] = scores.topk(found.shape[1], dim=1).indices
+        best_images[part] = scores.topk(best_images.shape[1], dim=1).indices
         best_own.scatter_reduce_(0, owner[part], own[:, 0], "amax")
     ahead = owner.new_zeros(len(images))
     for start in range(0, len(texts), chunk):
@@ -78,7 +78,7 @@ def rank(
         scores = texts[part] @ images.T
         not_own = torch.ones_like(scores, dtype=torch.bool).scatter_(1, owner[part, None], False)
         ahead += ((scores >= best_own) & not_own).sum(0)
-    return Ranks(text_ranks.cpu().numpy(), ahead.cpu().numpy(), found.cpu().numpy())
+    return Ranks(text_ranks.cpu().numpy(), ahead.cpu().numpy(), best_images.cpu().numpy())
 
 
 def retrieval(
@@ -93,7 +93,7 @@ def retrieval(
 
 
 def figures(ranks: Ranks, owner: np.ndarray, ks: Sequence[int] = (1, 5, 10)) -> dict[str, Any]:
-    """Recall@k out of ranks, beside chance."""
+    """Recall@k from ranks, beside chance."""
     images = len(ranks.of_captions)
     return {
         "text_to_image": {f"recall@{k}": float((ranks.of_images < k).mean()) for k in ks},

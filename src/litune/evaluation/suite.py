@@ -20,17 +20,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from litune import distributed
-from litune.checkpoint import check_store
-from litune.data.names import prompted_name, write_prompts
-from litune.data.sets import EvalSet, picture_path
 from litune.devices import send
 from litune.errors import LituneError
-from litune.evaluation import prompts, published, retrieval, tasks, zero_shot
+from litune.evaluation import class_vectors as prompts
+from litune.evaluation import published, retrieval, tasks, zero_shot
 from litune.evaluation.result import Result
 from litune.evaluation.set_features import Embedded, embed_set, stored_set
-from litune.features import MANIFEST, FeatureStore
-from litune.model import LiT, scoring_device
+from litune.model.lit import LiT, scoring_device
+from litune.model.run_folder import check_store
+from litune.pairs.benchmarks import EvalSet
+from litune.pairs.reference import absolute, is_there
 from litune.progress import say, track
+from litune.prompts import prompted_name, write_prompts
+from litune.store.store import MANIFEST, FeatureStore
 
 TEXTS = 8192  # captions that are encoded at once
 CHUNK = 1024  # texts that one rank encodes at a time
@@ -404,9 +406,9 @@ def retrieval_result(
 
 
 def _described(found: EvalSet, embedded: Embedded) -> tuple[list[str], list[str]]:
-    """Keys and picture files of the embedded images."""
-    paths = [picture_path(found.pictures[row]) for row in embedded.rows]
-    return [found.keys[row] for row in embedded.rows], [one if one and Path(one).is_file() else "" for one in paths]
+    """Keys of the embedded images, and references to their pictures where these are still there."""
+    pictures = [absolute(found.pictures[row]) for row in embedded.rows]
+    return [found.keys[row] for row in embedded.rows], [one if is_there(one) else "" for one in pictures]
 
 
 def _protocol(

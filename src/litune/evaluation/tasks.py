@@ -14,12 +14,12 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
-from litune.data.names import canonicalize, prompted_name
-from litune.data.sets import TEST_SPLITS, WNID, EvalSet, Kind, read_set
 from litune.errors import ConfigError, DataError, nearest
-from litune.evaluation import prompts
+from litune.evaluation import class_vectors as prompts
 from litune.evaluation.published import mismatch, published_shares
 from litune.evaluation.result import Result
+from litune.pairs.benchmarks import TEST_SPLITS, WNID, EvalSet, Kind, read_set
+from litune.prompts import canonicalize, prompted_name
 
 Metric = Literal["accuracy", "mean_per_class", "text_to_image recall@1"]
 

@@ -1,4 +1,4 @@
-"""Zero-shot classification: accuracy out of scores."""
+"""Zero-shot classification: accuracy from scores."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def accuracy(scores: Float[Tensor, "B C"], labels: Int[Tensor, " B"]) -> dict[st
     count = torch.bincount(labels, minlength=classes)
     per_class = torch.zeros(classes, dtype=torch.float64).scatter_add_(0, labels, hits)
     present = count > 0
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "accuracy": float(hits.mean()),
         "mean_per_class": float((per_class[present] / count[present]).mean()),
     }
     if classes > 5:
-        found["top5"] = float((rank < 5).double().mean())
-    return found | {"chance": 1 / classes, "images": len(labels), "classes": classes}
+        figures["top5"] = float((rank < 5).double().mean())
+    return figures | {"chance": 1 / classes, "images": len(labels), "classes": classes}
 
 
 def ahead_of_own(scores: Float[Tensor, "B C"], labels: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
@@ -46,7 +46,7 @@ def ahead_of_own(scores: Float[Tensor, "B C"], labels: Int[Tensor, " B"]) -> Int
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What a classifier did with each of B images.
+    """The outcome of classifying each of B images.
 
     `ahead` [B] is how many wrong classes score at least as high as the best right one: 0 is a hit. `predicted` [B] is
     the class with the highest score, a wrong one where it ties with the right one; `confidence` [B] its probability.
@@ -59,12 +59,12 @@ class Outcomes:
     @property
     def hits(self) -> np.ndarray:
         """Whether each image is classified rightly [B]."""
-        found: np.ndarray = self.ahead == 0
-        return found
+        hits: np.ndarray = self.ahead == 0
+        return hits
 
 
 def classify(
-    blocks: Iterable[Float[Tensor, "b D"]],
+    blocks: Iterable[Float[Tensor, "_ D"]],
     weights: Float[Tensor, "C D"],
     accepted: Sequence[np.ndarray],
     scale: float = 1.0,
@@ -77,25 +77,25 @@ def classify(
     """
     if not weights.isfinite().all():
         raise DataError("some class vectors are not finite: no accuracy can be told from them")
-    distinct, place = weights.unique(dim=0, return_inverse=True)
-    # Made beforehand: small arrays that stay, made between large ones that go, would leave ever more memory in pieces.
+    distinct, vector_of = weights.unique(dim=0, return_inverse=True)
+    # Allocated beforehand: small lasting arrays among large temporary ones would fragment memory.
     ahead, predicted = (torch.empty(len(accepted), dtype=torch.int64) for _ in range(2))
     confidence = torch.empty(len(accepted))
     done = 0
     for block in blocks:
         if not block.isfinite().all():
             raise DataError("some image features are not finite: no accuracy can be told from them")
-        scores = block @ weights.T if len(distinct) == len(weights) else (block @ distinct.T)[:, place]
-        here = slice(done, done + len(block))
-        right = accepted[here]
-        rows = torch.from_numpy(np.repeat(np.arange(len(right)), [len(one) for one in right]))
+        scores = block @ weights.T if len(distinct) == len(weights) else (block @ distinct.T)[:, vector_of]
+        part = slice(done, done + len(block))
+        right = accepted[part]
+        rows = torch.from_numpy(np.repeat(np.arange(len(right)), [len(classes) for classes in right]))
         mask = torch.zeros(scores.shape, dtype=torch.bool)
         mask[rows, torch.from_numpy(np.concatenate(right))] = True
         own, best = scores.masked_fill(~mask, -torch.inf).max(1)
         wrong = scores.masked_fill(mask, -torch.inf)
         count = (wrong >= own[:, None]).sum(1)
         chosen = best if mask.all() else torch.where(count == 0, best, wrong.argmax(1))
-        ahead[here], predicted[here] = count, chosen
-        confidence[here] = (scale * scores).softmax(1).gather(1, chosen[:, None])[:, 0]
-        done = here.stop
+        ahead[part], predicted[part] = count, chosen
+        confidence[part] = (scale * scores).softmax(1).gather(1, chosen[:, None])[:, 0]
+        done = part.stop
     return Outcomes(ahead.numpy(), predicted.numpy(), confidence.numpy())

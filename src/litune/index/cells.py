@@ -15,19 +15,19 @@ from litune.errors import MissingExtraError
 
 BLOCK = 16384
 TRAINED_ON = 48
-"""Rows per cell that k-means looks at."""
+"""Rows per cell in the sample that k-means is trained on."""
 ROUNDS = 10
 
 Features = Callable[[np.ndarray], np.ndarray]
-"""Rows [n] into their raw features [n, W]."""
+"""Maps rows [n] to their raw features [n, W]."""
 
 
 @dataclass
 class Cells:
     """Which of C cells each of N rows lies in.
 
-    `centroids` [C, W] are means of raw features and `mean` [W] that of all; `cell` [N] is −1 for a row that was removed
-    before the cells were made.
+    `centroids` [C, W] are the cells' mean raw features and `mean` [W] is the mean of all; `cell` [N] is −1 for a row
+    that was removed before the cells were made.
     """
 
     centroids: np.ndarray
@@ -39,7 +39,7 @@ class Cells:
 
     @cached_property
     def order(self) -> np.ndarray:
-        """All rows that are in a cell, cell by cell, and in the store's order within one."""
+        """All rows that are in a cell, cell by cell; within a cell, in the store's order."""
         return np.argsort(self.cell, kind="stable")[int((self.cell < 0).sum()) :]
 
     @cached_property
@@ -51,8 +51,8 @@ class Cells:
     def _directions(self) -> np.ndarray:
         return directions(self.centroids, self.mean)
 
-    def places(self, cells: np.ndarray) -> np.ndarray:
-        """Where in `order` the rows of these cells are, ascending."""
+    def positions(self, cells: np.ndarray) -> np.ndarray:
+        """The positions in `order` of the rows in these cells, ascending."""
         starts = self._starts
         return np.concatenate([np.arange(starts[c], starts[c + 1]) for c in np.sort(cells).tolist()])
 
@@ -62,8 +62,8 @@ class Cells:
 
     def assign(self, raw: np.ndarray) -> np.ndarray:
         """The nearest cell of each of n raw features [n, W]."""
-        found: np.ndarray = (directions(raw, self.mean) @ self._directions.T).argmax(1).astype(np.int32)
-        return found
+        cells: np.ndarray = (directions(raw, self.mean) @ self._directions.T).argmax(1).astype(np.int32)
+        return cells
 
     def with_rows(self, cell: np.ndarray) -> Cells:
         """The same cells, with other rows in them."""
@@ -71,22 +71,22 @@ class Cells:
 
 
 def directions(raw: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """Raw features as directions of length one, seen from their mean."""
+    """Raw features minus their mean, at unit length."""
     centered = raw - mean
-    found: np.ndarray = centered / np.maximum(np.linalg.norm(centered, axis=1, keepdims=True), 1e-8)
-    return found
+    unit: np.ndarray = centered / np.maximum(np.linalg.norm(centered, axis=1, keepdims=True), 1e-8)
+    return unit
 
 
 def usual_cells(rows: int) -> int:
-    """How many cells N rows get: 2√N, so that finding the cells and reading some of them cost about the same."""
+    """The default number of cells for N rows: 2√N, where finding the cells and reading some cost about the same."""
     return max(1, round(2 * math.sqrt(rows)))
 
 
 def make_cells(features: Features, there: np.ndarray, cells: int, seed: int, advance: Callable[[int], None]) -> Cells:
     """Partition the rows of the mask `there` [N] into at most `cells` cells by spherical k-means (faiss).
 
-    The directions of features as seen from their mean are what is grouped: cosines after centring are what most runs
-    compare. Memory is that of the sample: some 48 rows per cell. `advance` is told of each row that got its cell.
+    The directions of centred features are clustered, since most runs compare cosines after centring. Memory is that of
+    the sample: about 48 rows per cell. `advance` is called with the number of rows that were assigned.
 
     Raises `MissingExtraError` without faiss.
     """
@@ -107,15 +107,15 @@ def make_cells(features: Features, there: np.ndarray, cells: int, seed: int, adv
     del raw
     for block in blocks(rows):
         raw = features(block)
-        found = kmeans.index.search(directions(raw, mean), 1)[1][:, 0]
-        cell[block] = found
-        order = np.argsort(found, kind="stable")
-        here, starts = np.unique(found[order], return_index=True)
-        sums[here] += np.add.reduceat(raw[order], starts, axis=0)
-        counts += np.bincount(found, minlength=count)
+        assigned = kmeans.index.search(directions(raw, mean), 1)[1][:, 0]
+        cell[block] = assigned
+        order = np.argsort(assigned, kind="stable")
+        present, starts = np.unique(assigned[order], return_index=True)
+        sums[present] += np.add.reduceat(raw[order], starts, axis=0)
+        counts += np.bincount(assigned, minlength=count)
         advance(len(block))
     used = np.flatnonzero(counts)
-    number = np.full(count + 1, -1, dtype=np.int32)  # the last entry is that of −1
+    number = np.full(count + 1, -1, dtype=np.int32)  # the last entry is for cell −1
     number[used] = np.arange(len(used))
     centroids = (sums[used] / counts[used, None]).astype(np.float32)
     return Cells(centroids, mean, number[cell])

@@ -1,4 +1,4 @@
-"""Conditions on a store's metadata, as `split=val` or `width>=640`: read by hand, nothing is ever evaluated."""
+"""Conditions on a store's metadata, such as `split=val` or `width>=640`; parsed, never evaluated as code."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     "~": lambda values, part: pc.match_substring(values, part, ignore_case=True),
 }
 FEW = 100
-"""So many values of a column can be listed to choose from."""
+"""Up to this many values of a column are listed to choose from."""
 SAMPLED = 10_000
 UNASKED = ("sha256", "image_path", "caption")
-"""Columns that can be asked for, but not by hand: hashes, places on the disk, and the first of the captions."""
+"""Columns that can be filtered by but are not offered: hashes, paths on disk, and the first of the captions."""
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One condition: column, operator, value. `~` is "contains", whatever the case."""
+    """One condition: column, operator, value. `~` is a case-insensitive "contains"."""
 
     column: str
     op: str
@@ -42,18 +42,18 @@ class Condition:
 
     @classmethod
     def parse(cls, text: str) -> Condition:
-        """Read `column op value`, the operator one of = != < <= > >= ~. Raises `DataError`.
+        """Parse `column op value`, with one of the operators = != < <= > >= ~. Raises `DataError`.
 
         >>> Condition.parse("width >= 640")
         Condition(column='width', op='>=', value='640')
         """
-        found = _FORM.fullmatch(text)
-        if found is None or not found["column"]:
+        match = _FORM.fullmatch(text)
+        if match is None or not match["column"]:
             raise DataError(
                 f"the filter {text!r} can't be read: write COLUMN OPERATOR VALUE, as in split=val or 'width>=640' "
                 "(operators = != < <= > >= ~)"
             )
-        return cls(found["column"], "=" if found["op"] == "==" else found["op"], found["value"])
+        return cls(match["column"], "=" if match["op"] == "==" else match["op"], match["value"])
 
     def __str__(self) -> str:
         return f"{self.column}{self.op}{self.value}"
@@ -61,7 +61,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Column:
-    """A column that conditions can ask for: its kind, and all its values where they are few texts."""
+    """A column that conditions can name: its kind, and its values where it is text with few distinct ones."""
 
     name: str
     kind: Literal["text", "number", "truth"]
@@ -69,8 +69,8 @@ class Column:
 
 
 def list_columns(table: pa.Table) -> list[Column]:
-    """The columns that conditions can ask for, but for those in `UNASKED`."""
-    found = []
+    """The columns that conditions can name, except those in `UNASKED`."""
+    columns = []
     for name in table.column_names:
         kind = table.schema.field(name).type
         kind = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
@@ -78,19 +78,19 @@ def list_columns(table: pa.Table) -> list[Column]:
         if name in UNASKED:
             continue
         if pa.types.is_boolean(kind):
-            found.append(Column(name, "truth", None))
+            columns.append(Column(name, "truth", None))
         elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
-            found.append(Column(name, "number", None))
+            columns.append(Column(name, "number", None))
         elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
-            found.append(Column(name, "text", _few_values(table[name])))
-    return found
+            columns.append(Column(name, "text", _few_values(table[name])))
+    return columns
 
 
 def _few_values(column: pa.ChunkedArray) -> list[str] | None:
-    """All values of a column of texts, sorted; None where there are many, which the first rows mostly tell."""
+    """The distinct values of a text column, sorted; None where there are many, as the first rows mostly show."""
     for values in (column[:SAMPLED], column):
         flat = pc.list_flatten(values) if pa.types.is_nested(values.type) else values
-        known = [one for one in flat.unique().to_pylist() if one is not None]
+        known = [value for value in flat.unique().to_pylist() if value is not None]
         if len(known) > FEW:
             return None
     return sorted(known)
@@ -99,8 +99,8 @@ def _few_values(column: pa.ChunkedArray) -> list[str] | None:
 def select_rows(table: pa.Table, where: Sequence[str]) -> np.ndarray:
     """Which of N rows meet all conditions, as a mask [N]. A missing value meets none.
 
-    Of a column of lists (captions, langs) one element has to meet the condition; with != no element may be equal.
-    Raises `DataError` for an unknown column, or a value or an operator that does not suit its type.
+    In a column of lists (captions, langs), one element has to meet the condition; with !=, no element may be equal.
+    Raises `DataError` for an unknown column, or for a value or an operator that does not suit the column's type.
     """
     mask = np.ones(table.num_rows, dtype=bool)
     for text in [where] if isinstance(where, str) else where:
@@ -115,12 +115,12 @@ def _meets(table: pa.Table, condition: Condition) -> np.ndarray:
         )
     column = table[condition.column].combine_chunks()
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        there = column.is_valid().to_numpy(zero_copy_only=False)
+        present = column.is_valid().to_numpy(zero_copy_only=False)
         positive = Condition(condition.column, "=", condition.value) if condition.op == "!=" else condition
         flags = _compare(pc.list_flatten(column), positive)
-        found = np.zeros(len(column), dtype=bool)
-        found[pc.list_parent_indices(column).to_numpy(zero_copy_only=False)[flags]] = True
-        return operator.and_(there, ~found) if condition.op == "!=" else found
+        matches = np.zeros(len(column), dtype=bool)
+        matches[pc.list_parent_indices(column).to_numpy(zero_copy_only=False)[flags]] = True
+        return operator.and_(present, ~matches) if condition.op == "!=" else matches
     return _compare(column, condition)
 
 
@@ -128,8 +128,8 @@ def _compare(values: pa.Array, condition: Condition) -> np.ndarray:
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     value = _as_type(condition, values.type)
-    found = _COMPARE[condition.op](values, value)
-    return np.asarray(pc.fill_null(found, False).to_numpy(zero_copy_only=False), dtype=bool)
+    matches = _COMPARE[condition.op](values, value)
+    return np.asarray(pc.fill_null(matches, False).to_numpy(zero_copy_only=False), dtype=bool)
 
 
 def _as_type(condition: Condition, kind: pa.DataType) -> Any:

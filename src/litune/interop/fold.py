@@ -1,4 +1,4 @@
-"""A run's fixed maps and linear heads as one affine map, and affine maps where a library has only a matrix."""
+"""A run's fixed maps and linear heads as one affine map, and affine maps for libraries that only have a matrix."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from litune.errors import ExportError
-from litune.model import LiT
+from litune.model.lit import LiT
 
 Affine = tuple[Float[Tensor, "D W"], Float[Tensor, " D"]]
 
@@ -37,11 +37,11 @@ def _head(head: nn.Module, width: int, side: str, target: str) -> Affine:
 
 
 def without_bias(norm: Any, affine: Affine) -> Float[Tensor, "D W"]:
-    """A matrix that does what an affine map does to a tower's output, where that comes from the LayerNorm `norm`.
+    """A matrix equivalent to an affine map of a tower's output, where that output comes from the LayerNorm `norm`.
 
     The output is h = γ·n + β, and normalised values n sum to zero, for every token and every mean of tokens. Gain and
-    shift go into the map, and `norm` gets ones for both: its output n + 1 then sums to the width W, always, and the
-    matrix reads the bias off that sum. An affine map without a bias needs none of this, and `norm` is left.
+    shift move into the map, and `norm` gets ones for both: its output n + 1 then always sums to the width W, and the
+    matrix obtains the bias from that sum. For an affine map without a bias, `norm` is left unchanged.
     """
     weight, bias = affine
     if not bias.abs().max() > 0:
@@ -52,25 +52,25 @@ def without_bias(norm: Any, affine: Affine) -> Float[Tensor, "D W"]:
     with torch.no_grad():
         norm.weight.fill_(1)
         norm.bias.fill_(1)
-    found: Tensor = scaled + constant[:, None] / len(gain)
-    return found
+    matrix: Tensor = scaled + constant[:, None] / len(gain)
+    return matrix
 
 
 def last_norm(tower: nn.Module, width: int, pooled: Callable[[], Tensor]) -> nn.LayerNorm | None:
-    """The LayerNorm whose outputs, or means of them, the pooled output is; None where there is none.
+    """The LayerNorm whose output, or a mean of whose outputs, is the pooled output; None where there is none.
 
-    `pooled` runs the tower and gives [B, W]. The tower is left as it was.
+    `pooled` runs the tower and returns [B, W]. The tower is left unchanged.
     """
     for norm in reversed([m for m in tower.modules() if isinstance(m, nn.LayerNorm)]):
         if norm.bias is None or norm.bias.shape != (width,):
             continue
-        kept, step = norm.bias.detach().clone(), torch.linspace(-1, 1, width)
+        bias, step = norm.bias.detach().clone(), torch.linspace(-1, 1, width)
         with torch.no_grad():
             before = pooled()
             norm.bias.add_(step)
             after = pooled()
-            norm.bias.copy_(kept)
-        sums = ((before - kept) / norm.weight).sum(1)
+            norm.bias.copy_(bias)
+        sums = ((before - bias) / norm.weight).sum(1)
         if torch.allclose(after - before, step.expand_as(before), atol=1e-4) and sums.abs().max() < 1e-2:
             return norm
     return None

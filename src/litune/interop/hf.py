@@ -13,30 +13,30 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from litune.data.images import ImageTransform, timm_settings
 from litune.errors import ExportError
 from litune.files import read_json, write_json, write_text
-from litune.interop.card import card
+from litune.image.pictures import ImageTransform, timm_settings
+from litune.image.registry import ImageTower
 from litune.interop.fold import image_affine, last_norm, text_affine, without_bias
 from litune.interop.open_clip import last_layer_norm, timm_model, timm_name
 from litune.interop.samples import compare, pictures, target_length
 from litune.interop.tokenizer import save_tokenizer
-from litune.model import LiT
-from litune.towers.bert import BERT_LIKE
-from litune.towers.image import ImageTower
+from litune.model.card import card
+from litune.model.lit import LiT
+from litune.text.bert import BERT_LIKE
+from litune.text.registry import HfTextTower
 from litune.towers.quiet import quiet_transformers
-from litune.towers.text import HfTextTower
 
 TARGET = "transformers' VisionTextDualEncoderModel"
-# These have a pooler of their own, of which the activation is a setting.
+# The poolers of these have a configurable activation.
 _VIT_POOLERS = ("vit", "deit")
 
 
 def export_hf(model: LiT, run: Path, folder: Path) -> dict[str, Any]:
-    """Write model, processor and model card, and return what was compared.
+    """Write model, processor and model card; returns the largest differences from the run's features, and notes.
 
-    The library projects both towers' `pooler_output` by matrices without bias: towers that end in a LayerNorm can be
-    expressed, and texts pooled by their first token. Raises `ExportError` for others, or where features differ.
+    The library projects both towers' `pooler_output` by matrices without bias: supported are towers that end in a
+    LayerNorm, and texts pooled by their first token. Raises `ExportError` for others, or where features differ.
     """
     from transformers import VisionTextDualEncoderConfig, VisionTextDualEncoderModel, VisionTextDualEncoderProcessor
 
@@ -52,9 +52,9 @@ def export_hf(model: LiT, run: Path, folder: Path) -> dict[str, Any]:
         "logit_scale": model.logit_scale.detach(),
     }
     with quiet_transformers():
-        made = VisionTextDualEncoderModel(config).eval()
-        made.load_state_dict(state, strict=True)
-        made.save_pretrained(folder)
+        network = VisionTextDualEncoderModel(config).eval()
+        network.load_state_dict(state, strict=True)
+        network.save_pretrained(folder)
     save_tokenizer(folder, model.tokenizer)
     _save_processor(tower, folder)
     with quiet_transformers():
@@ -62,13 +62,13 @@ def export_hf(model: LiT, run: Path, folder: Path) -> dict[str, Any]:
         processor = VisionTextDualEncoderProcessor.from_pretrained(folder)
 
     @torch.no_grad()
-    def images(found: list[Image.Image]) -> Float[Tensor, "B D"]:
-        pixels = processor(images=found, return_tensors="pt")["pixel_values"]
+    def images(batch: list[Image.Image]) -> Float[Tensor, "B D"]:
+        pixels = processor(images=batch, return_tensors="pt")["pixel_values"]
         return target_length(loaded.get_image_features(pixel_values=pixels).pooler_output)
 
     @torch.no_grad()
-    def texts(found: Sequence[str]) -> Float[Tensor, "N D"]:
-        tokens = processor(text=list(found), padding=True, truncation=True, return_tensors="pt")
+    def texts(batch: Sequence[str]) -> Float[Tensor, "N D"]:
+        tokens = processor(text=list(batch), padding=True, truncation=True, return_tensors="pt")
         return target_length(loaded.get_text_features(**tokens).pooler_output)
 
     differences = compare("hf", model, images=images, texts=texts)
@@ -129,17 +129,17 @@ def _wrapped(tower: ImageTower, target: str) -> Any:
     model = timm_model(tower, target)
     transform = tower.preprocess
     assert isinstance(transform, ImageTransform)
-    sized = {"img_size": list(transform.size)} if hasattr(model, "set_input_size") else None
-    config = TimmWrapperConfig(architecture=timm_name(model), model_args=sized)
+    size_args = {"img_size": list(transform.size)} if hasattr(model, "set_input_size") else None
+    config = TimmWrapperConfig(architecture=timm_name(model), model_args=size_args)
     config.hidden_size = model.num_features
     with quiet_transformers():
-        made = TimmWrapperModel(config).eval()
-    made.timm_model.load_state_dict(model.state_dict(), strict=True)
-    return made
+        wrapper = TimmWrapperModel(config).eval()
+    wrapper.timm_model.load_state_dict(model.state_dict(), strict=True)
+    return wrapper
 
 
 def _pooling(tower: ImageTower, target: str) -> Any:
-    """A copy of a transformers tower whose pooler gives what the run's features are made of."""
+    """A copy of a transformers tower whose pooler gives the run's pooled features."""
     from transformers import AutoModel
 
     model: Any = getattr(tower.network, "model", None)
@@ -149,16 +149,16 @@ def _pooling(tower: ImageTower, target: str) -> Any:
     if getattr(tower.network, "pooling", "") == "first token" and config.model_type in _VIT_POOLERS:
         config.pooler_act, config.pooler_output_size = "linear", config.hidden_size
     with quiet_transformers():
-        made = AutoModel.from_config(config, dtype=torch.float32).eval()
-    missing, unexpected = made.load_state_dict(model.state_dict(), strict=False)
-    if config.model_type in _VIT_POOLERS and hasattr(made, "pooler"):
+        network = AutoModel.from_config(config, dtype=torch.float32).eval()
+    missing, unexpected = network.load_state_dict(model.state_dict(), strict=False)
+    if config.model_type in _VIT_POOLERS and hasattr(network, "pooler"):
         with torch.no_grad():
-            nn.init.eye_(made.pooler.dense.weight)
-            nn.init.zeros_(made.pooler.dense.bias)
+            nn.init.eye_(network.pooler.dense.weight)
+            nn.init.zeros_(network.pooler.dense.bias)
         missing = [name for name in missing if not name.startswith("pooler.")]
-    if missing or unexpected or not _gives_pooled(made, tower):
+    if missing or unexpected or not _gives_pooled(network, tower):
         raise ExportError(f"{target} pools {config.model_type} in another way than the run: export to onnx instead")
-    return made
+    return network
 
 
 def _gives_pooled(model: Any, tower: ImageTower) -> bool:
@@ -170,8 +170,8 @@ def _gives_pooled(model: Any, tower: ImageTower) -> bool:
 def _text(model: LiT) -> tuple[Any, dict[str, Tensor], Tensor]:
     """Config, weights and projection of the text side.
 
-    The library's BERT pools by tanh(dense(first token)). With weights so small that tanh(x) = x in float32, that is
-    the first token itself, times a power of two that the projection takes back.
+    The library's BERT pools by tanh(dense(first token)). With weights so small that tanh(x) = x in float32, that is the
+    first token itself times a power of two, which the projection undoes.
     """
     from transformers import AutoModel
 
@@ -187,18 +187,18 @@ def _text(model: LiT) -> tuple[Any, dict[str, Tensor], Tensor]:
         )
     config = tower.model.config.__class__.from_dict(tower.model.config.to_dict())
     with quiet_transformers():
-        made = AutoModel.from_config(config, dtype=torch.float32).eval()
-    made.load_state_dict(tower.model.state_dict(), strict=False)
-    norm = last_layer_norm(made)
+        network = AutoModel.from_config(config, dtype=torch.float32).eval()
+    network.load_state_dict(tower.model.state_dict(), strict=False)
+    norm = last_layer_norm(network)
     weight = without_bias(norm, text_affine(model, TARGET))
     # |LayerNorm's output| ≤ √width · |gain| + |bias|; tanh(x) differs from x by the share x² / 3 < 2⁻²⁵ where x < 2⁻¹².
     gain, shift = (float(p.detach().abs().max()) for p in (norm.weight, norm.bias))
     bound = math.sqrt(tower.width) * gain + shift
     small = 2.0 ** (-12 - math.ceil(math.log2(bound)))
     with torch.no_grad():
-        made.pooler.dense.weight.copy_(small * torch.eye(tower.width))
-        made.pooler.dense.bias.zero_()
-    return config, {name: value.clone() for name, value in made.state_dict().items()}, weight / small
+        network.pooler.dense.weight.copy_(small * torch.eye(tower.width))
+        network.pooler.dense.bias.zero_()
+    return config, {name: value.clone() for name, value in network.state_dict().items()}, weight / small
 
 
 def _save_processor(tower: ImageTower, folder: Path) -> None:
@@ -206,7 +206,7 @@ def _save_processor(tower: ImageTower, folder: Path) -> None:
         processor: Any = getattr(tower.preprocess, "processor", None)
         processor.save_pretrained(folder)
         return
-    # The wrapper's processor reads timm's settings from config.json, not from its own file, which says its class alone.
+    # The wrapper's processor reads timm's settings from config.json; its own file only names its class.
     about = read_json(folder / "config.json", ExportError)
     about["architecture"] = timm_name(timm_model(tower, TARGET))
     about["image_processor_type"] = "TimmWrapperImageProcessor"

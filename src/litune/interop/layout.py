@@ -1,15 +1,15 @@
-"""The layout of the released LiT checkpoints: which keys there are, of which shapes, and what each is here.
+"""The layout of the released LiT checkpoints: their keys, with shapes and litune's parameter for each.
 
-A file is told by its shapes alone (`find_design`). `entries` lists every key that such a file has, once, beside the
-parameter that it is in litune's model.
+A file's design is read from its shapes alone (`find_design`). `entries` lists every key of such a file once, with the
+parameter of litune's model that it holds.
 
     t                       the temperature's logarithm, (1,)
     img/…                   Vision Transformer; img/head where the images have a head
     txt/BertEncoder_0/…     BERT, or txt/Embed_0, txt/pos_embedding, txt/Encoder_0/… : a ViT-style text transformer
     txt/head                the text tower's linear head
 
-Kernels are (in, out), attention's (width, heads, depth) or (heads, depth, width). The names of the parts of a
-transformer's block are numbered in two ways, and all keys may have a prefix.
+Kernels are (in, out), attention's (width, heads, depth) or (heads, depth, width). The parts of a transformer's block
+are numbered in one of two ways, and all keys may have a prefix.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Block:
-    """What the parts of a transformer's block are called."""
+    """The names of the parts of a transformer's block."""
 
     attention: str = "MultiHeadDotProductAttention_0"
     norm: str = "LayerNorm_1"
@@ -53,7 +53,7 @@ class Transformer:
 
 @dataclass(frozen=True)
 class Design:
-    """All that a file's keys and shapes say."""
+    """The architecture that a file's keys and shapes describe."""
 
     image: Transformer
     patch: int
@@ -64,7 +64,7 @@ class Design:
     vocabulary: int
     positions: int
     segments: int
-    """Of a BERT, the rows of its table of segments."""
+    """The rows of a BERT's segment table; 0 for a ViT-style transformer."""
     second_positions: bool
     dim: int
     prefix: str = ""
@@ -84,20 +84,20 @@ class Design:
 
 @dataclass(frozen=True)
 class Entry:
-    """One key of a file, and the parameter that it is here."""
+    """One key of a file, and litune's parameter for it."""
 
     key: str
     shape: Shape
     name: str
     part: int | None = None
-    """Of a parameter that holds queries, keys and values one after the other, which of the three."""
+    """The third (0 queries, 1 keys, 2 values) of a parameter that joins all three; None for others."""
 
 
 def entries(design: Design) -> list[Entry]:
     """Every key of a file of this design, in the file's order: sorted, level by level."""
-    found = [Entry("t", (1,), "logit_scale"), *_image_entries(design), *_text_entries(design)]
+    unsorted = [Entry("t", (1,), "logit_scale"), *_image_entries(design), *_text_entries(design)]
     return [
-        Entry(design.prefix + e.key, e.shape, e.name, e.part) for e in sorted(found, key=lambda e: e.key.split("/"))
+        Entry(design.prefix + e.key, e.shape, e.name, e.part) for e in sorted(unsorted, key=lambda e: e.key.split("/"))
     ]
 
 
@@ -142,7 +142,7 @@ def _text_transformer(design: Design) -> Iterator[Entry]:
 def _block(
     official: str, size: Transformer, block: Block, ours: str, names: dict[str, str], *, joined: bool
 ) -> Iterator[Entry]:
-    """A pre-LayerNorm block; `joined` where its queries, keys and values are one matrix here."""
+    """A pre-LayerNorm block; `joined` if litune has its queries, keys and values in one matrix."""
     width, heads, depth = size.width, size.heads, size.width // size.heads
     yield from _norm(official + "LayerNorm_0", width, ours + names["norm1"])
     yield from _norm(official + block.norm, width, ours + names["norm2"])
@@ -158,7 +158,7 @@ def _block(
 
 
 def _bert(design: Design) -> Iterator[Entry]:
-    """BERT: post-LayerNorm, its kernels plain (in, out)."""
+    """BERT: post-LayerNorm, with plain (in, out) kernels."""
     width, mlp = design.text.width, design.text.mlp
     official, ours = "txt/BertEncoder_0/", "text.model."
     tables = (
@@ -193,20 +193,20 @@ def _norm(key: str, width: int, name: str) -> Iterator[Entry]:
 
 
 def find_design(shapes: dict[str, Shape], file: Path) -> Design:
-    """The design that a file's shapes tell. Raises `DataError` where they are those of no LiT checkpoint."""
+    """The design that a file's shapes describe. Raises `DataError` where it is no LiT checkpoint."""
     prefix = next(p for p in PREFIXES if not p or any(key.startswith(p) for key in shapes))
     keys = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
 
     def shape(key: str, form: str) -> Shape:
-        """The shape of a key that all else hangs on, with as many numbers as `form` names."""
-        found = keys.get(key)
-        if found is None:
+        """The shape of a required key, which must have as many numbers as `form` names."""
+        dims = keys.get(key)
+        if dims is None:
             raise DataError(f"{file} is no released LiT checkpoint: it lacks the key {prefix}{key}")
-        if len(found) != len(form.split()) or not all(found):
+        if len(dims) != len(form.split()) or not all(dims):
             raise DataError(
-                f"{file} is no released LiT checkpoint: {prefix}{key} has the shape {found}, expected ({form})"
+                f"{file} is no released LiT checkpoint: {prefix}{key} has the shape {dims}, expected ({form})"
             )
-        return found
+        return dims
 
     def transformer(encoder: str, block: Block) -> Transformer:
         first = f"{encoder}/encoderblock_0/"
@@ -235,7 +235,7 @@ def find_design(shapes: dict[str, Shape], file: Path) -> Design:
         layers = "txt/BertEncoder_0/encoder_block/layer_sequence/layers_"
         vocabulary, width = shape(embedder.format("token"), "vocabulary width")
         mlp = shape(f"{layers}0/mlp_block/mlp/dense_layer/kernel", "width mlp")[1]
-        # BERT's heads are 64 wide in every size; its kernels are flat and don't tell.
+        # BERT's heads are 64 wide in every size; its flat kernels don't show their number.
         if width % 64:
             raise DataError(f"{file} is no released LiT checkpoint: a BERT's width is a multiple of 64, not {width}")
         text = Transformer(width, _depth(keys, layers), mlp, width // 64)
@@ -258,6 +258,6 @@ def find_design(shapes: dict[str, Shape], file: Path) -> Design:
 
 
 def _depth(keys: dict[str, Shape], blocks: str) -> int:
-    """How many blocks there are whose keys begin with `blocks` and a number."""
-    numbers = {found[1] for key in keys if (found := re.match(re.escape(blocks) + r"(\d+)/", key))}
+    """The number of blocks, whose keys begin with `blocks` and a number."""
+    numbers = {match[1] for key in keys if (match := re.match(re.escape(blocks) + r"(\d+)/", key))}
     return len(numbers)

@@ -1,7 +1,7 @@
 """The released LiT checkpoints (LiT-B16B, B16B_2, L16L, L16S, L16Ti): flat `.npz` files, in and out.
 
-Reading and writing both go through the list of keys in `litune.interop.layout`, so that what was read is written back
-bit for bit. Kernels are (in, out) there and (out, in) here.
+Reading and writing share the list of keys in `litune.interop.layout`, so that a file is written back bit for bit.
+Kernels are (in, out) there and (out, in) in litune.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from litune.data.images import ImageTransform
-from litune.data.tokenizers import Tokenizer
 from litune.errors import DataError, RunError
 from litune.files import atomic
+from litune.image.pictures import ImageTransform
+from litune.image.registry import load_image_tower, weights_hash
 from litune.interop.layout import Block, Design, Entry, Shape, Transformer, entries, find_design
-from litune.model import LiT
-from litune.towers.heads import make_head
-from litune.towers.image import load_image_tower, weights_hash
-from litune.towers.text import HfTextTower, TextTower, VitTextTower, build_text_tower
+from litune.model.heads import make_head
+from litune.model.lit import LiT
+from litune.text.registry import HfTextTower, TextTower, VitTextTower, build_text_tower
+from litune.text.tokenizers import Tokenizer
 from litune.towers.vit import vit_name, vit_size
 
 DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("V2")}
-"""What a file's numbers may be; NumPy has no bfloat16 of its own and writes it as two bytes."""
+"""The dtypes of a file; NumPy has no bfloat16 and stores it as two bytes."""
 UNREADABLE = (
     zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError, TypeError, SyntaxError,
     tokenize.TokenError, MemoryError,
 )  # fmt: skip
-"""What reading a damaged, truncated or locked zip file raises, or NumPy at a damaged header."""
+"""Exceptions raised when reading a damaged, truncated or locked zip file, or a damaged NumPy header."""
 
 
 class Checkpoint:
@@ -44,7 +44,7 @@ class Checkpoint:
     def __init__(self, file: Path) -> None:
         """Read the headers of `file`.
 
-        Raises `DataError` in one line where it is no such file: what is missing, left over or misshapen.
+        Raises `DataError` where it is no such file, with the keys that are missing, left over or misshapen.
         """
         self.file = file
         try:
@@ -61,7 +61,7 @@ class Checkpoint:
 
     def _read_headers(self) -> dict[str, tuple[Shape, np.dtype[Any]]]:
         """Shape and type of every key; raises one of `UNREADABLE`."""
-        found = {}
+        headers = {}
         for info in self.zip.infolist():
             with self.zip.open(info) as stream:
                 version = np.lib.format.read_magic(stream)
@@ -75,13 +75,13 @@ class Checkpoint:
             if info.file_size < math.prod(shape) * dtype.itemsize and not dtype.hasobject:
                 raise ValueError(f"{info.filename} is cut short")
             key = info.filename.removesuffix(".npy")
-            if key in found:
+            if key in headers:
                 raise ValueError(f"it has the key {key} twice")
-            found[key] = (shape, dtype)
-        return found
+            headers[key] = (shape, dtype)
+        return headers
 
     def _check(self) -> None:
-        """Raise `DataError` unless the file has each key of its design, no other, and each of its shape and type."""
+        """Raise `DataError` unless the file has exactly the keys of its design, each with its shape and type."""
         expected = {entry.key: entry.shape for entry in self.entries}
         missing = [key for key in expected if key not in self.shapes]
         left_over = [key for key in self.shapes if key not in expected]
@@ -106,7 +106,7 @@ class Checkpoint:
 
     @property
     def dtypes(self) -> dict[str, str]:
-        """The types of the keys that are not float32."""
+        """The dtypes of the keys that are not float32."""
         names = {dtype: name for name, dtype in DTYPES.items()}
         return {key: names[dtype] for key, (_, dtype) in self.headers.items() if dtype != DTYPES["float32"]}
 
@@ -131,7 +131,7 @@ def _some(keys: list[str]) -> str:
 
 
 def build(design: Design, tokenizer: Tokenizer) -> LiT:
-    """A model of this design, its weights still to be filled in."""
+    """A model of this design, with weights yet to be loaded."""
     size = vit_name(*asdict(design.image).values())
     image = load_image_tower(f"vit:{size}/{design.patch}?size={design.image_size}&init=random")
     return LiT(
@@ -148,7 +148,7 @@ def build(design: Design, tokenizer: Tokenizer) -> LiT:
 
 
 def text_architecture(design: Design) -> dict[str, Any]:
-    """The text tower of a design, as `litune.towers.text.build_text_tower` takes it."""
+    """The text tower of a design, in the form that `litune.text.registry.build_text_tower` takes."""
     if not design.bert:
         return {
             "kind": "vit",
@@ -205,7 +205,7 @@ def read_model(checkpoint: Checkpoint, tokenizer: Tokenizer) -> LiT:
 
 
 def _ours(entry: Entry, state: dict[str, Tensor]) -> Tensor:
-    """The parameter of an entry, or its third of one."""
+    """An entry's parameter, or its third of a joined one."""
     value = state[entry.name]
     return value if entry.part is None else value.chunk(3)[entry.part]
 
@@ -226,8 +226,8 @@ def _to_official(key: str, value: Tensor, shape: Shape) -> Tensor:
 def export_npz(model: LiT, out: Path) -> None:
     """Write a model as a `.npz` file of the released layout.
 
-    One that was imported is written with the keys, types and bytes of its file. Raises `RunError` where the layout
-    has no place for what the model is: other towers or heads, a map of the image features, a bias of the loss.
+    An imported model is written with the keys, types and bytes of its file. Raises `RunError` for what the layout
+    can't hold: other towers or heads, a map of the image features, a bias of the loss.
     """
     design = model_design(model)
     tower = model.load_image_tower()
@@ -243,7 +243,7 @@ def export_npz(model: LiT, out: Path) -> None:
 
 
 def _as_type(value: np.ndarray, dtype: str) -> np.ndarray:
-    """Numbers of type float32 as another type, rounded where they have to be."""
+    """A float32 array as another dtype, rounded if need be."""
     if dtype == "bfloat16":
         return np.asarray(torch.from_numpy(value).bfloat16().view(torch.int16).numpy()).view(DTYPES[dtype])
     return np.asarray(value.astype(DTYPES[dtype]))
@@ -254,9 +254,9 @@ def _write_array(stream: IO[bytes], value: np.ndarray) -> None:
 
 
 def model_design(model: LiT) -> Design:
-    """The design that a model would have as a file, with the names of the file that it came from, if any.
+    """A model's design as a file, with the key names of the file that it was imported from, if any.
 
-    Raises `RunError` where it can have none.
+    Raises `RunError` where the layout can't hold the model.
     """
 
     def refuse(what: str) -> RunError:
@@ -278,7 +278,7 @@ def model_design(model: LiT) -> Design:
         raise refuse("its heads are not linear")
     block = vit.blocks[0]
     image = Transformer(vit.embed_dim, len(vit.blocks), block.mlp.fc1.out_features, block.attn.num_heads)
-    text = _text_facts(model.text)
+    text = _text_fields(model.text)
     if isinstance(text, str):
         raise refuse(text)
     origin = model.origin or {}
@@ -304,19 +304,19 @@ def _official_vit(model: LiT) -> Any:
     return None
 
 
-def _text_facts(text: TextTower) -> dict[str, Any] | str:
-    """What a design says of a text tower; or why it can be no released checkpoint's."""
+def _text_fields(text: TextTower) -> dict[str, Any] | str:
+    """The fields of a design that describe a text tower; or the reason why the layout can't hold it."""
     if isinstance(text, VitTextTower):
         if text.pooling != "last":
             return f"its text tower pools the {text.pooling} token (--pooling last)"
-        made = text.architecture
+        architecture = text.architecture
         return {
-            "text": Transformer(*vit_size(made["size"])),
+            "text": Transformer(*vit_size(architecture["size"])),
             "bert": False,
-            "vocabulary": made["vocab_size"],
-            "positions": made["max_tokens"],
+            "vocabulary": architecture["vocab_size"],
+            "positions": architecture["max_tokens"],
             "segments": 0,
-            "second_positions": bool(made.get("second_positions")),
+            "second_positions": bool(architecture.get("second_positions")),
         }
     config = text.model.config if isinstance(text, HfTextTower) else None
     if config is None or config.model_type != "bert":

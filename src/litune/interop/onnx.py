@@ -1,4 +1,4 @@
-"""A run as two ONNX files, run by ONNX Runtime: text.onnx and image.onnx, the tokenizer beside them."""
+"""A run as two ONNX files for ONNX Runtime, text.onnx and image.onnx, with the tokenizer beside them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from litune.data.images import ImageTransform
 from litune.errors import ExportError, MissingExtraError
 from litune.evaluation.retrieval import retrieval
-from litune.features import FeatureStore
 from litune.files import atomic, write_json
+from litune.image.pictures import ImageTransform
+from litune.image.registry import ImageTower
 from litune.interop.plain import PlainImage, PlainText, plain_image, plain_text
 from litune.interop.samples import TEXTS, compare
 from litune.interop.tokenizer import save_tokenizer
-from litune.model import LiT
-from litune.towers.image import ImageTower
+from litune.model.lit import LiT
+from litune.store.store import FeatureStore
 
 OPSET = 18
 
@@ -32,10 +32,10 @@ OPSET = 18
 def export_onnx(
     model: LiT, folder: Path, *, int8: bool, store: FeatureStore | None, split: str | None
 ) -> dict[str, Any]:
-    """Write both halves of a run as ONNX, and return what was compared.
+    """Write both halves of a run as ONNX; returns the largest differences from the run's features.
 
     text.onnx takes `input_ids` and `attention_mask` [N, T] (a vit: tower only `input_ids`, of its full length),
-    image.onnx takes `pixels` [B, 3, H, W]; both give `features` of length one. `int8` adds text.int8.onnx, with
+    image.onnx takes `pixels` [B, 3, H, W]; both give `features` of length one. `int8` adds text.int8.onnx and
     its cost: recall@k on the pairs of `store` before and after, or the cosines with the float32 features.
 
     Raises `ExportError` where a half can't be exported or differs, `MissingExtraError` without the packages.
@@ -47,17 +47,17 @@ def export_onnx(
     pixels = torch.from_numpy(np.stack([_pixels(model.load_image_tower(), Image.new("RGB", (64, 64), "red"))] * 2))
     write_image_half(image, folder / "image.onnx", pixels)
     tower = model.load_image_tower()
-    facts: dict[str, Any] = {"image": save_preprocessing(tower, folder)}
-    runtime = Runtime(folder, tower)
-    facts["largest_difference"] = compare("onnx", model, images=runtime.images, texts=runtime.texts)
+    report: dict[str, Any] = {"image": save_preprocessing(tower, folder)}
+    runtime = OnnxHalves(folder, tower)
+    report["largest_difference"] = compare("onnx", model, images=runtime.images, texts=runtime.texts)
     if int8:
         quantize_text(folder)
-        facts["int8"] = int8_cost(model, folder, store, split)
-    return facts
+        report["int8"] = int8_cost(model, folder, store, split)
+    return report
 
 
 def need_packages() -> None:
-    """Raises `MissingExtraError` without what the export and its comparison need."""
+    """Raise `MissingExtraError` unless the packages for the export and its comparison are installed."""
     for name in ("onnx", "onnxruntime", "onnxscript"):
         try:
             __import__(name)
@@ -66,7 +66,7 @@ def need_packages() -> None:
 
 
 def write_text_half(text: PlainText, file: Path) -> None:
-    """Write the text half; any number of texts, of any length where the tower takes any."""
+    """Write the text half, for any number of texts, of any length unless the tower's is fixed."""
     batch = torch.export.Dim("batch", min=1)
     if text.fixed_length is not None:
         ids = torch.zeros(2, text.fixed_length, dtype=torch.int64)
@@ -74,8 +74,8 @@ def write_text_half(text: PlainText, file: Path) -> None:
     else:
         tokens = torch.export.Dim("tokens", min=1)
         ids = torch.zeros(2, 5, dtype=torch.int64)
-        rectangle = {0: batch, 1: tokens}
-        _write(text, (ids, torch.ones_like(ids)), file, ["input_ids", "attention_mask"], (rectangle, rectangle))
+        dynamic = {0: batch, 1: tokens}
+        _write(text, (ids, torch.ones_like(ids)), file, ["input_ids", "attention_mask"], (dynamic, dynamic))
 
 
 def write_image_half(image: PlainImage, file: Path, pixels: Float[Tensor, "B 3 H W"]) -> None:
@@ -85,12 +85,12 @@ def write_image_half(image: PlainImage, file: Path, pixels: Float[Tensor, "B 3 H
 
 def _write(module: nn.Module, args: tuple[Tensor, ...], file: Path, names: list[str], shapes: Any) -> None:
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [one.level for one in loggers]
+    levels = [logger.level for logger in loggers]
     try:
         with atomic(file) as temporary, warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # the exporter's own, of axes with equal names and of what it replaces
-            for one in loggers:
-                one.setLevel(logging.ERROR)
+            warnings.simplefilter("ignore")  # the exporter warns of axes with equal names, and of what it replaces
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
             torch.onnx.export(
                 module,
                 args,
@@ -107,14 +107,14 @@ def _write(module: nn.Module, args: tuple[Tensor, ...], file: Path, names: list[
         lines = [line.strip() for line in str(why).splitlines() if line.strip()]
         raise ExportError(f"{file.name} can't be written: {lines[0][:200] if lines else type(why).__name__}") from why
     finally:
-        for one, level in zip(loggers, levels, strict=True):
-            one.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def save_preprocessing(tower: ImageTower, folder: Path) -> dict[str, Any]:
-    """Write how pictures become `pixels`, and return the name of the file with what the pixels are."""
+    """Write the settings of the preprocessing to `pixels`; returns a description of the pixels."""
     if isinstance(tower.preprocess, ImageTransform):
-        # Normalisation is in the graph: seen from outside, mean 0 and a standard deviation of one level of 255.
+        # The graph normalises: outside it, the mean is 0 and the standard deviation one level of 255.
         described = tower.preprocess.describe() | {"mean": [0.0] * 3, "std": [1 / 255] * 3}
         write_json(folder / "image.json", described)
         return {"pixels": "float32 RGB values from 0 to 255, resized and cropped as image.json says"}
@@ -129,7 +129,7 @@ def _pixels(tower: ImageTower, image: Image.Image) -> np.ndarray:
     return np.asarray(tower.preprocess(image), dtype=np.float32)
 
 
-class Runtime:
+class OnnxHalves:
     """The exported halves in ONNX Runtime; without a tower, the text half alone."""
 
     def __init__(self, folder: Path, tower: ImageTower | None, text: str = "text.onnx") -> None:
@@ -161,7 +161,7 @@ class Runtime:
 
 
 def quantize_text(folder: Path) -> None:
-    """Write text.int8.onnx: the weights of text.onnx as 8-bit integers, activations quantised as they come."""
+    """Write text.int8.onnx: text.onnx with 8-bit weights, and activations quantised dynamically."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -169,7 +169,7 @@ def quantize_text(folder: Path) -> None:
     del model.graph.value_info[:]  # the exporter's shapes of what quantising transposes
     quiet, level = logging.getLogger(), logging.getLogger().level
     with atomic(folder / "text.int8.onnx") as temporary:
-        quiet.setLevel(logging.ERROR)  # it advises a preparation that this model does not need
+        quiet.setLevel(logging.ERROR)  # it recommends a preprocessing step that this model does not need
         try:
             quantize_dynamic(model, temporary, per_channel=True, weight_type=QuantType.QInt8)
         finally:
@@ -179,7 +179,7 @@ def quantize_text(folder: Path) -> None:
 def int8_cost(model: LiT, folder: Path, store: FeatureStore | None, split: str | None) -> dict[str, Any]:
     """What 8-bit weights cost: recall@k before and after on the pairs of a store, otherwise cosines."""
     tower = model.load_image_tower()
-    full, small = Runtime(folder, tower), Runtime(folder, tower, "text.int8.onnx")
+    full, small = OnnxHalves(folder, tower), OnnxHalves(folder, tower, "text.int8.onnx")
     sizes = {name: (folder / name).stat().st_size for name in ("text.onnx", "text.int8.onnx")}
     if store is None:
         cosines = (full.texts(TEXTS) * small.texts(TEXTS)).sum(1)
@@ -187,9 +187,9 @@ def int8_cost(model: LiT, folder: Path, store: FeatureStore | None, split: str |
     pairs = store.select(split)
     images, owner = model.encode_features(pairs.features()), torch.from_numpy(pairs.owner)
     recall = {
-        name: {way: found[way] for way in ("text_to_image", "image_to_text")}
+        name: {way: figures[way] for way in ("text_to_image", "image_to_text")}
         for name, runtime in (("float32", full), ("int8", small))
-        for found in [retrieval(images, runtime.texts(pairs.captions), owner)]
+        for figures in [retrieval(images, runtime.texts(pairs.captions), owner)]
     }
-    about = {"store": str(store.path), "split": split, "images": len(pairs), "captions": len(owner)}
-    return {"bytes": sizes, **about, "recall": recall}
+    selection = {"store": str(store.path), "split": split, "images": len(pairs), "captions": len(owner)}
+    return {"bytes": sizes, **selection, "recall": recall}

@@ -15,15 +15,15 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from litune.data.images import ImageTransform, timm_settings
 from litune.errors import ExportError, MissingExtraError
 from litune.files import atomic, write_json
+from litune.image.pictures import ImageTransform, timm_settings
+from litune.image.registry import ImageTower
 from litune.interop.fold import Affine, image_affine, text_affine, without_bias
 from litune.interop.samples import TEXTS, compare, target_length
 from litune.interop.tokenizer import check_ids, save_tokenizer
-from litune.model import LiT
-from litune.towers.image import ImageTower
-from litune.towers.text import HfTextTower, VitTextTower
+from litune.model.lit import LiT
+from litune.text.registry import HfTextTower, VitTextTower
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 _HF_KINDS = ("bert", "roberta", "xlm-roberta")
@@ -31,9 +31,9 @@ _POOLERS = {"first": "cls_last_hidden_state_pooler", "mean": "mean_pooler"}
 
 
 def export_open_clip(model: LiT, folder: Path) -> dict[str, Any]:
-    """Write config, weights and tokenizer, and return what was compared, with notes on what differs by design.
+    """Write config, weights and tokenizer; returns the largest differences, with notes on what differs by design.
 
-    timm towers and the text towers bert, roberta, xlm-roberta and vit: can be expressed, with linear heads or none.
+    Supported are timm image towers and the text towers bert, roberta, xlm-roberta and vit:, with linear heads or none.
     Raises `ExportError` for others, or where open_clip's features differ; `MissingExtraError` without the package.
     """
     open_clip = _package()
@@ -62,27 +62,27 @@ def export_open_clip(model: LiT, folder: Path) -> dict[str, Any]:
     notes = [
         "open_clip's tokenizer mends texts (ftfy, HTML entities) before it reads them; litune takes them as they are"
     ]
-    facts: dict[str, Any] = {"notes": notes}
+    report: dict[str, Any] = {"notes": notes}
     if not _same_pictures(tower):
         from timm.data import create_transform
 
         assert isinstance(tower.preprocess, ImageTransform)
-        facts["timm_transform"] = timm_settings(tower.preprocess)
-        transform = create_transform(**facts["timm_transform"])
+        report["timm_transform"] = timm_settings(tower.preprocess)
+        transform = create_transform(**report["timm_transform"])
         notes.append(
             "open_clip's own transform can't cut pictures as the tower wants them: prepare them with "
             "timm.data.create_transform(**settings), the settings being `timm_transform` in litune.json"
         )
 
     @torch.no_grad()
-    def images(found: list[Image.Image]) -> Float[Tensor, "B D"]:
-        return target_length(loaded.encode_image(torch.stack([transform(one) for one in found])))
+    def images(pictures: list[Image.Image]) -> Float[Tensor, "B D"]:
+        return target_length(loaded.encode_image(torch.stack([transform(picture) for picture in pictures])))
 
     @torch.no_grad()
-    def texts(found: Sequence[str]) -> Float[Tensor, "N D"]:
-        return target_length(loaded.encode_text(tokenizer(list(found))))
+    def texts(batch: Sequence[str]) -> Float[Tensor, "N D"]:
+        return target_length(loaded.encode_text(tokenizer(list(batch))))
 
-    return facts | {"largest_difference": compare("open_clip", model, images=images, texts=texts)}
+    return report | {"largest_difference": compare("open_clip", model, images=images, texts=texts)}
 
 
 def _package() -> Any:
@@ -100,7 +100,7 @@ def _quiet() -> Iterator[None]:
     logging.getLogger().setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the library's own, of what it imports
+            warnings.simplefilter("ignore")  # the library warns about its own imports
             yield
     finally:
         logging.getLogger().setLevel(level)
@@ -108,14 +108,14 @@ def _quiet() -> Iterator[None]:
 
 def timm_model(tower: ImageTower, target: str) -> Any:
     """The tower's timm model. Raises `ExportError` where it is another kind of tower."""
-    found = getattr(tower.network, "model", None)
-    if not hasattr(found, "pretrained_cfg") or not isinstance(tower.preprocess, ImageTransform):
+    model = getattr(tower.network, "model", None)
+    if not hasattr(model, "pretrained_cfg") or not isinstance(tower.preprocess, ImageTransform):
         raise ExportError(f"{target} takes timm image towers, not {tower.spec}: export to onnx instead")
-    return found
+    return model
 
 
 def timm_name(model: Any) -> str:
-    """The architecture by which timm makes the model again."""
+    """The architecture name from which timm builds the model."""
     return str(model.pretrained_cfg["architecture"])
 
 
@@ -149,7 +149,7 @@ def _visual(tower: ImageTower) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _same_pictures(tower: ImageTower) -> bool:
-    """Whether open_clip's own transform gives the tower's pixels: it has no share that the crop keeps."""
+    """Whether open_clip's own transform gives the tower's pixels: it has no crop_pct."""
     t = tower.preprocess
     assert isinstance(t, ImageTransform)
     square = t.size[0] == t.size[1]
@@ -204,32 +204,32 @@ def _refuse_pooling(pooling: str, known: tuple[str, ...]) -> None:
 
 def _weights(model: LiT, tower: ImageTower) -> dict[str, Tensor]:
     weight, bias = image_affine(model, "open_clip")
-    found = {f"visual.trunk.{name}": value for name, value in timm_model(tower, "open_clip").state_dict().items()}
-    found |= {"visual.head.proj.weight": weight.float(), "visual.head.proj.bias": bias.float()}
-    found["logit_scale"] = model.logit_scale.detach()
+    state = {f"visual.trunk.{name}": value for name, value in timm_model(tower, "open_clip").state_dict().items()}
+    state |= {"visual.head.proj.weight": weight.float(), "visual.head.proj.bias": bias.float()}
+    state["logit_scale"] = model.logit_scale.detach()
     if model.logit_bias is not None:
-        found["logit_bias"] = model.logit_bias.detach()
-    affine = text_affine(model, "open_clip")
-    made = _vit_weights(model.text, affine) if isinstance(model.text, VitTextTower) else _hf_weights(model.text, affine)
-    return {name: value.detach().contiguous() for name, value in (found | made).items()}
+        state["logit_bias"] = model.logit_bias.detach()
+    text, affine = model.text, text_affine(model, "open_clip")
+    state |= _vit_weights(text, affine) if isinstance(text, VitTextTower) else _hf_weights(text, affine)
+    return {name: value.detach().contiguous() for name, value in state.items()}
 
 
 def _hf_weights(tower: Any, affine: Affine) -> dict[str, Tensor]:
     norm = last_layer_norm(tower.model)
-    kept = {name: value.clone() for name, value in norm.state_dict().items()}
+    saved = {name: value.clone() for name, value in norm.state_dict().items()}
     weight = without_bias(norm, affine)
-    found = {f"text.transformer.{name}": value.clone() for name, value in tower.model.state_dict().items()}
-    norm.load_state_dict(kept)
-    return found | {"text.proj.weight": weight.float()}
+    state = {f"text.transformer.{name}": value.clone() for name, value in tower.model.state_dict().items()}
+    norm.load_state_dict(saved)
+    return state | {"text.proj.weight": weight.float()}
 
 
 def last_layer_norm(bert: Any) -> Any:
-    """The LayerNorm that a BERT-like model's last hidden states come from."""
+    """The LayerNorm that outputs a BERT-like model's last hidden states."""
     return bert.encoder.layer[-1].output.LayerNorm
 
 
 def _vit_weights(tower: VitTextTower, affine: Affine) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {
+    state: dict[str, Tensor] = {
         "token_embedding.weight": tower.token_table().weight,
         "positional_embedding": tower.position_embedding,
         "ln_final.weight": tower.norm.weight,
@@ -238,18 +238,18 @@ def _vit_weights(tower: VitTextTower, affine: Affine) -> dict[str, Tensor]:
         "text_projection.bias": affine[1].float(),
     }
     names = {"norm1": "ln_1", "norm2": "ln_2", "out": "attn.out_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
-    for number, each in enumerate(tower.blocks):
-        block: Any = each
+    for number, module in enumerate(tower.blocks):
+        block: Any = module
         for part in ("weight", "bias"):
             for ours, theirs in names.items():
-                found[f"transformer.resblocks.{number}.{theirs}.{part}"] = getattr(getattr(block, ours), part)
+                state[f"transformer.resblocks.{number}.{theirs}.{part}"] = getattr(getattr(block, ours), part)
             joined = torch.cat([getattr(layer, part) for layer in (block.query, block.key, block.value)])
-            found[f"transformer.resblocks.{number}.attn.in_proj_{part}"] = joined
-    return {f"text.{name}": value for name, value in found.items()}
+            state[f"transformer.resblocks.{number}.attn.in_proj_{part}"] = joined
+    return {f"text.{name}": value for name, value in state.items()}
 
 
 def _check_tokens(model: LiT, tokenizer: Any) -> None:
-    """Raise `ExportError` where open_clip's tokens of the texts it has cleaned are not the run's."""
+    """Raise `ExportError` where open_clip's tokens of the texts, as it cleans them, are not the run's."""
     cleaned = tuple(tokenizer.clean_fn(text) for text in TEXTS)
     ours = model.tokenizer(cleaned).lengths
     rows = [ids[:n] for ids, n in zip(tokenizer(list(TEXTS)).tolist(), ours, strict=True)]

@@ -1,7 +1,7 @@
-"""The two halves of a run as plain modules: padded token ids, or pixels, to features. What other runtimes are given.
+"""The two halves of a run as plain modules for other runtimes: padded token ids, or pixels, to features.
 
-Training packs texts into rows and skips padding (`litune.towers.packing`); here a batch is a rectangle with a mask,
-as every other library has it. Both give the same features.
+Training packs texts into rows and skips padding (`litune.text.packing`); here a batch is padded and masked, as other
+libraries expect. Both give the same features.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from litune.errors import ExportError
-from litune.losses import normalize
-from litune.model import LiT
-from litune.towers.image import ImageTower
-from litune.towers.text import HfTextTower, TextTower, VitTextTower
+from litune.image.registry import ImageTower
+from litune.model.lit import LiT
+from litune.text.registry import HfTextTower, TextTower, VitTextTower
+from litune.vectors import normalize
 
 
 def plain_text(model: LiT) -> PlainText:
-    """The text half. Raises `ExportError` for a kind of tower that has no plain form."""
+    """The text half. Raises `ExportError` for a tower other than hf: and vit:."""
     if not isinstance(model.text, HfTextTower | VitTextTower):
         kind = model.text.architecture.get("kind")
         raise ExportError(f"a text tower of the kind {kind!r} can't be exported: export runs of hf: and vit: towers")
@@ -29,7 +29,7 @@ def plain_text(model: LiT) -> PlainText:
 
 
 def plain_image(model: LiT) -> PlainImage:
-    """The image half. Raises `ExportError` where the tower is no torch module, `TowerError` where it is not found."""
+    """The image half. Raises `ExportError` for a tower that is no torch module, `TowerError` where it is not found."""
     tower = model.load_image_tower()
     if not isinstance(tower.network, nn.Module):
         raise ExportError(
@@ -39,7 +39,7 @@ def plain_image(model: LiT) -> PlainImage:
 
 
 class PlainText(nn.Module):
-    """Padded texts to features. `fixed_length` is the number of tokens that every text must have; None: any."""
+    """Padded texts to features. `fixed_length` is the number of tokens that every text must have, or None."""
 
     def __init__(self, tower: TextTower, head: nn.Module) -> None:
         super().__init__()
@@ -48,16 +48,16 @@ class PlainText(nn.Module):
         self.fixed_length = tower.max_positions if isinstance(tower, VitTextTower) else None
 
     def hidden(self, input_ids: Int[Tensor, "N T"], attention_mask: Int[Tensor, "N T"]) -> Float[Tensor, "N T W"]:
-        """The last hidden states; those of padding mean nothing."""
+        """The last hidden states; those of padding are undefined."""
         if isinstance(self.tower, VitTextTower):
             return vit_hidden(self.tower, input_ids)
-        found: Tensor = self.tower.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return found
+        states: Tensor = self.tower.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return states
 
     def forward(
         self, input_ids: Int[Tensor, "N T"], attention_mask: Int[Tensor, "N T"] | None = None
     ) -> Float[Tensor, "N D"]:
-        """Features of length one. The mask is 1 for tokens, 0 for padding on the right; without it there is none."""
+        """Features of length one. The mask is 1 for tokens and 0 for padding on the right; None: no padding."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         hidden = self.hidden(input_ids, attention_mask)
@@ -76,7 +76,7 @@ def pool_padded(hidden: Float[Tensor, "N T W"], mask: Int[Tensor, "N T"], how: s
 
 
 def vit_hidden(tower: VitTextTower, ids: Int[Tensor, "N T"]) -> Float[Tensor, "N T W"]:
-    """The last hidden states of the ViT-style text transformer, for texts of its full length."""
+    """The last hidden states of the ViT-style text transformer, for texts padded to its full length."""
     x = tower.token_embedding(ids) + tower.position_embedding
     for block in tower.blocks:
         y = block.norm1(x)  # type: ignore[operator]
@@ -87,12 +87,12 @@ def vit_hidden(tower: VitTextTower, ids: Int[Tensor, "N T"]) -> Float[Tensor, "N
         mixed = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
         x = x + block.out(mixed)  # type: ignore[operator]
         x = x + block.down(F.gelu(block.up(block.norm2(x)), approximate="tanh"))  # type: ignore[operator]
-    found: Tensor = tower.norm(x)
-    return found
+    states: Tensor = tower.norm(x)
+    return states
 
 
 class PlainImage(nn.Module):
-    """Pictures to features. `raw_pixels` says whether pixels are 0 to 255, or what the tower's own processor gives."""
+    """Pictures to features. Pixels are 0 to 255 if `raw_pixels`, else what the tower's own processor gives."""
 
     def __init__(self, tower: ImageTower, model: LiT) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Pictures and texts that every export is tried on, and the comparison with the run."""
+"""Sample pictures and texts on which every export is compared with its run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from litune.errors import ExportError
-from litune.model import LiT
+from litune.model.lit import LiT
 
 TOLERANCE = 1e-5
-"""The greatest difference of a feature's entries that an export may have, in float32."""
+"""The largest absolute difference in a feature's entries that is accepted, in float32."""
 
 TEXTS = (
     "a photo of a dog",
@@ -49,22 +49,22 @@ def compare(
     images: Callable[[list[Image.Image]], Float[Tensor, "B D"]] | None = None,
     texts: Callable[[Sequence[str]], Float[Tensor, "N D"]] | None = None,
 ) -> dict[str, float]:
-    """The greatest differences between the run's features and those of the export's own two functions.
+    """The largest differences between the run's features and the export's, per side.
 
-    Raises `ExportError` where one is above `TOLERANCE`.
+    Raises `ExportError` where one exceeds `TOLERANCE`.
     """
-    found = {}
+    differences = {}
     if images is not None:
-        found["images"] = _difference(model.encode_image(pictures()), images(pictures()))
+        differences["images"] = _difference(model.encode_image(pictures()), images(pictures()))
     if texts is not None:
-        found["texts"] = _difference(model.encode_text(TEXTS), texts(TEXTS))
-    for side, difference in found.items():
+        differences["texts"] = _difference(model.encode_text(TEXTS), texts(TEXTS))
+    for side, difference in differences.items():
         if not difference <= TOLERANCE:
             raise ExportError(
                 f"the features of {side} in the {what} export differ from the run's by {difference:.1e}, "
                 f"more than {TOLERANCE:.0e}: it was removed; export to onnx instead, or report it"
             )
-    return found
+    return differences
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:
@@ -74,5 +74,5 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 def target_length(features: Tensor) -> Tensor:
-    """Features divided by their length: what most libraries do without a small number added."""
+    """Features divided by their length, without an epsilon, as most libraries do."""
     return torch.nn.functional.normalize(features, dim=-1)

@@ -1,7 +1,7 @@
 """A run as a folder that `sentence_transformers.SentenceTransformer(FOLDER)` loads; `encode` takes texts and pictures.
 
-The library's own modules do: a router by modality, and on each side a transformer, a dense layer and the
-normalisation. No code travels with the folder.
+It consists of the library's own modules: a router by modality, and on each side a transformer, a dense layer and the
+normalisation. The folder contains no code.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from torch import Tensor
 
 from litune.errors import ExportError, MissingExtraError
 from litune.files import write_text
-from litune.interop.card import card
 from litune.interop.fold import Affine, image_affine, text_affine
 from litune.interop.hf import save_vision
 from litune.interop.samples import compare
 from litune.interop.tokenizer import save_tokenizer
-from litune.model import LiT
+from litune.model.card import card
+from litune.model.lit import LiT
+from litune.text.registry import HfTextTower
 from litune.towers.quiet import quiet_transformers
-from litune.towers.text import HfTextTower
 
 _POOLINGS = {"first": "cls", "mean": "mean", "last": "lasttoken"}
 TARGET = "sentence-transformers"
 
 
 def export_sentence_transformers(model: LiT, run: Path, folder: Path) -> dict[str, Any]:
-    """Write the folder and a model card, and return what was compared.
+    """Write the folder and a model card; returns the largest differences from the run's features.
 
-    hf: text towers, timm: and hf: image towers, with linear heads or none, can be expressed. Raises `ExportError` for
+    Supported are hf: text towers and timm: and hf: image towers, with linear heads or none. Raises `ExportError` for
     others, or where features differ; `MissingExtraError` without the package.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the library's own, of what it imports
+            warnings.simplefilter("ignore")  # the library warns about its own imports
             from sentence_transformers import SentenceTransformer
             from sentence_transformers.base.modules import Router
     except ImportError:
@@ -52,11 +52,11 @@ def export_sentence_transformers(model: LiT, run: Path, folder: Path) -> dict[st
     with quiet_transformers():
         loaded = SentenceTransformer(str(folder), device="cpu")
 
-    def images(found: list[Image.Image]) -> Float[Tensor, "B D"]:
-        return _encode(loaded, found)
+    def images(pictures: list[Image.Image]) -> Float[Tensor, "B D"]:
+        return _encode(loaded, pictures)
 
-    def texts(found: Sequence[str]) -> Float[Tensor, "N D"]:
-        return _encode(loaded, list(found))
+    def texts(batch: Sequence[str]) -> Float[Tensor, "N D"]:
+        return _encode(loaded, list(batch))
 
     differences = compare(TARGET, model, images=images, texts=texts)
     write_text(folder / "README.md", card(run, library=TARGET, use=_use(folder.name)))
@@ -64,8 +64,8 @@ def export_sentence_transformers(model: LiT, run: Path, folder: Path) -> dict[st
 
 
 def _encode(loaded: Any, inputs: Sequence[Any]) -> Tensor:
-    found: Tensor = loaded.encode(inputs, convert_to_tensor=True, show_progress_bar=False)
-    return found
+    features: Tensor = loaded.encode(inputs, convert_to_tensor=True, show_progress_bar=False)
+    return features
 
 
 def _use(name: str) -> str:

@@ -1,4 +1,4 @@
-"""A run's tokenizer as one file that lays out, cuts and pads by itself, as other libraries expect it."""
+"""A run's tokenizer as one file that adds special tokens, truncates and pads itself, as other libraries expect."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import numpy as np
 import tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from litune.data.tokenizers import Tokenizer
 from litune.errors import ExportError
 from litune.files import write_json, write_text
 from litune.interop.samples import TEXTS
+from litune.text.tokenizers import Tokenizer
 
 _PADS = ("[PAD]", "<pad>", "</s>", "<unk>", "[UNK]")
 
 
 def plain_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """A copy that gives the run's ids without further code: special tokens, length and padding are inside.
+    """A copy that gives the run's ids by itself: special tokens, truncation and padding included.
 
-    Raises `ExportError` where the tokenizer's own rules can't say what the run does.
+    Raises `ExportError` where the tokenizer's own rules can't express what the run does.
     """
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
     if tokenizer.layout == "bert":
@@ -42,7 +42,7 @@ def plain_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 
 
 def pad_token(backend: tokenizers.Tokenizer) -> str:
-    """A token to pad with. Raises `ExportError` where there is none of the usual ones."""
+    """A token to pad with. Raises `ExportError` where the tokenizer has none of the usual ones."""
     for token in _PADS:
         if backend.token_to_id(token) is not None:
             return token
@@ -50,11 +50,11 @@ def pad_token(backend: tokenizers.Tokenizer) -> str:
 
 
 def check_ids(tokenizer: Tokenizer, rows: list[list[int]], texts: tuple[str, ...] = TEXTS) -> None:
-    """Raise `ExportError` where ids, without padding, are not those of the run."""
-    ours = tokenizer(texts)
-    for text, ids, mine in zip(texts, rows, np.split(ours.ids, np.cumsum(ours.lengths)[:-1]), strict=True):
-        found = ids + [mine[-1]] * (len(mine) - len(ids)) if tokenizer.layout == "sticky_eos" else ids
-        if found != mine.tolist():
+    """Raise `ExportError` where unpadded ids differ from the run's."""
+    expected = tokenizer(texts)
+    for text, ids, own in zip(texts, rows, np.split(expected.ids, np.cumsum(expected.lengths)[:-1]), strict=True):
+        padded = ids + [own[-1]] * (len(own) - len(ids)) if tokenizer.layout == "sticky_eos" else ids
+        if padded != own.tolist():
             raise ExportError(
                 f"the tokenizer's own rules can't cut or frame texts as the run does (at {text[:24]!r}): "
                 "tune with a tokenizer that ends texts by a special token"
@@ -62,7 +62,7 @@ def check_ids(tokenizer: Tokenizer, rows: list[list[int]], texts: tuple[str, ...
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer, **more: Any) -> tokenizers.Tokenizer:
-    """Write tokenizer.json and the tokenizer_config.json by which transformers loads it as it is."""
+    """Write tokenizer.json, and the tokenizer_config.json with which transformers loads it unchanged."""
     backend = plain_tokenizer(tokenizer)
     pad = (backend.padding or {})["pad_token"]
     write_text(folder / "tokenizer.json", backend.to_str())

@@ -1,15 +1,15 @@
-"""A run and the images of a store as a folder of plain files: the page of `litune serve`, its model in the browser.
+"""A run and the images of a store as static files: the page of `litune serve`, with its model in the browser.
 
-    index.html, page/          the page; its backend.js says that it asks the worker, not a server
-    page/local/                the worker: tokenizer, pictures into pixels, onnxruntime-web
+    index.html, page/          the page; its backend.js asks the worker instead of a server
+    page/local/                the worker: tokenizer, preprocessing, onnxruntime-web
     data/model.json            what the page shows of the run, and the temperature
     data/text.onnx             the text tower (text.int8.onnx with int8), tokenizer.json beside it
     data/features.f16          the store's image features [N, D]: float16, little-endian, of length one
     data/images.json           keys, captions and labels of the N images
     data/pictures/ROW.jpg      small pictures
-    data/image.onnx            the image tower, where it was asked for
+    data/image.onnx            the image tower, if requested
 
-Any server of plain files will do; nothing is fetched from elsewhere and nothing is sent.
+Any static file server will do; nothing is fetched from elsewhere and nothing is sent.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ import numpy as np
 import torch
 from PIL import Image
 
-from litune.data.images import ImageTransform, map_ahead, open_rgb
-from litune.data.names import BARE_TEMPLATES, DEFAULT_TEMPLATES, SHORT_TEMPLATES
-from litune.data.references import read_bytes
-from litune.data.tokenizers import Tokenizer
 from litune.devices import processor_cores
 from litune.errors import DataError, ExportError
-from litune.features import FeatureStore
 from litune.files import atomic, cache_folder, write_json, write_text
-from litune.interop.onnx import Runtime, need_packages, quantize_text, write_image_half, write_text_half
+from litune.image.pictures import ImageTransform, map_ahead, open_rgb
+from litune.interop.onnx import OnnxHalves, need_packages, quantize_text, write_image_half, write_text_half
 from litune.interop.plain import plain_image, plain_text
 from litune.interop.samples import TEXTS, compare, pictures
 from litune.interop.tokenizer import save_tokenizer
-from litune.model import LiT
+from litune.model.lit import LiT
+from litune.pairs.reference import read_bytes
 from litune.progress import say, track
+from litune.prompts import BARE_TEMPLATES, DEFAULT_TEMPLATES, SHORT_TEMPLATES
+from litune.store.store import FeatureStore
+from litune.text.tokenizers import Tokenizer
 
 ONNXRUNTIME_WEB = "1.30.0"
 RUNTIME_FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
 SIDE, QUALITY = 256, 80
 """The longer side of the small pictures, and their JPEG quality."""
 MOST_CAPTIONS = 5
-"""So many captions of an image are shown."""
+"""At most this many captions of an image are shown."""
 
 KINDS: dict[str, set[str | None]] = {
     "normalizer": {
@@ -65,7 +65,7 @@ KINDS: dict[str, set[str | None]] = {
     "model": {"WordPiece", "BPE", "Unigram"},
     "post_processor": {None, "TemplateProcessing", "ByteLevel"},
 }  # fmt: skip
-"""The parts of a tokenizer.json that local/tokenizer.js knows."""
+"""The parts of a tokenizer.json that local/tokenizer.js implements."""
 
 
 def export_web(
@@ -80,10 +80,11 @@ def export_web(
     with_image_tower: bool,
     runtime: Path | None,
 ) -> dict[str, Any]:
-    """Write the page with everything it needs, and return what was compared and how large it is.
+    """Write the page with everything it needs; returns the largest differences from the run and the size in bytes.
 
-    `runtime` is a folder with the files of the npm package onnxruntime-web; by default npm brings them. The text tower
-    (and the image tower) are compared with the run in ONNX Runtime, the tokenizer with node where that is installed.
+    `runtime` is a folder with the files of the npm package onnxruntime-web, which npm fetches by default. The text
+    tower (and the image tower) are compared with the run in ONNX Runtime, the tokenizer with node where that is
+    installed.
 
     Raises `ExportError` where a half or the tokenizer can't be expressed, or onnxruntime-web can't be had;
     `DataError` where not one picture of the store can be read.
@@ -99,24 +100,24 @@ def export_web(
     (page / "index.html").replace(folder / "index.html")
 
     write_text_half(plain_text(model), data / "text.onnx")
-    facts: dict[str, Any] = {"largest_difference": compare("web", model, texts=Runtime(data, None).texts)}
+    report: dict[str, Any] = {"largest_difference": compare("web", model, texts=OnnxHalves(data, None).texts)}
     text_file = "text.onnx"
     if int8:
-        facts["int8"], text_file = _to_int8(model, data), "text.int8.onnx"
+        report["int8"], text_file = _to_int8(model, data), "text.int8.onnx"
     if tower is not None:
-        pixels = torch.from_numpy(np.stack([tower(one) for one in pictures()[:2]]).astype(np.float32))
+        pixels = torch.from_numpy(np.stack([tower(picture) for picture in pictures()[:2]]).astype(np.float32))
         write_image_half(plain_image(model), data / "image.onnx", pixels)
-        halves = Runtime(data, model.load_image_tower(), text_file)
-        facts["largest_difference"] |= compare("web", model, images=halves.images)
+        halves = OnnxHalves(data, model.load_image_tower(), text_file)
+        report["largest_difference"] |= compare("web", model, images=halves.images)
 
-    facts["tokenizer_checked"] = _check_with_node(model.tokenizer, data, local, store, rows)
+    report["tokenizer_checked"] = _check_with_node(model.tokenizer, data, local, store, rows)
     _write_features(model, store, rows, data / "features.f16")
     _write_pictures(store, rows, data / "pictures")
     labels = _write_images(store, rows, data / "images.json")
-    shown = {
+    page_data = {
         "run": name,
         "dim": model.dim,
-        "temperature": float(model.scale.detach()),  # what the server's API calls so: the factor on the cosines
+        "temperature": float(model.scale.detach()),  # as the server's API names it: the factor on the cosines
         "text_tower": text_tower,
         "image_tower": (model.image_provenance or {}).get("spec"),
         "can_encode_images": with_image_tower,
@@ -129,15 +130,15 @@ def export_web(
         "columns": ["key", "captions", *(["label"] if labels else [])],
     }
     settings = None if tower is None else {**tower.describe(), "mean": None, "std": None}
-    about = {"page": shown, "text_file": text_file, "image": settings}
+    about = {"page": page_data, "text_file": text_file, "image": settings}
     write_json(data / "model.json", about)
-    facts["bytes"] = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    say(f"{len(rows):,} images, {facts['bytes'] / 1e6:.0f} MB; look at it:  python -m http.server -d {folder}")
-    return facts
+    report["bytes"] = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    say(f"{len(rows):,} images, {report['bytes'] / 1e6:.0f} MB; look at it:  python -m http.server -d {folder}")
+    return report
 
 
 def check_tokenizer(config: dict[str, Any]) -> None:
-    """Raise `ExportError` where a tokenizer.json has a part that the page's tokenizer does not know."""
+    """Raise `ExportError` where a tokenizer.json has a part that the page's tokenizer does not implement."""
     for part, known in KINDS.items():
         for kind in _kinds(config.get(part)):
             if kind not in known:
@@ -151,30 +152,30 @@ def check_tokenizer(config: dict[str, Any]) -> None:
 def _kinds(part: dict[str, Any] | None) -> Iterator[str | None]:
     yield None if part is None else part["type"]
     for inner in ("normalizers", "pretokenizers"):
-        for one in (part or {}).get(inner, []):
-            yield from _kinds(one)
+        for child in (part or {}).get(inner, []):
+            yield from _kinds(child)
 
 
 def _preprocessed_here(model: LiT) -> ImageTransform:
-    """The image tower's preprocessing, if local/pixels.js can do it."""
+    """The image tower's preprocessing. Raises `ExportError` where local/pixels.js can't do it."""
     tower = model.load_image_tower()
-    found = tower.preprocess
-    if not isinstance(found, ImageTransform):
+    transform = tower.preprocess
+    if not isinstance(transform, ImageTransform):
         raise ExportError(
             f"the preprocessing of {tower.spec} is not known to the browser: leave out --with-image-tower"
         )
-    square = found.size[0] == found.size[1]
-    if found.crop_mode != "squash" and not (found.crop_mode == "center" and square):
-        raise ExportError(f"crop_mode {found.crop_mode} of {found.size} pixels: leave out --with-image-tower")
-    if found.interpolation not in ("bilinear", "bicubic", "lanczos", "tensorflow"):
-        raise ExportError(f"interpolation {found.interpolation} is not the browser's: leave out --with-image-tower")
-    return found
+    square = transform.size[0] == transform.size[1]
+    if transform.crop_mode != "squash" and not (transform.crop_mode == "center" and square):
+        raise ExportError(f"crop_mode {transform.crop_mode} of {transform.size} pixels: leave out --with-image-tower")
+    if transform.interpolation not in ("bilinear", "bicubic", "lanczos", "tensorflow"):
+        raise ExportError(f"interpolation {transform.interpolation} is not the browser's: leave out --with-image-tower")
+    return transform
 
 
 def find_runtime(local: Path, given: Path | None) -> None:
-    """Put onnxruntime-web's files into `local`: from a folder that has them, or by npm into the user's cache."""
+    """Copy onnxruntime-web's files into `local`, from the folder `given` or from the cache, which npm fills."""
     if given is not None:
-        source = next((one for one in (given, given / "dist") if (one / RUNTIME_FILES[0]).is_file()), None)
+        source = next((folder for folder in (given, given / "dist") if (folder / RUNTIME_FILES[0]).is_file()), None)
         if source is None or not all((source / name).is_file() for name in RUNTIME_FILES):
             raise ExportError(f"{given} has no {' and '.join(RUNTIME_FILES)}: give the dist/ of onnxruntime-web")
     else:
@@ -219,16 +220,16 @@ def _copy_page(page: Path) -> None:
 
 
 def _copy(source: Traversable, target: Path) -> None:
-    for one in source.iterdir():
-        if one.is_file() and not one.name.startswith("."):
-            (target / one.name).write_bytes(one.read_bytes())
+    for file in source.iterdir():
+        if file.is_file() and not file.name.startswith("."):
+            (target / file.name).write_bytes(file.read_bytes())
 
 
 def _to_int8(model: LiT, data: Path) -> dict[str, Any]:
-    """Replace text.onnx by text.int8.onnx; what that costs."""
+    """Replace text.onnx by text.int8.onnx; returns the sizes of both and the cosines between their features."""
     quantize_text(data)
     sizes = {name: (data / name).stat().st_size for name in ("text.onnx", "text.int8.onnx")}
-    cosines = (model.encode_text(TEXTS) * Runtime(data, None, "text.int8.onnx").texts(TEXTS)).sum(1)
+    cosines = (model.encode_text(TEXTS) * OnnxHalves(data, None, "text.int8.onnx").texts(TEXTS)).sum(1)
     (data / "text.onnx").unlink()
     return {"bytes": sizes, "cosine": {"least": float(cosines.min()), "mean": float(cosines.mean())}}
 
@@ -243,7 +244,7 @@ console.log(JSON.stringify(texts.map((text) => tokenizer.encode(text))));
 
 
 def browser_ids(local: Path, config: dict[str, Any], texts: list[str]) -> list[list[int]]:
-    """Ids of texts by local/tokenizer.js with this tokenizer.json, run by node. Raises `OSError` where it can't run."""
+    """Token ids of texts from local/tokenizer.js with this tokenizer.json, in node. Raises `OSError` where it fails."""
     with tempfile.TemporaryDirectory() as temporary:
         for name in ("tokenizer.js", "unicode.js"):
             shutil.copyfile(local / name, Path(temporary) / name)
@@ -252,14 +253,14 @@ def browser_ids(local: Path, config: dict[str, Any], texts: list[str]) -> list[l
         asked = json.dumps({"config": config, "texts": texts})
         ran = subprocess.run(["node", "run.js"], cwd=temporary, input=asked, capture_output=True, text=True)
         if ran.returncode:
-            line = next((one for one in ran.stderr.splitlines() if re.match(r"\w*Error: ", one)), ran.stderr[:200])
+            line = next((text for text in ran.stderr.splitlines() if re.match(r"\w*Error: ", text)), ran.stderr[:200])
             raise OSError(f"node stopped: {line}")
-        found: list[list[int]] = json.loads(ran.stdout)
-        return found
+        ids: list[list[int]] = json.loads(ran.stdout)
+        return ids
 
 
 def _check_with_node(tokenizer: Tokenizer, data: Path, local: Path, store: FeatureStore, rows: np.ndarray) -> int:
-    """The number of texts whose ids were compared: samples, and captions of the store; 0 without node."""
+    """The number of texts whose ids were compared, samples and captions of the store; 0 without node."""
     if shutil.which("node") is None:
         say("node is not installed: the page's tokenizer was not tried on the store's captions")
         return 0
@@ -267,12 +268,12 @@ def _check_with_node(tokenizer: Tokenizer, data: Path, local: Path, store: Featu
     texts = [*TEXTS, *captions]
     config = json.loads((data / "tokenizer.json").read_text(encoding="utf-8"))
     try:
-        found = browser_ids(local, config, texts)
+        all_ids = browser_ids(local, config, texts)
     except OSError as why:
         raise ExportError(
             f"the page's tokenizer can't be tried ({why}): it needs node 20 or later, or no node"
         ) from None
-    for text, ids in zip(texts, found, strict=True):
+    for text, ids in zip(texts, all_ids, strict=True):
         ours = tokenizer([text]).ids.tolist()
         padded = ids + [ours[-1]] * (len(ours) - len(ids)) if tokenizer.layout == "sticky_eos" else ids
         if padded != ours:
@@ -287,7 +288,7 @@ def _write_features(model: LiT, store: FeatureStore, rows: np.ndarray, file: Pat
 
 
 def _write_pictures(store: FeatureStore, rows: np.ndarray, folder: Path) -> None:
-    """Small JPEG pictures, named by their number in the export; those that can't be read are counted and left out."""
+    """Write thumbnails, named by their number in the export; unreadable pictures are counted and left out."""
     folder.mkdir()
     paths = store.metadata["image_path"]
     missing: list[str] = []
@@ -320,11 +321,11 @@ def thumbnail(image: Image.Image) -> bytes:
 
 
 def _write_images(store: FeatureStore, rows: np.ndarray, file: Path) -> bool:
-    """Keys, captions and labels of these rows; whether there are labels."""
+    """Write keys, captions and labels of these rows; returns whether there are labels."""
     table = store.metadata.take(rows)
     labels = table["label"].to_pylist() if "label" in table.column_names else None
-    known = labels is not None and any(one is not None for one in labels)
-    captions = [found[:MOST_CAPTIONS] for found in table["captions"].to_pylist()]
+    known = labels is not None and any(label is not None for label in labels)
+    captions = [texts[:MOST_CAPTIONS] for texts in table["captions"].to_pylist()]
     keys = table["key"].to_pylist()
     write_text(file, json.dumps({"keys": keys, "captions": captions, "labels": labels if known else None}))
     return known

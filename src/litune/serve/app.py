@@ -29,13 +29,13 @@ from litune.serve.problems import Problem, answer, answer_problem
 
 PAGE = Path(__file__).parent / "page"
 SIZES = (16, 1024)
-"""The least and the largest thumbnail, in pixels."""
+"""The smallest and the largest thumbnail, in pixels."""
 
 
 def make_app(engine: Engine, hosts: Collection[str] | None = None, page: Path = PAGE) -> Starlette:
     """The ASGI application that serves an engine, and the page in the folder `page`.
 
-    `hosts` are the names that requests may address it by; None: any.
+    `hosts` are the host names that requests may use; None: any.
     """
     api = _Api(engine, page)
     get = {
@@ -87,7 +87,7 @@ def make_app(engine: Engine, hosts: Collection[str] | None = None, page: Path = 
 async def _with_known_query(
     work: Callable[[Request], Awaitable[Response]], known: Sequence[str], request: Request
 ) -> Response:
-    """The answer of `work`; a misspelt parameter would otherwise be asked for in vain."""
+    """The answer of `work`. Raises `Problem` for an unknown query parameter, which would otherwise be ignored."""
     if unknown := [name for name in request.query_params if name not in known]:
         takes = f"it takes {', '.join(known)}" if known else "it takes none"
         raise Problem(
@@ -119,7 +119,7 @@ class _Api:
     async def model(self, _: Request) -> Response:
         engine = self.engine
         images = engine.index
-        facts = {
+        described = {
             "run": engine.name,
             "dim": engine.model.dim,
             "temperature": engine.scale,
@@ -128,7 +128,7 @@ class _Api:
             "templates": {name: list(templates) for name, templates in TEMPLATES.items()},
             "columns": [] if images is None else engine.metadata.column_names,
         }
-        return answer(facts)
+        return answer(described)
 
     async def encode_text(self, request: Request) -> Response:
         body = await _json(request, messages.EncodeText)
@@ -164,7 +164,7 @@ class _Api:
                 await self.engine.images(body.images), body.classes, body.templates
             )
             if rows:
-                described = {one["row"]: one for one in self.engine.describe(np.unique(rows))}
+                described = {image["row"]: image for image in self.engine.describe(np.unique(rows))}
             known = [
                 described[image.row] if isinstance(image, messages.Row) else {"index": i}
                 for i, image in enumerate(body.images)
@@ -176,7 +176,7 @@ class _Api:
             probabilities = await self.engine.classify(chosen, body.classes, body.templates)
             known = self.engine.describe(chosen)
         predictions = [
-            _prediction(one, body.classes, line) for one, line in zip(known, _numbers(probabilities), strict=True)
+            _prediction(image, body.classes, row) for image, row in zip(known, _numbers(probabilities), strict=True)
         ]
         return answer({"classes": body.classes, "predictions": predictions})
 
@@ -188,19 +188,19 @@ class _Api:
             raise Problem(422, "the text of the query is empty", "text", "say what to look for, or leave it out")
         return answer({
             "found": [
-                {"row": one.row, "key": one.key, "score": round(one.score, 6), "captions": one.captions}
-                for one in await self.engine.search(body)
+                {"row": match.row, "key": match.key, "score": round(match.score, 6), "captions": match.captions}
+                for match in await self.engine.search(body)
             ]
         })  # fmt: skip
 
     async def columns(self, _: Request) -> Response:
-        return answer({"columns": [asdict(one) for one in await self.engine.columns()]})
+        return answer({"columns": [asdict(column) for column in await self.engine.columns()]})
 
     async def images(self, request: Request) -> Response:
         offset = _number(request, "offset", 0, 0, messages.MAX_OFFSET)
         limit = _number(request, "limit", 50, 1, messages.MAX_PAGE)
         where = request.query_params.getlist("where")
-        if len(where) > messages.MAX_WHERE or not all(0 < len(one) <= messages.MAX_CONDITION for one in where):
+        if len(where) > messages.MAX_WHERE or not all(0 < len(text) <= messages.MAX_CONDITION for text in where):
             raise Problem(
                 422, f"where takes {messages.MAX_WHERE} conditions of 1 to {messages.MAX_CONDITION} characters",
                 "where", "send fewer, or shorter ones",
@@ -245,13 +245,13 @@ def _number(request: Request, name: str, default: int, least: int, most: int) ->
 
 
 def _numbers(values: Tensor) -> list[list[float]]:
-    """Numbers as JSON, to seven places: as exact as float32 is on features of length one, and half as long."""
-    found: list[list[float]] = np.round(values.double().numpy(), 7).tolist()
-    return found
+    """Numbers for JSON, to seven places: as exact as float32 for features of length one, in half the characters."""
+    rounded: list[list[float]] = np.round(values.double().numpy(), 7).tolist()
+    return rounded
 
 
 async def _answer_http(request: Request, error: Exception) -> Response:
-    """What Starlette itself refuses: unknown paths and methods, multipart bodies that can't be read."""
+    """Starlette's own refusals: unknown paths and methods, unreadable multipart bodies."""
     assert isinstance(error, HTTPException)
     do = {404: "see /openapi.json for the paths", 405: "see /openapi.json for the methods"}
     problem = Problem(
@@ -262,7 +262,7 @@ async def _answer_http(request: Request, error: Exception) -> Response:
 
 
 async def _answer_nobody(_: Request, __: Exception) -> Response:
-    """The client went away before its request was whole; nobody reads this."""
+    """The client disconnected before its request was complete; nobody reads this."""
     return Problem(400, "the body is incomplete", "the body", "send it again").response()
 
 

@@ -1,4 +1,4 @@
-"""A cache of bounded size in bytes that forgets what was used longest ago."""
+"""An LRU cache of bounded size in bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ V = TypeVar("V")
 
 
 class Cache(Generic[K, V]):
-    """Values by key, up to `limit` bytes in all as the callers count them; safe for threads.
+    """Values by key, up to `limit` bytes in all as counted by the callers; thread-safe.
 
     >>> cache = Cache[str, int](limit=10)
     >>> for name in "abc":
@@ -27,16 +27,16 @@ class Cache(Generic[K, V]):
         self._lock = threading.Lock()
 
     def get(self, key: K) -> V | None:
-        """The value, if it is there; it counts as used."""
+        """The value or None; it counts as used."""
         with self._lock:
-            found = self._values.get(key)
-            if found is None:
+            entry = self._values.get(key)
+            if entry is None:
                 return None
             self._values.move_to_end(key)
-            return found[0]
+            return entry[0]
 
     def put(self, key: K, value: V, size: int) -> None:
-        """Keep a value of `size` bytes; what is larger than the whole cache is not kept."""
+        """Store a value of `size` bytes, unless it is larger than the whole cache."""
         with self._lock:
             if key in self._values:
                 self.size -= self._values.pop(key)[1]

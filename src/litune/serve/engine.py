@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from litune.config import ServeConfig
-from litune.data.alike import find_alike
-from litune.data.names import BARE_TEMPLATES, DEFAULT_TEMPLATES, SHORT_TEMPLATES, write_prompts
 from litune.errors import DataError, LituneError
-from litune.index import Found, Index, combine, fingerprint
 from litune.index.filters import Column, list_columns, select_rows
-from litune.losses import normalize
-from litune.model import LiT
+from litune.index.index import Found, Index, combine, fingerprint
+from litune.model.lit import LiT
+from litune.prompts import BARE_TEMPLATES, DEFAULT_TEMPLATES, SHORT_TEMPLATES, write_prompts
 from litune.serve import messages
 from litune.serve.cache import Cache
 from litune.serve.metrics import Metrics
 from litune.serve.pictures import open_upload, thumbnail
 from litune.serve.problems import Problem
 from litune.serve.worker import Busy, Worker
+from litune.text.alike import find_alike
+from litune.vectors import class_vectors, normalize
 
 TEMPLATES = {"auto": DEFAULT_TEMPLATES, "bare": BARE_TEMPLATES, "short": SHORT_TEMPLATES}
 MAX_TEXTS = 8192
@@ -213,8 +213,7 @@ class Engine:
             raise Problem(422, f"classes has the blank name {blank[0][:20]!r}", "classes", "leave it out")
         if alike := find_alike(classes):
             raise Problem(422, f"classes has {alike}", "classes", "leave one of them out")
-        texts = await self.texts(write_prompts(classes, chosen))
-        weights = normalize(texts.view(len(classes), len(chosen), -1).mean(1))
+        weights = class_vectors(await self.texts(write_prompts(classes, chosen)), len(classes))
         found = [torch.empty(0, len(classes))]
         for start in range(0, len(images), ROWS):
             part = images[start : start + ROWS]

@@ -1,4 +1,4 @@
-"""What every request passes before and after the API: who may ask, how much, how slowly; and what is counted."""
+"""What every request passes before and after the API: access, limits of size and time, headers and metrics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from litune.serve.problems import Problem
 JSON_BYTES = 8 << 20
 UPLOADS = "/v1/encode/image"
 OPEN = ("/health", "/openapi.json", "/", "/favicon.ico")
-"""Paths that need no token: they say nothing about run and images."""
+"""Paths that need no token: they reveal nothing about run and images."""
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
     "font-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -39,7 +39,7 @@ STOPPING = Problem(503, "the server is stopping", "the server", "ask again when 
 
 
 class Gate:
-    """ASGI middleware: names, token, number and size of requests, time of their bodies; headers and metrics."""
+    """ASGI middleware: host names, token, number and size of requests, time of their bodies; headers and metrics."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Gate:
                 headers = MutableHeaders(scope=message)
                 for name, value in SECURITY.items():
                     headers.setdefault(name, value)
-                if scope["path"].startswith("/page/"):  # parts of two versions do not fit each other
+                if scope["path"].startswith("/page/"):  # files of two versions do not work together
                     headers.setdefault("Cache-Control", "no-cache")
             await send(message)
 
@@ -84,7 +84,7 @@ class Gate:
                 await problem.response()(scope, receive, sending)
             else:
                 await self.app(scope, self._bounded(scope, receive), sending)
-        except asyncio.CancelledError:  # the server ends, and this took longer than it waits
+        except asyncio.CancelledError:  # the server is stopping, and this request exceeded its grace period
             with suppress(Exception):
                 if status == 500:
                     await STOPPING.response()(scope, receive, sending)
@@ -129,22 +129,22 @@ class Gate:
         )  # fmt: skip
 
     def _bounded(self, scope: Scope, receive: Receive) -> Receive:
-        """`receive`, raising `Problem` where the body gets too large, or takes too long."""
-        due, seen, done = time.monotonic() + self.seconds, 0, False
+        """`receive`, raising `Problem` where the body gets too large or takes too long."""
+        deadline, received, done = time.monotonic() + self.seconds, 0, False
 
         async def receiving() -> Message:
-            nonlocal seen, done
+            nonlocal received, done
             if done:
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), max(due - time.monotonic(), 0))
+                message = await asyncio.wait_for(receive(), max(deadline - time.monotonic(), 0))
             except TimeoutError:
                 raise Problem(
                     408, f"the body took longer than {self.seconds:g} seconds to arrive", "the body",
                     "send less at once, or over a faster connection", {"Connection": "close"},
                 ) from None  # fmt: skip
-            seen += len(message.get("body", b""))
-            if seen > self._most(scope):
+            received += len(message.get("body", b""))
+            if received > self._most(scope):
                 raise self._too_large(scope)
             done = not message.get("more_body", False)
             return message
@@ -153,7 +153,7 @@ class Gate:
 
 
 def path_name(path: str) -> str:
-    """A request's path as metrics name it: few names, whatever is asked for."""
+    """A request's path as metrics name it, with few distinct names whatever clients send."""
     if _PATHS.fullmatch(path):
         return path
     if re.fullmatch(r"/v1/images/[^/]*/picture", path):

@@ -1,4 +1,4 @@
-"""The requests and answers of the API. The OpenAPI document is made of these classes, and requests are held to them."""
+"""The requests and answers of the API: the OpenAPI document is generated from them, and requests validated by them."""
 
 from __future__ import annotations
 
@@ -211,23 +211,23 @@ _FIELDS = {name for kind in (EncodeText, Match, Classify, Search, Row, Features,
 
 
 def read(kind: type[M], body: bytes) -> M:
-    """A request's body as a message. Raises `Problem`: 400 for what is no JSON, 422 for what does not fit."""
+    """A request's body as a message. Raises `Problem`: 400 for invalid JSON, 422 for what does not fit the schema."""
     try:
         return kind.model_validate_json(body)
     except ValidationError as why:
-        # Of what a choice of forms has to say, the deepest is about the form that was meant.
-        first: Any = max(why.errors(include_url=False, include_input=False), key=lambda one: len(one["loc"]))
+        # Of the errors of a union's members, the deepest is about the member that was meant.
+        first: Any = max(why.errors(include_url=False, include_input=False), key=lambda error: len(error["loc"]))
         path = [str(part) for part in first["loc"] if isinstance(part, int) or part in _FIELDS]
         where = ".".join(path) or "the body"
         if first["type"] == "json_invalid":
             reason = first["ctx"]["error"] if "ctx" in first else first["msg"]
             raise Problem(400, f"the body is not valid JSON: {reason}", "the body", "send UTF-8 JSON") from None
-        message = f"{where}: {_plain(first)}"
+        message = f"{where}: {_in_words(first)}"
         raise Problem(422, message, where, "see the schema in /openapi.json") from None
 
 
-def _plain(error: Any) -> str:
-    """What pydantic says, for people who don't know it."""
+def _in_words(error: Any) -> str:
+    """A pydantic error in plain words."""
     match error["type"]:
         case "extra_forbidden":
             return f"there is no field {str(error['loc'][-1])[:40]!r} here"

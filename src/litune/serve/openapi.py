@@ -1,4 +1,4 @@
-"""The OpenAPI document, made of the same classes that requests are held to."""
+"""The OpenAPI document, generated from the classes that validate requests."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def document() -> dict[str, Any]:
     )
     paths = {
         "/health": {"get": _get("That the server answers", messages.Health, secured=False)},
-        "/metrics": {"get": _plain("Counters in Prometheus' text format", "text/plain", {"type": "string"})},
+        "/metrics": {"get": _operation("Counters in Prometheus' text format", "text/plain", {"type": "string"})},
         "/v1/model": {"get": _get("The model, its towers, and the columns of its images", messages.ModelFacts)},
         "/v1/encode/text": {"post": _post("Features of texts", messages.EncodeText, messages.Encoded)},
         "/v1/encode/image": {"post": _upload()},
@@ -46,7 +46,7 @@ def document() -> dict[str, Any]:
             ])
         },
         "/v1/images/{row}/picture": {
-            "get": _plain("A thumbnail", "image/jpeg", {"type": "string", "format": "binary"}, [
+            "get": _operation("A thumbnail", "image/jpeg", {"type": "string", "format": "binary"}, [
                 {"name": "row", "in": "path", "required": True, "schema": {"type": "integer", "minimum": 0}},
                 _query("size", 256, 16, 1024),
             ])
@@ -65,7 +65,7 @@ def document() -> dict[str, Any]:
 
 def known_query(document: dict[str, Any], path: str, method: str) -> list[str]:
     """The names of the parameters that an operation of the document takes in its query."""
-    return [one["name"] for one in document["paths"][path][method.lower()]["parameters"] if one["in"] == "query"]
+    return [item["name"] for item in document["paths"][path][method.lower()]["parameters"] if item["in"] == "query"]
 
 
 def _where() -> dict[str, Any]:
@@ -81,10 +81,10 @@ def _post(summary: str, request: type[BaseModel], reply: type[BaseModel]) -> dic
 def _get(
     summary: str, reply: type[BaseModel], parameters: list[dict[str, Any]] | None = None, *, secured: bool = True
 ) -> dict[str, Any]:
-    return _plain(summary, "application/json", _ref(reply), parameters, secured=secured)
+    return _operation(summary, "application/json", _ref(reply), parameters, secured=secured)
 
 
-def _plain(
+def _operation(
     summary: str,
     kind: str,
     schema: dict[str, Any],
@@ -94,12 +94,12 @@ def _plain(
 ) -> dict[str, Any]:
     error = {"application/json": {"schema": _ref(messages.Error)}}
     answers = {status: {"description": text, "content": error} for status, text in REFUSALS.items()}
-    found = {
+    operation = {
         "summary": summary,
         "parameters": parameters or [],
         "responses": {"200": {"description": summary, "content": {kind: {"schema": schema}}}, **answers},
     }
-    return found | ({"security": [{"token": []}, {}]} if secured else {})
+    return operation | ({"security": [{"token": []}, {}]} if secured else {})
 
 
 def _upload() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Pictures that strangers send, and thumbnails of those that the store names."""
+"""Uploaded pictures, which are not trusted, and thumbnails of the store's."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from litune.data.images import open_rgb
-from litune.data.places import is_url
-from litune.data.references import parse, read_bytes
 from litune.errors import DataError
+from litune.image.pictures import open_rgb
+from litune.pairs.address import is_url
+from litune.pairs.reference import parse, read_bytes
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 MAX_FILE_BYTES = 512 << 20
 QUALITY = 85
 LONGEST = 100
-"""So many times the shorter side may the longer one be: towers enlarge a thin picture until its shorter side fits."""
+"""The largest aspect ratio accepted: towers enlarge a thin picture until its shorter side fits."""
 
 
 def open_upload(data: bytes, max_pixels: int) -> Image.Image:
     """An uploaded picture as upright RGB. Its size is read before anything is decoded.
 
-    Raises `DataError` for what is no picture of `FORMATS`, damaged, larger than `max_pixels`, or all too thin.
+    Raises `DataError` for data that is no picture of `FORMATS`, damaged, larger than `max_pixels`, or too thin.
     """
     try:
         with warnings.catch_warnings():
@@ -55,17 +55,17 @@ def thumbnail(reference: str, size: int) -> bytes:
 
 
 def _read(reference: str) -> bytes:
-    # The reasons name no folder: whoever asks the server has no business with its disk.
+    # The reasons name no folder: clients must not learn about the server's disk.
     if is_url(reference) or not isinstance(parse(reference), str):
         try:
             return read_bytes(reference)
         except (OSError, DataError):
             raise DataError("its archive can't be read") from None
     try:
-        facts = Path(reference).stat()
-        if not stat.S_ISREG(facts.st_mode):
+        status = Path(reference).stat()
+        if not stat.S_ISREG(status.st_mode):
             raise DataError("it is no plain file")
-        if facts.st_size > MAX_FILE_BYTES:
+        if status.st_size > MAX_FILE_BYTES:
             raise DataError(f"its file has more than {MAX_FILE_BYTES >> 20} MB")
         return Path(reference).read_bytes()
     except FileNotFoundError:

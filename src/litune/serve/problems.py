@@ -1,4 +1,4 @@
-"""What is wrong with a request, as an answer: one clear line, the value it is about, and what to do."""
+"""Error answers: what is wrong with a request in one line, the value it is about, and what to do."""
 
 from __future__ import annotations
 

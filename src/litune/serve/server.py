@@ -1,4 +1,4 @@
-"""uvicorn, with deadlines for slow clients and a quiet, orderly end."""
+"""uvicorn, with deadlines for slow clients and a graceful shutdown."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from litune.errors import ConfigError
 from litune.progress import say
 
 GRACE = 30
-"""Seconds that running requests have at the end."""
+"""Seconds that running requests have to finish at shutdown."""
 
 
 class _Patient(H11Protocol):
-    """HTTP/1.1 that waits a bounded time for a request's head; uvicorn alone would wait for ever."""
+    """HTTP/1.1 with a deadline for a request's head; uvicorn alone would wait for ever."""
 
     head_seconds = 20.0
 
@@ -35,11 +35,11 @@ class _Patient(H11Protocol):
         self._timer = self.loop.call_later(self.head_seconds, self._look, self.cycle)
 
     def _look(self, before: Any, again: bool = True) -> None:
-        """Refuse a client that has sent a part of a head, or nothing at all, since the last look."""
+        """Refuse a client that has sent no complete head since the last look."""
         begun = self.cycle is None or (self.cycle.response_complete and self.conn.trailing_data[0])
         if not begun or self.cycle is not before or self.transport.is_closing():
             self._watch()
-        elif again:  # on a busy machine the rest may have arrived without having been read
+        elif again:  # on a busy machine the rest may have arrived and not been read yet
             self._timer = self.loop.call_later(0.05, self._look, before, False)
         else:
             self._refuse(408, "Request Timeout", "the head of the request took too long to arrive")
@@ -60,7 +60,7 @@ class _Patient(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """Ends by itself after SIGINT or SIGTERM; uvicorn's would raise the signal once more."""
+    """Stops after SIGINT or SIGTERM; uvicorn's own would raise the signal again."""
 
     def __init__(self, config: uvicorn.Config, on_start: Callable[[], None]) -> None:
         super().__init__(config)
@@ -89,7 +89,7 @@ class _Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises `ConfigError` where the address can't be had."""
+    """A listening socket. Raises `ConfigError` where the address can't be bound."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=1024)
@@ -101,7 +101,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def make_server(app: ASGIApp, seconds: float, on_start: Callable[[], None]) -> _Server:
-    """A server of the application, that waits `seconds` for the head of a request."""
+    """A server of the application that waits `seconds` for a request's head."""
     logging.getLogger("uvicorn.error").addFilter(_is_news)
     protocol = type("Protocol", (_Patient,), {"head_seconds": seconds})
     config = uvicorn.Config(
@@ -112,5 +112,5 @@ def make_server(app: ASGIApp, seconds: float, on_start: Callable[[], None]) -> _
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a line of the log is about the server, and not about what a client sent."""
+    """Whether a log record is about the server, not about what a client sent."""
     return not record.getMessage().startswith(("Invalid HTTP request", "Unsupported upgrade", "No supported WebSocket"))

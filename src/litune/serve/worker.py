@@ -1,4 +1,4 @@
-"""One thread that owns the model, and what it does at once: requests that wait are encoded together."""
+"""One thread that owns the model and batches waiting requests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Handler = Callable[[list[Any]], Sequence[Any]]
-"""Payloads of one kind into their results, in order."""
+"""Maps payloads of one kind to their results, in order."""
 
 
 class Busy(Exception):  # noqa: N818
@@ -29,7 +29,7 @@ class _Job:
     born: float = field(default_factory=time.monotonic)
 
     def settle(self, result: Any, error: BaseException | None = None) -> None:
-        """Hand the outcome to the event loop, which may be closed by now; nobody may be waiting any more."""
+        """Hand the outcome to the event loop, which may be closed by now, and whose client may be gone."""
 
         def tell() -> None:
             if not self.future.done():
@@ -43,10 +43,10 @@ class _Job:
 
 
 class Worker:
-    """Runs jobs of several kinds in one thread; those of the same kind that wait, up to a weight of `batch`, together.
+    """Runs jobs of several kinds in one thread; waiting jobs of the same kind run together, up to the weight `batch`.
 
-    A job whose batch is not full waits `seconds` for others. Were one thread per request to use the model, they would
-    fight for the cores; and a batch of 32 texts takes a fraction of 32 times one.
+    A job whose batch is not full waits `seconds` for others. With a thread per request, threads would compete for the
+    cores; and a batch of 32 texts takes a fraction of the time of 32 single ones.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class Worker:
         self._thread.start()
 
     def waiting(self) -> int:
-        """How many jobs wait."""
+        """The number of waiting jobs."""
         return len(self._jobs)
 
     async def do(self, kind: str, payload: Any, weight: int = 1) -> Any:
-        """The result of a job. Raises `Busy` where too many wait, and what the handler raises."""
+        """The result of a job. Raises `Busy` where too many are waiting, and what the handler raises."""
         loop = asyncio.get_running_loop()
         job = _Job(kind, payload, weight, loop, loop.create_future())
         with self._changed:
@@ -81,7 +81,7 @@ class Worker:
         return await job.future
 
     def stop(self) -> None:
-        """Finish what waits, then end the thread."""
+        """Finish the waiting jobs, then end the thread."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -93,7 +93,7 @@ class Worker:
             self._handle(jobs)
 
     def _take(self) -> list[_Job]:
-        """The oldest job and those of its kind that fit beside it; nothing at the end."""
+        """The oldest job and those of its kind that fit into its batch; empty at the end."""
         with self._changed:
             while not self._jobs and not self._stopping:
                 self._changed.wait()

@@ -1,8 +1,8 @@
 """Locking: which parts of a tower are tuned, and the mode that each part runs in.
 
-A part is locked where all its parameters are (`requires_grad` off). Locked parts run in eval mode for the whole of
-tuning: no dropout, no drop-path, fixed batch-norm statistics. A module that calls `eval_locked` at the end of its
-`train` method keeps to that, whatever is asked of it:
+A part is locked if all its parameters are (`requires_grad` off). Locked parts run in eval mode throughout tuning: no
+dropout, no drop-path, fixed batch-norm statistics. A module that calls `eval_locked` at the end of its `train` method
+stays that way, whichever mode is set:
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -17,15 +17,15 @@ from torch import nn
 
 
 def lock(module: nn.Module) -> None:
-    """Lock all of a module: parameters without gradients, eval mode."""
+    """Lock a whole module: no gradients, eval mode."""
     module.requires_grad_(False)
     module.eval()
 
 
 def eval_locked(module: nn.Module) -> None:
-    """Put every locked part of a module, with all that is in it, in eval mode; the other parts stay as they are.
+    """Put every locked part of a module, with all its submodules, in eval mode; the other parts stay as they are.
 
-    A part without parameters, such as dropout, goes with the part that it is in.
+    A part without parameters, such as dropout, follows the part that contains it.
     """
     for part in module.modules():
         parameters = list(part.parameters())
@@ -34,6 +34,6 @@ def eval_locked(module: nn.Module) -> None:
 
 
 def train_unlocked(module: nn.Module) -> None:
-    """Put a module in train mode, but for its locked parts: those are put in eval mode."""
+    """Put a module in train mode, its locked parts in eval mode."""
     module.train()
     eval_locked(module)

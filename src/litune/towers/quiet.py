@@ -1,4 +1,4 @@
-"""Loading with transformers without its bars and reports: litune says itself what is missing."""
+"""Loads transformers models without progress bars and reports: litune reports missing weights itself."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Inside, transformers prints errors only and no progress bars; afterwards as before."""
+    """Within it, transformers prints only errors and no progress bars; afterwards its settings are restored."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""What the specs of image towers have in common: their options, and why a tower can't be loaded, in one line."""
+"""Options that the specs of image towers share, and one-line reasons why a tower can't be loaded."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from litune.errors import TowerError, nearest
 
 
 def no_more(spec: str, options: dict[str, str], known: list[str]) -> None:
-    """Raise `TowerError` for an option that is left over, with the known ones nearest to it."""
+    """Raise `TowerError` for an option that is left over, naming the nearest known ones."""
     for name in options:
         raise TowerError(f"{spec!r} has the unknown option {name!r} ({nearest(name, known)})")
 
 
 def random_asked(spec: str, options: dict[str, str]) -> bool:
-    """Takes `init` out of the options: whether it is random."""
+    """Pop `init` from the options; returns whether it is random."""
     init = options.pop("init", None)
     if init not in (None, "random"):
         raise TowerError(f"{spec!r} has init={init}: only init=random is known")
@@ -20,7 +20,7 @@ def random_asked(spec: str, options: dict[str, str]) -> bool:
 
 
 def size_asked(spec: str, options: dict[str, str]) -> tuple[int, int] | None:
-    """Takes `size` out of the options: height and width, None where it is not there."""
+    """Pop `size` from the options; returns height and width, None if absent."""
     try:
         return parse_size(options.pop("size")) if "size" in options else None
     except ValueError as why:
@@ -36,7 +36,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def reason(what: str, why: Exception) -> str:
-    """One line: what failed, why, and what to do where no network may be the cause."""
+    """One line: what failed, why, and a remedy if a missing network may be the cause."""
     lines = [line.strip() for line in str(why).splitlines() if line.strip()]
     text = lines[0] if lines else type(why).__name__
     if text.endswith(":") and len(lines) > 1:

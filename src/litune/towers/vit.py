@@ -20,7 +20,7 @@ VIT_SIZES = {
 def vit_size(name: str) -> tuple[int, int, int, int]:
     """Width, depth, MLP width and heads of a size by name (Ti, S, B, L, H, g) or spelled out, as in 64-2-128-4.
 
-    Raises `TowerError` for any other.
+    Raises `TowerError` for any other name.
 
     >>> vit_size("Ti"), vit_size("64-2-128-4")
     ((192, 12, 768, 3), (64, 2, 128, 4))
@@ -37,7 +37,7 @@ def vit_size(name: str) -> tuple[int, int, int, int]:
 
 
 def check_vit_size(spec: str, name: str) -> None:
-    """Raise `TowerError` naming the tower's spec where it has no size that there is."""
+    """Raise `TowerError`, which names the tower's spec, for an unknown size."""
     try:
         vit_size(name)
     except TowerError as why:

@@ -3,9 +3,3 @@
 `run` sets a run up and loops over its steps; `inputs` makes what a step reads, ahead of it; `step` takes one; `memory`
 says how much passes a tower at once; `held_out` evaluates on the way; `state` writes checkpoints and goes on from them.
 """
-
-from litune.tuning.batching import default_duration, evaluation_steps, make_batches
-from litune.tuning.interrupt import after_the_step
-from litune.tuning.run import Tuning
-
-__all__ = ["Tuning", "after_the_step", "default_duration", "evaluation_steps", "make_batches"]

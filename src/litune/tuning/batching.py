@@ -7,9 +7,9 @@ import math
 import numpy as np
 
 from litune.config import TuneConfig, parse_mix
-from litune.data.batches import Batches, Field
 from litune.errors import ConfigError, StoreError
-from litune.features import Selection
+from litune.store.selection import Selection
+from litune.tuning.batches import Batches, Field
 
 
 def make_batches(train: Selection, config: TuneConfig, size: int) -> Batches:

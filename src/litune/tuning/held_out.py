@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from litune import distributed
-from litune.data.pixels import PixelLoader
 from litune.evaluation.retrieval import retrieval
-from litune.features import Selection
-from litune.model import LiT
+from litune.model.lit import LiT
+from litune.store.selection import Selection
 from litune.tuning.inputs import image_ids
+from litune.tuning.pixels import PixelLoader
 
 EVALUATE_MOST = 1000
 

@@ -19,15 +19,15 @@ from torch import Tensor
 
 from litune import distributed
 from litune.config import TuneConfig
-from litune.data.batches import Batch, Batches
-from litune.data.texts import BLOCK, TOKENIZED_MOST, LaterTokens, first_of_equal, hash_texts
-from litune.data.tokenizers import Tokens
 from litune.devices import sent, tensors_of
-from litune.features import Selection
-from litune.losses import Ids, MoreImages
-from litune.model import LiT
-from litune.towers.kept import KeptTexts
-from litune.towers.packing import Packed
+from litune.model.lit import LiT
+from litune.store.captions import BLOCK, TOKENIZED_MOST, LaterTokens, first_of_equal, hash_texts
+from litune.store.selection import Selection
+from litune.text.packing import Packed
+from litune.text.tokenizers import Tokens
+from litune.text.vectors import KeptTexts
+from litune.tuning.batches import Batch, Batches
+from litune.tuning.losses import Ids, MoreImages
 
 T = TypeVar("T")
 AHEAD = 2

@@ -1,57 +1,53 @@
-"""A run of tuning: set up, then the loop over steps, and what makes it safe to interrupt."""
+"""A run of tuning: the loop over steps, and what makes it safe to interrupt."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor, nn
 
 from litune import distributed
-from litune.checkpoint import MANIFEST, STATE, save_model
-from litune.config import TuneConfig, parse_rates
-from litune.data.pixels import PixelLoader
-from litune.data.texts import TOKENIZED_MOST, LaterTokens, tokenize
-from litune.data.tokenizers import Tokens
-from litune.devices import deterministic, keep_freed_memory, pick_bfloat16, processor_cores, send, sent, tf32_products
-from litune.errors import ConfigError, RunError
-from litune.features import FeatureStore, Selection
+from litune.config import TuneConfig
+from litune.devices import deterministic, keep_freed_memory, pick_bfloat16, processor_cores, sent, tf32_products
+from litune.errors import RunError
 from litune.files import replace_folder
-from litune.gradient_cache import still_statistics
-from litune.interop.card import write_card
-from litune.mixture import source_names
-from litune.model import LiT
-from litune.optim import make_optimizer, parameter_groups, rate_of, set_rate
+from litune.image.registry import is_convolutional
+from litune.model.lit import LiT
+from litune.model.run_folder import MANIFEST, STATE, save_model
 from litune.progress import Task, say, track
-from litune.run_log import OnLog, RunLog, board_writer
-from litune.schedules import parse_duration, parse_unlock, rate_share
-from litune.sharding import Shards, drop_states, is_shared
-from litune.towers.image import is_convolutional
-from litune.towers.kept import KeptTexts
-from litune.towers.locking import lock, train_unlocked
-from litune.towers.packing import Rows
-from litune.tuning.batching import default_duration, evaluation_steps, make_batches
+from litune.schedules import parse_unlock
+from litune.sharding import drop_states, is_shared
+from litune.store.selection import Selection, source_names
+from litune.towers.locking import train_unlocked
+from litune.tuning.batching import evaluation_steps, make_batches
 from litune.tuning.held_out import HeldOut
 from litune.tuning.inputs import Inputs, Micro, Preparation, on_device
 from litune.tuning.interrupt import after_the_step
-from litune.tuning.memory import ON_CPU, choose_micro, halved
+from litune.tuning.log import OnLog, RunLog, board_writer
+from litune.tuning.memory import ON_CPU, halved
+from litune.tuning.optim import set_rate
+from litune.tuning.pixels import PixelLoader
+from litune.tuning.setup import (
+    batch_size,
+    choose_tuned,
+    compile_layers,
+    kept_texts,
+    measure_micro,
+    runs_layers,
+    schedule,
+    tokens_of,
+)
 from litune.tuning.state import BEST, Checkpoints, Progress, manifest
 from litune.tuning.step import NEVER, Reading, Step, describe_bad
 
-KEPT_MOST = 2**32
-"""The most bytes of a locked text tower's vectors that are kept: beyond, texts are encoded anew in each step."""
 LOG_LINES = 1000
-SAMPLE = 10_000
-"""The captions whose lengths stand for all, where they are not tokenised before the first step."""
 SKIPPED_MOST = 10
 """Steps in a row that may be skipped since they are not finite: more is no accident."""
 
@@ -76,50 +72,31 @@ class Tuning:
     def __init__(
         self,
         config: TuneConfig,
-        store: FeatureStore,
         train: Selection,
         val: Selection | None,
         model: LiT,
         device: torch.device,
         on_log: OnLog | None = None,
     ) -> None:
-        self.config, self.store, self.train, self.val, self.model = config, store, train, val, model
+        self.config, self.store, self.train, self.val, self.model = config, train.store, train, val, model
         self.device, self.bfloat16, self.on_log = device, pick_bfloat16(config.precision, device), on_log
         if device.type == "cpu":
             keep_freed_memory()
         # Libraries may draw and round otherwise on each machine: all ranks begin with what rank 0 has.
         distributed.broadcast_([t for t in (*model.parameters(), *model.buffers()) if not is_shared(t)])
-        captions = int(train.offsets[-1])
-        self.tokens: Tokens | LaterTokens = (
-            tokenize(model.tokenizer, train, captions)
-            if captions <= TOKENIZED_MOST
-            else LaterTokens(model.tokenizer, train)
-        )
-        self.size = min(config.batch_size, len(train))
-        if self.size < distributed.world_size():
-            raise ConfigError(f"a batch of {self.size} pairs can't be shared by {distributed.world_size()} processes")
-        self.sources = source_names([one.store for one in train.sources])
+        self.tokens = tokens_of(train, model.tokenizer)
+        self.size = batch_size(config, len(train))
+        self.sources = source_names([source.store for source in train.sources])
         self.batches = make_batches(train, config, self.size)
-        count = partial(_steps, size=self.size, images=len(train))
-        self.steps = max(1, count(config.duration or default_duration(len(train)), "duration"))
-        self.rate_share = partial(
-            rate_share,
-            steps=self.steps,
-            warmup=count(config.warmup, "warmup", self.steps),
-            decay=config.schedule,
-            timescale=max(1, count(config.timescale, "timescale", self.steps)),
-            cooldown=count(config.cooldown, "cooldown", self.steps),
-        )
+        self.steps, self.rate_share = schedule(config, self.size, len(train))
         self.unlock = parse_unlock(config.unlock, "unlock")
         # Convolutions go backward in bfloat16 at half of float32's speed on CPUs.
         slow = config.precision == "auto" and device.type == "cpu"
         self.image_bfloat16 = self.bfloat16 and not (slow and is_convolutional(model.image))
         if config.tensorboard:
             board_writer()  # what is missing is better said before anything is written
-        self.shards: Shards | None = None
-        self.tuned_parameters = 0
-        """How many numbers the optimizer moves, on all ranks."""
-        self.optimizer = self._make_optimizer()
+        self.tuned = choose_tuned(config, model, self.tokens)
+        self.optimizer, self.shards = self.tuned.optimizer, self.tuned.shards
         self.prepare = Preparation(
             config,
             train,
@@ -145,99 +122,28 @@ class Tuning:
         self.skipped_in_a_row = 0
         self.last_evaluation: dict[str, Any] | None = None
 
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        """Lock what is to be locked, leave tokens that no caption has out, and group the rest."""
-        config, model = self.config, self.model
-        if config.locking is not None and config.locking[1] == "L":
-            lock(model.text)
-        rates = parse_rates(config.rates)
-        named = dict(model.named_parameters())
-        for pattern, _ in rates:
-            if not any(rate_of(name, [(pattern, 0.0)]) == 0 for name in named):
-                raise ConfigError(f"--rates: no parameter's name matches {pattern!r}; names are as {_example(named)}")
-        rates += [
-            ("image.*", config.image_rate),
-            ("text_head.*", config.head_rate),
-            ("image_head.*", config.head_rate),
-            ("logit_*", config.temperature_rate),
-        ]
-        for name, parameter in named.items():
-            if rate_of(name, rates) == 0:
-                parameter.requires_grad_(False)
-        # Of more captions, most tokens are in some. With --shard all rows of the table are shared alike.
-        if isinstance(self.tokens, Tokens) and not config.shard:
-            model.text.tune_only(np.unique(self.tokens.ids))
-        sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-        if model.text.shared:
-            self.shards = Shards(model.text)
-        groups = parameter_groups(
-            self._named_parameters(),
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
-            rates=rates,
-        )
-        if not any(not name.startswith("logit_") for group in groups for name in group["names"]):
-            raise ConfigError("everything is locked: leave a tower or a head to tune")
-        self.tuned_parameters = sum(sizes[name] for group in groups for name in group["names"])
-        return make_optimizer(config.optimizer, groups, beta1=config.beta1, beta2=config.beta2)
-
-    def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """All parameters by name; of those that the ranks share, this one's rows."""
-        shared = self.shared
-        for name, parameter in self.model.named_parameters():
-            yield name, shared.get(name, parameter)
-
-    @property
-    def shared(self) -> dict[str, nn.Parameter]:
-        """The parameters that the ranks share, by name, of each this rank's rows."""
-        return {f"text.{name}": own for name, own in self.shards.own.items()} if self.shards else {}
-
     @property
     def takes_part(self) -> bool:
         """Whether this rank evaluates and writes: rank 0, and where a tower is shared, all together."""
         return distributed.is_main() or self.shards is not None
 
-    def announce(self) -> None:
-        """Say what is about to happen."""
-        held = f", {len(self.val):,} images held out" if self.val else ", nothing held out"
-        ranks = distributed.world_size()
-        say(
-            f"tuning {self.config.text_tower} ({self.tuned_parameters / 1e6:.1f}M parameters, "
-            f"{'bfloat16' if self.bfloat16 else 'float32'} on {f'{ranks} × ' if ranks > 1 else ''}{self.device.type}) "
-            f"on {len(self.train):,} images with {self.train.offsets[-1]:,} captions{held}; "
-            f"{self.steps:,} steps of {self.size:,} pairs"
-        )
-        if self.model.image_tuned:
-            assert self.model.image is not None
-            say(f"training the image tower {self.model.image.spec} from pictures")
-        if self.size < self.config.batch_size:
-            say(f"batches are of {self.size:,} pairs, not {self.config.batch_size:,}: an image is in a batch once")
-        if len(self.sources) > 1:
-            for name, one in zip(self.sources, self.train.sources, strict=True):
-                say(f"  {name}: {len(one):,} images with {one.offsets[-1]:,} captions")
-            say(f"mixed {' '.join(self.config.mix)}; an epoch is {self.batches.per_epoch:,} batches")
-        tokens = self.tokens if isinstance(self.tokens, Tokens) else self._sample(SAMPLE)
-        cut = float((tokens.lengths >= self.model.tokenizer.max_tokens).mean())
-        if self.model.tokenizer.layout != "sticky_eos" and cut > 0.2:
-            say(f"{cut:.0%} of the captions fill --max-tokens {self.config.max_tokens} and may be cut short")
-
     def fit(self) -> None:
         """Take every step that is left, then write the finished run."""
         train_unlocked(self.model)
-        self._keep_texts()
+        self.prepare.kept_texts = kept_texts(self)
         if self.progress.step == 0:
-            self.micro = self._choose_micro()
+            self.micro = measure_micro(self)
         done = self.progress.step
         with (
             RunLog(self.config, done, self.on_log) as log,
             track("tuning", "pairs", self.steps * self.size, done * self.size) as task,
             after_the_step() as interrupted,
             closing(Checkpoints(self)) as checkpoints,
-            deterministic(self.device, strict=not self.model.image_tuned and self._packs()),
+            deterministic(self.device, strict=not self.model.image_tuned and runs_layers(self)),
             tf32_products(self.device, self.bfloat16),
         ):
             if self.device.type == "cuda" and self.shards is None:
-                self._compile()  # in here, since what is compiled is compiled for these two settings
+                compile_layers(self)  # in here, since what is compiled is compiled for these two settings
             self._take_steps(log, task, interrupted, checkpoints)
         self.finish()
         if interrupted():  # in the last step: the run is whole, what was to follow it is not to begin
@@ -303,71 +209,10 @@ class Tuning:
             self.optimizer.zero_grad()
             torch.cuda.empty_cache()
 
-    def _sample(self, count: int) -> Tokens:
-        """The tokens of captions from everywhere."""
-        return self.tokens.take(np.linspace(0, self.train.offsets[-1] - 1, count).astype(np.int64))
-
-    def _packs(self) -> bool:
-        """Whether litune runs the text tower's layers itself, and not an architecture that it doesn't know inside."""
-        return isinstance(self.model.text.pack(self.tokens.take(np.zeros(1, int)), self.device), Rows)
-
-    def _compile(self) -> None:
-        """Compile the text tower's layers, where it pays in this run."""
-        rows = min(self.micro.texts, -(-self.size // distributed.world_size()))
-        tokens = self._sample(rows)
-        packed = self.model.text.pack(tokens, self.device, bfloat16=self.bfloat16).to(self.device)
-        total = self.steps * rows * float(tokens.lengths.mean())
-        self.model.text.compile_layers(packed, total, bfloat16=self.bfloat16)
-
-    def _choose_micro(self) -> Micro:
-        """How much passes through the towers at once; on a GPU it is measured, and said."""
-        if self.device.type != "cuda":
-            return self.micro
-        rows = -(-self.size // distributed.world_size())
-        sample, model = self._sample(rows), self.model
-
-        def texts(count: int) -> Tensor:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-                return model.text_features(sample.take(np.arange(count)))
-
-        def images(count: int) -> Tensor:
-            assert model.image is not None
-            blank = np.asarray(model.image.preprocess(Image.new("RGB", (64, 64))))
-            pixels = send(torch.from_numpy(np.stack([blank] * count)), self.device)
-            return model.image_features(model.image(pixels, bfloat16=self.image_bfloat16))
-
-        reserved = sum(8 * p.numel() for group in self.optimizer.param_groups for p in group["params"])
-        with still_statistics([model]):
-            found = choose_micro(self.config, rows, texts, images if model.image_tuned else None, reserved)
-        self.model.zero_grad()
-        torch.cuda.empty_cache()
-        if found.texts < rows:
-            say(f"{found.texts:,} texts pass the tower at once (--micro-batch), twice each: gradient caching")
-        return found
-
     def log_due(self, step: int) -> bool:
         """Whether this step, counted from 1, is logged; where sources take turns, a turn of each follows the other."""
         turn = step // len(self.sources) if self.batches.mix == "alternate" else step
         return turn % max(1, self.steps // LOG_LINES) == 0 or step == self.steps
-
-    def _keep_texts(self) -> None:
-        """Encode every caption once, where the text tower is locked, there is room, and all are likely to be drawn."""
-        model, tokens = self.model, self.tokens
-        locked = not any(parameter.requires_grad for parameter in model.text.parameters())
-        if not locked or not isinstance(tokens, Tokens):
-            return
-        captions = self.train.caption_array.dictionary_encode()
-        if self.steps * self.size < len(captions) or 4 * len(captions.dictionary) * model.text.width > KEPT_MOST:
-            return
-        _, first = np.unique(captions.indices.to_numpy(), return_index=True)
-
-        def encode(rows: np.ndarray) -> Tensor:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-                packed = model.text.pack(tokens.take(first[rows]), self.device, bfloat16=self.bfloat16)
-                vectors: Tensor = model.text(packed.to(self.device))
-            return vectors
-
-        self.prepare.kept_texts = KeptTexts(tokens.lengths[first], captions.indices.to_numpy(), encode)
 
     def inputs(self, done: int) -> Generator[Inputs]:
         """The rank's inputs of the steps from `done` on, with pictures where the image tower is tuned."""
@@ -508,15 +353,5 @@ class Tuning:
         if distributed.is_main():
             (self.config.out / STATE).unlink(missing_ok=True)
             drop_states(self.config.out)
-            write_card(self.config.out)
         distributed.barrier()
         say(f"wrote {self.config.out}" + self._recall_note())
-
-
-def _steps(text: str, name: str, total: int | None = None, *, size: int, images: int) -> int:
-    return parse_duration(text, name).steps(batch_size=size, images=images, total=total)
-
-
-def _example(named: dict[str, Any]) -> str:
-    names = list(named)
-    return ", ".join(names[:: max(1, len(names) // 3)][:3])

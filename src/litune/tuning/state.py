@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from litune import distributed
-from litune.checkpoint import MANIFEST, STATE, load_tensors, model_state, save_tensors
-from litune.data.text_shards import shards
 from litune.errors import RunError
-from litune.features import library_versions
 from litune.files import read_json, replace_folder, sweep_temporaries
+from litune.image.registry import weights_hash
+from litune.model.run_folder import MANIFEST, STATE, load_tensors, model_state, save_tensors
 from litune.progress import say
-from litune.run_log import drop_lines_after
 from litune.sharding import FACTS, find_state, load_state, save_state
-from litune.towers.image import weights_hash
+from litune.store.store import library_versions
+from litune.store.text_shards import shards
 from litune.tuning.inputs import Micro
+from litune.tuning.log import drop_lines_after
 
 if TYPE_CHECKING:
     from litune.tuning.run import Tuning
@@ -89,7 +89,7 @@ def _model_tensors(run: Tuning) -> dict[str, Tensor]:
 
 def _of_all_ranks(run: Tuning, name: str, state: Tensor) -> Tensor:
     """A tensor of the optimizer's state; of a parameter that ranks share, one that has the rows of all."""
-    if name not in run.shared or state.ndim == 0:
+    if name not in run.tuned.own_rows or state.ndim == 0:
         return state
     assert run.shards is not None
     return run.shards.shared(name.removeprefix("text."), state)
@@ -167,7 +167,7 @@ def _to_fill(run: Tuning, there: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, parameter in named_tuned(run):
         prefix = f"optimizer.{name}."
         for key, like in ((key, like) for key, like in there.items() if key.startswith(prefix)):
-            shape = parameter.shape if name in run.shared and like.ndim else like.shape
+            shape = parameter.shape if name in run.tuned.own_rows and like.ndim else like.shape
             state = torch.zeros(shape, dtype=like.dtype, device=parameter.device)
             run.optimizer.state[parameter][key.removeprefix(prefix)] = state
             tensors[key] = _of_all_ranks(run, name, state)
@@ -207,7 +207,7 @@ def manifest(run: Tuning) -> dict[str, Any]:
             "captions": int(run.train.offsets[-1]),
             "held_out_images": len(run.val) if run.val else 0,
         },
-        "tuned_parameters": run.tuned_parameters,
+        "tuned_parameters": run.tuned.parameters,
         "steps": done,
         "batch_size": run.size,
         "pairs_seen": done * run.size,

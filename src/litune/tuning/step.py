@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from litune import distributed
 from litune.config import TuneConfig
 from litune.devices import receive, send
-from litune.gradient_cache import Encoded
-from litune.losses import MoreImages, sigmoid_loss, softmax_loss
-from litune.model import LiT
-from litune.optim import stepping
-from litune.pair_losses import pair_losses
+from litune.model.lit import LiT
 from litune.sharding import Shards
+from litune.tuning.gradient_cache import Encoded
 from litune.tuning.inputs import FieldPairs, Inputs, Piece
+from litune.tuning.losses import MoreImages, sigmoid_loss, softmax_loss
+from litune.tuning.optim import stepping
+from litune.tuning.pair_losses import pair_losses
 
 SCORES = 2**26
 """The most scores that a loss holds at once: 256 MB of float32."""

@@ -1,4 +1,4 @@
-// Class names and templates as prompts: what data/names.py does, for which the same golden cases are tested.
+// Class names and templates as prompts: what prompts.py does, for which the same golden cases are tested.
 
 const PUNCTUATION = /[!"#$%&'()*+,\-./:;<=>?@[\\\]^_`{|}~]/g;
 const SPACES = /[\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+/; // Python's; \s differs

@@ -1,1 +1,0 @@
-"""What a user types: one function a file, a config in, a result out."""

@@ -1,0 +1,1 @@
+"""Pairs are looked at, fetched, filtered, and rid of near-duplicates."""

@@ -1,1 +1,0 @@
-"""Pairs out of files, images into arrays, captions into tokens."""

@@ -1,0 +1,1 @@
+"""Image towers, the pictures that they read, and what runs them."""

@@ -1,0 +1,160 @@
+"""transformers vision models as image towers, with the preprocessing of their own image processor.
+
+Pooling depends on the family: a ViT's first token after the final normalisation (its pooler is a tanh layer that
+pre-training does not train), CLIP's projected features, SigLIP's attention head, the model's own pooler for all
+others. Of two-tower models only the vision half is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from litune.errors import TowerError
+from litune.image.tower import ImageTower, weights_hash
+from litune.towers.quiet import quiet_transformers
+from litune.towers.specs import no_more, random_asked, reason
+
+FIRST_TOKEN = {"vit", "deit", "vit_msn", "vit_mae", "dinov2", "dinov2_with_registers", "dinov3_vit"}
+"""Families whose features are the first token's."""
+CLIP = {"clip", "clip_vision_model"}
+SIGLIP = {"siglip", "siglip_vision_model"}
+POOLED = {"convnext", "convnextv2", "levit", *CLIP, *SIGLIP}
+"""Families that pool without a module named `pooler`."""
+
+
+class HfPreprocess:
+    """A transformers image processor as a preprocessing function: picture to float32 [3, H, W]."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """The values that the model takes, normalised."""
+        values = self.processor(images=image, return_tensors="np")["pixel_values"]
+        return np.asarray(values[0], dtype=np.float32)
+
+    def describe(self) -> dict[str, Any]:
+        """The settings, as recorded in a store's fingerprint."""
+        settings = json.loads(self.processor.to_json_string())
+        return {k: v for k, v in sorted(settings.items()) if v is not None}
+
+
+class HfNetwork(nn.Module):
+    """A transformers vision model's pooled output: `pooling` says which (see `hf_pooling`)."""
+
+    def __init__(self, model: Any, pooling: str) -> None:
+        super().__init__()
+        self.model, self.pooling = model, pooling
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Features [B, W] of preprocessed pictures [B, 3, H, W]."""
+        if self.model.config.model_type == "vit_mae":
+            return self._masked_autoencoder(pixels)
+        output = self.model(pixel_values=pixels)
+        if self.pooling == "projection":
+            projected: Tensor = output.image_embeds
+            return projected
+        if self.pooling == "pooler":
+            return torch.flatten(output.pooler_output, 1)
+        hidden: Tensor = output.last_hidden_state
+        return hidden[:, 0]
+
+    def _masked_autoencoder(self, pixels: Tensor) -> Tensor:
+        # It masks the patches with the largest noise, none with mask_ratio 0; rising noise keeps the patches in order.
+        patches = self.model.embeddings.patch_embeddings.num_patches
+        rising = torch.arange(patches, device=pixels.device, dtype=torch.float32).expand(len(pixels), -1)
+        hidden: Tensor = self.model(pixel_values=pixels, noise=rising).last_hidden_state
+        return hidden[:, 0]
+
+
+def hf_tower(spec: str, name: str, options: dict[str, str]) -> ImageTower:
+    """The tower of `hf:NAME_OR_FOLDER`; `?projection=no` gives CLIP's features before its projection."""
+    from transformers import AutoConfig, AutoImageProcessor
+
+    random = random_asked(spec, options)
+    projected = options.pop("projection", "yes")
+    no_more(spec, options, ["init", "projection"])
+    try:
+        config = AutoConfig.from_pretrained(name)
+        kind = config.model_type
+        if projected not in ("yes", "no") or (projected == "no" and kind not in CLIP):
+            raise TowerError(f"{spec!r} has projection={projected}: it is yes or no, and for CLIP models only")
+        model_class, config, extra = _vision_half(name, config, projected == "yes")
+        with quiet_transformers():
+            if random:
+                make = getattr(model_class, "from_config", None) or model_class._from_config
+                model, report = make(config, dtype=torch.float32, **extra), None
+            else:
+                model, report = model_class.from_pretrained(
+                    name, config=config, output_loading_info=True, dtype=torch.float32, **extra
+                )
+            processor = AutoImageProcessor.from_pretrained(name)
+    except TowerError:
+        raise
+    except Exception as why:
+        raise TowerError(reason(f"the image tower {spec!r} can't be loaded", why)) from why
+    if report is not None:
+        _check_complete(name, report, kind)
+    pooling = hf_pooling(model, kind)
+    preprocess = HfPreprocess(processor)
+    return ImageTower(
+        spec,
+        HfNetwork(model, pooling),
+        preprocess,
+        description=preprocess.describe(),
+        weights=weights_hash(model),
+        pooling=pooling,
+    )
+
+
+def _vision_half(name: str, config: Any, projected: bool) -> tuple[Any, Any, dict[str, Any]]:
+    """The class, config and further arguments to load a vision model, or the vision half of a two-tower model."""
+    import transformers
+
+    kind = config.model_type
+    if kind in CLIP:
+        vision = getattr(config, "vision_config", config)
+        vision.projection_dim = config.projection_dim  # the weights have the size of the two-tower config
+        return transformers.CLIPVisionModelWithProjection if projected else transformers.CLIPVisionModel, vision, {}
+    if kind in SIGLIP:
+        return transformers.SiglipVisionModel, getattr(config, "vision_config", config), {}
+    if hasattr(config, "vision_config") or kind.startswith("siglip2"):
+        raise TowerError(
+            f"litune does not read the vision half of {kind} models ({name}), only of clip and siglip: "
+            "use its timm twin, or python:"
+        )
+    if kind == "vit_mae":
+        config.mask_ratio = 0.0
+    # No pooler for models whose CLS token is used: a missing one would be initialised at random.
+    extra = {"add_pooling_layer": False} if kind in ("vit", "deit") else {}
+    return transformers.AutoModel, config, extra
+
+
+def _check_complete(name: str, report: dict[str, Any], kind: str) -> None:
+    mismatched = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"])
+    if mismatched:
+        raise TowerError(f"{name} has weights of other shapes than its config says, {mismatched[0]!r} first")
+    missing = sorted(report["missing_keys"])
+    if missing:
+        hint = "; ?projection=no does without it" if kind in CLIP and missing == ["visual_projection.weight"] else ""
+        raise TowerError(f"{name} lacks {len(missing)} of the tower's weights, {missing[0]!r} first{hint}")
+
+
+def hf_pooling(model: Any, kind: str) -> str:
+    """How the features of a model of this kind are pooled: projection, pooler or first token."""
+    if kind in FIRST_TOKEN:
+        return "first token"
+    if type(model).__name__.endswith("WithProjection"):
+        return "projection"
+    if kind in SIGLIP and not getattr(model.config, "vision_use_head", True):
+        raise TowerError("this SigLIP model has no attention head to pool with (vision_use_head)")
+    pools = kind in POOLED or any(hasattr(model, part) for part in ("pooler", "pool"))
+    if not pools:
+        raise TowerError(f"litune does not know how {kind} pools its features yet: use its timm twin, or python:")
+    return "pooler"

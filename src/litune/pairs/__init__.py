@@ -1,0 +1,1 @@
+"""What people have → `Pairs`: images with captions or classes, wherever they lie."""

@@ -1,0 +1,389 @@
+"""Reads pairs, images with their captions, from any kind of source into one table."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from litune.config import EmbedConfig, ReadingConfig
+from litune.errors import DataError, nearest
+from litune.pairs.find import find_source
+from litune.pairs.folders import class_folders, image_files
+from litune.pairs.sample import CAPTION_COLUMNS, Damage, Options, Sample, SampleSource
+from litune.pairs.tables import join
+from litune.progress import say
+
+__all__ = ["Damage", "Pairs", "class_folders", "image_files", "read_pairs", "select_captions"]
+
+ROWS = 20_000
+"""The most samples held as Python objects before they become Arrow columns."""
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Images with their captions, in a fixed order.
+
+    `table` has one row per image: `key` (its name in the source), `path` (where its bytes are: a file or another
+    reference, see `litune.pairs.reference`), `captions` (a list, possibly empty), and, where the source has them,
+    `langs` and `fields` (one per caption: its language, and the column it came from), `split`, `label` (the
+    class), `url` and the further columns asked for with `keep`.
+    """
+
+    table: pa.Table
+    source: str
+    damaged: tuple[Damage, ...] = ()
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @property
+    def captions(self) -> int:
+        """The number of captions of all images."""
+        return int(pc.sum(pc.list_value_length(self.table["captions"])).as_py() or 0)
+
+    def fingerprint(self) -> str:
+        """A hash over all columns but the paths (keys, captions, languages, splits, labels …), in order."""
+        digest = hashlib.sha256()
+        for name in self.table.column_names:
+            if name == "path":
+                continue
+            digest.update(name.encode())
+            for chunk in self.table[name].chunks:
+                # Values and lengths are hashed, not the Arrow buffers, which may hold more than the chunk's slice.
+                flat = pc.list_flatten(chunk) if pa.types.is_list(chunk.type) else chunk
+                for start in range(0, len(flat), ROWS):
+                    part = flat.slice(start, ROWS).to_pylist()
+                    digest.update(("\0" * (start > 0) + "\0".join("" if v is None else str(v) for v in part)).encode())
+                if pa.types.is_list(chunk.type):
+                    digest.update(pc.list_value_length(chunk).to_numpy().astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+def read_pairs(
+    source: Path | str,
+    *,
+    images: Path | str | None = None,
+    image_column: str | None = None,
+    caption_columns: Sequence[str] = (),
+    split_column: str = "split",
+    lang_column: str = "lang",
+    keep: Sequence[str] = (),
+    split: Sequence[str] = (),
+    lang: Sequence[str] = (),
+    max_damaged: float = 0.01,
+) -> Pairs:
+    """The pairs at `source`, whose kind is seen by looking at it (docs/sources.md has the list).
+
+    Pictures are not read. Raises `DataError` where there is nothing to read, a column is missing, or more than the
+    share `max_damaged` of the captions, or of the files that hold them, can't be used.
+    """
+    options = Options(images, image_column, caption_columns, split_column, lang_column, keep)
+    pairs = _collect(find_source(str(source), options), options, max_damaged)
+    return _select(pairs, split, lang)
+
+
+def read_files(config: ReadingConfig | EmbedConfig, keep: Sequence[str] = ()) -> Pairs:
+    """The pairs that a command's settings ask for; `keep` names further columns. Raises `DataError`."""
+    return read_pairs(
+        config.pairs,
+        images=config.images,
+        image_column=config.image_column,
+        caption_columns=config.caption_column,
+        split_column=config.split_column,
+        lang_column=config.lang_column,
+        keep=keep,
+        split=config.split,
+        lang=config.lang,
+        max_damaged=config.max_damaged,
+    )
+
+
+def say_pairs(pairs: Pairs) -> None:
+    """Print the number of pairs, their source, and what was skipped."""
+    say(f"pairs: {len(pairs):,} images, {pairs.captions:,} captions ({pairs.source})")
+    if pairs.damaged:
+        first = pairs.damaged[0]
+        say(f"skipped {len(pairs.damaged):,} inputs that can't be used, first {first.key}: {first.reason}")
+
+
+def _collect(source: SampleSource, options: Options, max_damaged: float) -> Pairs:
+    """All samples of a source as a table, with a list of the damaged ones. Raises `DataError` for too many of them."""
+    columns = _PairColumns(options)
+    damaged: list[Damage] = []
+    for sample in source.samples:
+        if isinstance(sample, Damage):
+            damaged.append(sample)
+        else:
+            damaged += columns.add(sample)
+    _check_damage(source.name, damaged, columns.captions or columns.rows, source.files, max_damaged)
+    if not columns.rows:
+        raise DataError(f"{source.name} has no samples: expected images with captions")
+    table = columns.table()
+    about = source.about(len(table))
+    if source.base is not None:
+        table = _group(source.name, table)
+        base = source.base(table["path"].to_pylist())
+        paths = pa.array([join(base, path) for path in table["path"].to_pylist()], pa.string())
+        table = table.set_column(table.column_names.index("path"), "path", paths)
+        about += f", images in {base}"
+    for name in options.keep:
+        if name not in table.column_names:
+            raise DataError(f"{source.name} has no {name!r} to keep: name another with --keep")
+    return Pairs(table, about, tuple(damaged))
+
+
+def _check_damage(name: str, damaged: Sequence[Damage], good: int, files: int, max_damaged: float) -> None:
+    remedy = "mend them or raise --max-damaged"
+    if damaged and not good:
+        raise DataError(f"{name} has no usable caption: {damaged[0].key}: {damaged[0].reason}")
+    lost_files = [d for d in damaged if d.whole_file]
+    if len(lost_files) > max_damaged * files:
+        raise DataError(
+            f"{len(lost_files):,} of {files:,} files in {name} can't be used (at most {max_damaged:.1%} may): "
+            f"{lost_files[0].key}: {lost_files[0].reason}; {remedy}"
+        )
+    if len(damaged) > max_damaged * (good + len(damaged)):
+        raise DataError(
+            f"{len(damaged):,} of {good + len(damaged):,} inputs in {name} can't be used "
+            f"(at most {max_damaged:.1%} may): {damaged[0].key}: {damaged[0].reason}; {remedy}"
+        )
+
+
+class _PairColumns:
+    """Checks samples and collects them as Arrow columns, part by part."""
+
+    def __init__(self, options: Options) -> None:
+        self.rows = self.captions = 0
+        self._kept = options.kept
+        self._several = options.several_fields
+        self._seen: set[str] = set()
+        self._parts: list[pa.Table] = []
+        self._clear()
+
+    def _clear(self) -> None:
+        self._lists: dict[str, list[list[str]]] = {"captions": [], "langs": [], "fields": []}
+        self._texts: dict[str, list[str]] = {"key": [], "path": [], "split": [], "label": []}
+        self._extra: dict[str, list[Any]] = {name: [] for name in self._kept}
+
+    def add(self, sample: Sample) -> list[Damage]:
+        """Add a sample and return the damage in it. A sample without a usable caption is left out."""
+        damaged: list[Damage] = []
+        for what, text in (("name", sample.key), ("path", sample.path)):
+            reason = _reason(text) if isinstance(text, str) else f"is {text!r:.80}, expected a text"
+            if reason or "\0" in text:
+                return [Damage(_printable(sample.where), f"the image's {what} {reason or 'has a NUL character'}")]
+        captions: list[tuple[str, str, str]] = []
+        for field, cell in _cells(sample, damaged).items():
+            self._check(sample, field, cell, captions, damaged)
+        if sample.texts and not captions:
+            return damaged
+        self._several |= len(sample.texts) > 1
+        langs = [lang for _, _, lang in captions]
+        split, label = (_text(value) for value in (sample.split, sample.label))
+        self._seen |= {name for name, present in (("langs", any(langs)), ("split", split), ("label", label)) if present}
+        for name, values in (
+            ("captions", [c for c, _, _ in captions]),
+            ("fields", [f for _, f, _ in captions]),
+            ("langs", langs),
+        ):
+            self._lists[name].append(values)
+        for name, value in (("key", str(sample.key)), ("path", sample.path), ("split", split), ("label", label)):
+            self._texts[name].append(value)
+        for name, extra in self._extra.items():
+            extra.append(sample.extra.get(name))
+        self.rows += 1
+        self.captions += len(captions)
+        if len(self._texts["key"]) >= ROWS:
+            self._close_part()
+        return damaged
+
+    def _check(
+        self, sample: Sample, field: str, cell: Any, captions: list[tuple[str, str, str]], damaged: list[Damage]
+    ) -> None:
+        cell = _text_of(cell)
+        cells = [_text_of(c) for c in cell] if isinstance(cell, list) else [cell]
+        lang = sample.lang.get(field, "") if isinstance(sample.lang, dict) else sample.lang
+        if isinstance(lang, list) and len(lang) != len(cells):
+            reason = f"{len(cells)} captions but {len(lang)} languages"
+            damaged.append(Damage(sample.where, reason))
+            return
+        if not cells:
+            damaged.append(Damage(sample.where, "the list of captions is empty"))
+        for i, caption in enumerate(cells):
+            if isinstance(caption, bytes):
+                damaged.append(Damage(sample.where, "the caption is not UTF-8"))
+            elif not isinstance(caption, str):
+                damaged.append(Damage(sample.where, f"the caption is {caption!r:.80}, expected a string"))
+            elif reason := _reason(caption):
+                damaged.append(Damage(sample.where, f"the caption {reason}"))
+            elif not (clean := _clean(caption)):
+                damaged.append(Damage(sample.where, "the caption is empty"))
+            else:
+                captions.append((clean, field, _text(lang[i] if isinstance(lang, list) else lang) or ""))
+
+    def _close_part(self) -> None:
+        columns: dict[str, pa.Array] = {name: pa.array(self._texts[name], pa.string()) for name in ("key", "path")}
+        columns |= {name: pa.array(values, pa.list_(pa.string())) for name, values in self._lists.items()}
+        columns |= {name: pa.array(self._texts[name], pa.string()) for name in ("split", "label")}
+        columns |= {name: _metadata_column(values) for name, values in self._extra.items()}
+        self._parts.append(pa.table(columns))
+        self._clear()
+
+    def table(self) -> pa.Table:
+        """One row per sample; columns that are empty for all samples are left out."""
+        if self._texts["key"]:
+            self._close_part()
+        several = {"fields"} if self._several else set()
+        absent = {"langs", "split", "label", "fields"} - self._seen - several
+        absent |= {name for name in self._extra if all(p[name].null_count == len(p) for p in self._parts)}
+        names = [name for name in self._parts[0].column_names if name not in absent]
+        # A column that has numbers in one part and texts in another becomes text.
+        texts = {n for n in self._extra if n in names and any(pa.types.is_string(p[n].type) for p in self._parts)}
+        parts = []
+        for part in self._parts:
+            for name in texts:
+                index = part.column_names.index(name)
+                part = part.set_column(index, name, part[name].cast(pa.string()))
+            parts.append(part.select(names))
+        return pa.concat_tables(parts, promote_options="permissive").combine_chunks()
+
+
+def _cells(sample: Sample, damaged: list[Damage]) -> dict[str, Any]:
+    """The non-empty text fields of a sample; one that has several fields must fill at least one."""
+    if len(sample.texts) <= 1:
+        return sample.texts
+    cells = {name: cell for name, cell in sample.texts.items() if cell not in (None, "", [])}
+    if not cells:
+        damaged.append(Damage(sample.where, f"{', '.join(sample.texts)} are all empty"))
+    return cells
+
+
+def _text_of(cell: Any) -> Any:
+    """The caption or captions inside a struct such as {"raw": "a dog", "tokens": …}; other cells as they are."""
+    if not isinstance(cell, dict):
+        return cell
+    return next((cell[name] for name in ("raw", *CAPTION_COLUMNS) if name in cell), cell)
+
+
+def _reason(text: str) -> str:
+    """Why a text can't be used as a name or a caption; empty if it can."""
+    if text.isascii():
+        return ""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "is not UTF-8"
+    return ""
+
+
+def _clean(caption: str) -> str:
+    """A caption with control characters replaced by blanks and stripped; otherwise unchanged."""
+    return (caption if caption.isprintable() else _CONTROL.sub(" ", caption)).strip()
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
+
+
+def _text(value: Any) -> str:
+    """A cell as text that can be stored; empty for None."""
+    return "" if value is None else _clean(_printable(str(value)))
+
+
+def _metadata_column(values: list[Any]) -> pa.Array:
+    """A column of metadata: int64 or float64 if all values are numbers, else text."""
+    present = [value for value in values if value is not None]
+    try:
+        if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in present):
+            return pa.array(values, pa.int64() if all(isinstance(value, int) for value in present) else pa.float64())
+    except (pa.ArrowException, OverflowError):
+        pass
+    texts = [v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False, default=str) for v in values]
+    return pa.array([None if text is None else _printable(text) for text in texts], pa.string())
+
+
+def _group(name: str, table: pa.Table) -> pa.Table:
+    """One row per image, in order of first appearance, with all its captions in the table's order."""
+    images = table["path"].combine_chunks().dictionary_encode()
+    if len(images.dictionary) == len(images):
+        return table
+    codes = images.indices.to_numpy()
+    order = np.argsort(codes, kind="stable")
+    first = order[np.concatenate([[0], np.cumsum(np.bincount(codes))])[:-1].astype(np.int64)]
+    if "split" in table.column_names:
+        splits = table["split"].combine_chunks().dictionary_encode().indices.to_numpy()
+        mixed = np.flatnonzero(splits != splits[first][codes])
+        if mixed.size:
+            first_split, second_split = (table["split"][int(row)].as_py() for row in (first[codes[mixed[0]]], mixed[0]))
+            image = table["path"][int(mixed[0])].as_py()
+            raise DataError(
+                f"{name}: the image {image} is in the splits {first_split!r} and {second_split!r}: keep it in one"
+            )
+    grouped = table.take(pa.array(first))
+    for column in ("captions", "langs", "fields"):
+        if column in table.column_names:
+            lists = table[column].combine_chunks().take(pa.array(order))
+            counts = np.bincount(codes, weights=pc.list_value_length(table[column]).to_numpy())
+            offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
+            lists = pa.ListArray.from_arrays(offsets, pc.list_flatten(lists))
+            grouped = grouped.set_column(grouped.column_names.index(column), column, lists)
+    return grouped
+
+
+def _select(pairs: Pairs, split: Sequence[str], lang: Sequence[str]) -> Pairs:
+    """Only the images of these splits and the captions in these languages; an empty list selects all."""
+    table = pairs.table
+    if split:
+        known = _known(table, "split", split, "--split")
+        table = table.filter(pc.is_in(table["split"], pa.array(known)))
+    if lang:
+        if "langs" not in table.column_names:
+            raise DataError("--lang was given but the captions have no languages: see --lang-column")
+        languages = set(pc.unique(pc.list_flatten(table["langs"])).to_pylist())
+        for name in lang:
+            if name not in languages:
+                raise DataError(f"no caption is in the language {name!r} ({nearest(name, languages)})")
+        table = select_captions(table, "langs", lang)
+        table = table.filter(pc.greater(pc.list_value_length(table["captions"]), 0))
+    if table.num_rows == 0:
+        raise DataError("no image is left after --split and --lang: widen them")
+    return Pairs(table.combine_chunks(), pairs.source, pairs.damaged)
+
+
+def _known(table: pa.Table, column: str, wanted: Sequence[str], option: str) -> list[str]:
+    if column not in table.column_names:
+        raise DataError(f"{option} was given but the pairs have no {column} column: see {option}-column")
+    known = set(pc.unique(table[column]).to_pylist())
+    for name in wanted:
+        if name not in known:
+            raise DataError(f"no image is in the {column} {name!r} ({nearest(name, known)})")
+    return list(wanted)
+
+
+def select_captions(table: pa.Table, column: Literal["langs", "fields"], wanted: Sequence[str]) -> pa.Table:
+    """The table with only the captions in these languages or fields; some images may be left without captions."""
+    table = table.combine_chunks()
+    values = pc.list_flatten(table[column]).combine_chunks()
+    parents = pc.list_parent_indices(table[column]).combine_chunks().to_numpy()
+    selected = pc.is_in(values, pa.array(list(wanted))).to_numpy(zero_copy_only=False)
+    counts = np.bincount(parents[selected], minlength=table.num_rows)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
+    rows = pa.array(np.flatnonzero(selected))
+    for name in ("captions", "langs", "fields"):
+        if name not in table.column_names:
+            continue
+        values = pc.list_flatten(table[name]).combine_chunks().take(rows)
+        index = table.column_names.index(name)
+        table = table.set_column(index, name, pa.ListArray.from_arrays(offsets, values))
+    return table

@@ -1,0 +1,1 @@
+"""Feature stores: every image encoded once; and some of their rows with some of their captions."""

@@ -1,0 +1,1 @@
+"""What is done with several runs or before any: compare, probe, inspect, the quickstart."""

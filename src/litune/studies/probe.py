@@ -1,0 +1,329 @@
+"""Feature stores → how promising their locked towers are for these pairs, in about a minute and before any tuning."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from litune.config import ProbeConfig, TuneConfig, command
+from litune.devices import pick_bfloat16, pick_device
+from litune.errors import ConfigError, DataError
+from litune.evaluation.intervals import DEFINITION as INTERVALS
+from litune.evaluation.intervals import interval, paired
+from litune.files import check_file, write_json
+from litune.model.build import make_model, make_tokenizer, text_spec
+from litune.progress import duration, say, track
+from litune.schedules import parse_duration
+from litune.store.selection import Selection, choose_pairs
+from litune.store.store import FeatureStore
+from litune.studies.alignment import (
+    DEFINITIONS,
+    NEIGHBOURS,
+    best_strength,
+    image_ranks,
+    mutual_neighbours,
+    relative,
+    ridge_map,
+)
+from litune.studies.compare import grid
+from litune.text.registry import USE_M3, TextTower, make_text_tower, parse_text_spec
+from litune.text.tokenizers import Tokenizer
+from litune.towers.locking import train_unlocked
+from litune.tuning.batching import default_duration
+from litune.tuning.run import Tuning
+
+KS = (1, 5, 10)
+COLUMNS = {
+    "neighbours": "neighbours",
+    "anchors recall@10": "anchors R@10",
+    "linear recall@1": "linear R@1",
+    "linear recall@10": "linear R@10",
+}
+"""The figures of the table, and what they are called there."""
+HEADLINE = "neighbours"
+"""What stores are ordered by: nothing is learned for it, and it agrees best with tuned runs (docs/probe.md)."""
+LEAST = 2 * NEIGHBOURS
+BATCH = 256
+MEASURE_SECONDS = 3.0
+MEASURE_IMAGES = 2048
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What one store showed: plain values for people, and each image's outcome for comparisons."""
+
+    facts: dict[str, Any]
+    keys: tuple[str, ...]
+    outcomes: np.ndarray
+
+
+@command(ProbeConfig)
+def probe(config: ProbeConfig) -> dict[str, Any]:
+    """Figures of every store, the most promising first, with intervals and paired differences to the first.
+
+    Raises `StoreError` for what can't be read, `TowerError` or `ConfigError` for a text tower that can't be used,
+    `DataError` for stores with too few pairs, `OutputExistsError` where the file of `config.json` is there.
+    """
+    check_file(config.json, "--json", config.overwrite)
+    spec = parse_text_spec(config.text_tower)
+    if not spec.pretrained or spec.kind == "run":
+        raise ConfigError(f"--text-tower is {config.text_tower}: name a pre-trained one that was not tuned, as minilm")
+    settings = [tune_settings(config, path) for path in config.stores]
+    tokenizer = make_tokenizer(text_spec(settings[0]), settings[0], [])
+    tower = make_text_tower(spec, vocab_size=tokenizer.vocab_size, max_tokens=config.max_tokens)
+    texts = Texts(tower.to(pick_device(config.device)).eval(), tokenizer)
+    found = [probe_store(config, one, texts) for one in settings]
+    found.sort(key=lambda one: -one.facts["figures"][HEADLINE])
+    results = {
+        "text_tower": config.text_tower,
+        "stores": [one.facts | against(found[0], one) for one in found],
+        "comparable": len({one.keys for one in found}) == 1,
+        "definitions": DEFINITIONS | {"interval": INTERVALS},
+    }
+    if config.json is not None:
+        write_json(config.json, results)
+    return results
+
+
+def tune_settings(config: ProbeConfig, store: Path) -> TuneConfig:
+    """How the store would be tuned on: the same pairs, the same default settings. Nothing is ever written to `out`."""
+    return TuneConfig(
+        store=store,
+        text_tower=config.text_tower,
+        out=store / "unused",
+        locking="LL" if config.text_tower == USE_M3 else None,
+        split=config.split,
+        val_split=config.val_split,
+        holdout=config.holdout,
+        lang=config.lang,
+        max_tokens=config.max_tokens,
+        evaluations=0,
+        device=config.device,
+    )
+
+
+class Texts:
+    """The frozen text tower, each distinct text encoded once for all stores."""
+
+    def __init__(self, tower: TextTower, tokenizer: Tokenizer) -> None:
+        self.tower, self.tokenizer = tower, tokenizer
+        self.known: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """Raw vectors [N, W] of N captions."""
+        device = next((p.device for p in self.tower.parameters()), torch.device("cpu"))
+        new = sorted((one for one in dict.fromkeys(captions) if one not in self.known), key=len)
+        if new:
+            vectors = []
+            with track("encoding", "captions", len(new)) as task:
+                for start in range(0, len(new), BATCH):
+                    part = new[start : start + BATCH]
+                    bfloat16 = pick_bfloat16("auto", device)
+                    packed = self.tower.pack(self.tokenizer(part), device, bfloat16=bfloat16)
+                    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                        vectors.append(self.tower(packed.to(device)).float())
+                    task.advance(len(part))
+            self.known |= dict(zip(new, torch.cat(vectors).cpu(), strict=True))
+        return torch.stack([self.known[one] for one in captions])
+
+
+def probe_store(config: ProbeConfig, settings: TuneConfig, texts: Texts) -> Probed:
+    """Everything about one store."""
+    store = FeatureStore(settings.store)
+    all_train, all_val = choose_pairs(store, settings)
+    train = drawn(all_train, config.train_images, config.seed)
+    val = drawn(all_val, config.val_images, config.seed) if all_val is not None else None
+    if val is None or len(val) < LEAST or len(train) < 2 * LEAST:
+        raise DataError(
+            f"{store.path} has {len(train):,} images to learn from and {len(val or ()):,} held out, a probe needs "
+            f"{2 * LEAST} and {LEAST}: embed more, or raise --holdout"
+        )
+    say(f"probing {store.path}: {len(train):,} images to learn from, {len(val):,} to measure on")
+    learned, measured = Pairs(train, texts), Pairs(val, texts)
+    outcomes = measure(learned, measured, config.seed)
+    figures = {name: float(values.mean()) for name, values in outcomes.items()}
+    bounds = {
+        name: list(interval(values, measured.owner.numpy() if len(values) != len(val) else None))
+        for name, values in outcomes.items()
+    }
+    facts = {
+        "store": str(store.path),
+        "tower": (store.tower or {}).get("spec", "unknown"),
+        "width": store.width,
+        "train_images": len(train),
+        "images": len(val),
+        "captions": len(measured.owner),
+        "figures": figures,
+        "intervals": bounds,
+        "chance": {name: chance(name, len(val)) for name in outcomes},
+        "storage": storage(store),
+        "tuning": tuning_time(all_train, settings),
+    }
+    return Probed(facts, tuple(val.keys), outcomes[HEADLINE])
+
+
+def drawn(pairs: Selection, most: int, seed: int) -> Selection:
+    """At most so many of the images, drawn by the seed and in their order: the same of every store of these images."""
+    if len(pairs) <= most:
+        return pairs
+    return pairs.subset(np.sort(np.random.default_rng(seed).permutation(len(pairs))[:most]))
+
+
+class Pairs:
+    """Raw features of a selection's images and of their captions."""
+
+    def __init__(self, pairs: Selection, texts: Texts) -> None:
+        self.images = torch.from_numpy(pairs.features())
+        self.texts = texts(pairs.captions)
+        self.owner = torch.from_numpy(pairs.owner)
+
+
+def measure(learned: Pairs, measured: Pairs, seed: int) -> dict[str, np.ndarray]:
+    """Outcomes by figure: per image for neighbours, per caption for the recalls.
+
+    Both sides are centred by the means of the pairs to learn from, as litune tune does it with the images, and
+    brought to length one.
+    """
+    image_mean, text_mean = learned.images.mean(0), learned.texts.mean(0)
+    anchor_images, anchor_texts = F.normalize(learned.images - image_mean), F.normalize(learned.texts - text_mean)
+    images, texts = F.normalize(measured.images - image_mean), F.normalize(measured.texts - text_mean)
+    found = {"neighbours": mutual_neighbours(images, means(texts, measured.owner, len(images)))}
+    anchors = means(anchor_texts, learned.owner, len(anchor_images))
+    by_anchors = image_ranks(relative(images, anchor_images), relative(texts, anchors), measured.owner)
+    strength = best_strength(anchor_texts, anchor_images, learned.owner, seed)
+    matrix = ridge_map(anchor_texts, anchor_images[learned.owner], strength)
+    by_map = image_ranks(images, F.normalize(texts @ matrix), measured.owner)
+    for name, ranks in (("anchors", by_anchors), ("linear", by_map)):
+        found |= {f"{name} recall@{k}": (ranks < k).astype(float) for k in KS}
+    return found
+
+
+def means(texts: Tensor, owner: Tensor, images: int) -> Tensor:
+    """The mean of each image's captions, of length one: [B, W]."""
+    return F.normalize(torch.zeros(images, texts.shape[1]).index_add_(0, owner, texts))
+
+
+def chance(figure: str, images: int) -> float:
+    """What features that have nothing to do with each other would reach."""
+    if figure == "neighbours":
+        return NEIGHBOURS / (images - 1)
+    return min(1.0, int(figure.rpartition("@")[2]) / images)
+
+
+def storage(store: FeatureStore) -> dict[str, Any]:
+    """Bytes of features per image and of a million of them, and how long those would take to embed."""
+    each = store.width * np.dtype(store.manifest.get("dtype", "float16")).itemsize
+    rate = store.manifest.get("images_per_second")
+    return {
+        "bytes_per_image": each,
+        "bytes_per_million": 1_000_000 * each,
+        "images_per_second_when_embedded": rate,
+        "embedding_hours_per_million": round(1e6 / rate / 3600, 2) if rate else None,
+    }
+
+
+def tuning_time(train: Selection, settings: TuneConfig) -> dict[str, Any]:
+    """How fast litune tune would go at its defaults and how long it would take: some of its own steps, timed."""
+    sample = drawn(train, MEASURE_IMAGES, 0)
+    spec = text_spec(settings)
+    device = pick_device(settings.device)
+    tokenizer = make_tokenizer(spec, settings, sample.captions)
+    model = make_model(sample, spec, tokenizer, settings).to(device)
+    settings = dataclasses.replace(settings, duration="1000000steps")  # until time is up
+    run = Tuning(settings, sample, None, model, device)
+    train_unlocked(model)
+    pairs = 0
+    with closing(run.inputs(0)) as coming:
+        run.step(next(coming))  # the first one compiles and allocates
+        began = time.monotonic()
+        for inputs in coming:
+            run.step(inputs)
+            pairs += run.size
+            if time.monotonic() - began >= MEASURE_SECONDS:
+                break
+    run.check()
+    rate = pairs / (time.monotonic() - began)
+    steps = parse_duration(default_duration(len(train)), "duration").steps(
+        batch_size=run.size, images=len(train), total=None
+    )
+    return {
+        "pairs_per_second": round(rate, 1),
+        "pairs": steps * run.size,
+        "seconds": round(steps * run.size / rate, 1),
+        "tuned_parameters": run.tuned.parameters,
+        "measured": f"its own steps, timed for {MEASURE_SECONDS:.0f} seconds at its default settings",
+    }
+
+
+def against(best: Probed, one: Probed) -> dict[str, Any]:
+    """The paired difference of the headline figure to the most promising store's, where both have the same images."""
+    if one is best or one.keys != best.keys:
+        return {}
+    return {"to_the_first": paired(one.outcomes, best.outcomes)}
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as a Markdown table, the most promising store first, with what its figures mean."""
+    names = [name for name in results["stores"][0]["figures"] if name in COLUMNS]
+    lines = [["", HEADLINE, "to the first", *(COLUMNS[n] for n in names if n != HEADLINE), "1M images", "tuning"]]
+    for one in results["stores"]:
+        shown = {name: percent(one["figures"][name], *one["intervals"][name]) for name in names}
+        how_long = f"{duration(one['tuning']['seconds'])} at {one['tuning']['pairs_per_second']:,.0f} pairs/s"
+        lines.append(
+            [
+                f"{Path(one['store']).name} ({one['tower']}, {one['width']})",
+                shown.pop(HEADLINE),
+                difference(one.get("to_the_first")),
+                *shown.values(),
+                f"{one['storage']['bytes_per_million'] / 1e9:.1f} GB",
+                how_long,
+            ]
+        )
+    first = results["stores"][0]
+    chances = {name: f"{100 * first['chance'][name]:.1f}" for name in names}
+    lines.append(["chance", chances.pop(HEADLINE), "", *chances.values(), "", ""])
+    notes = [
+        f"In percent, with 95% intervals; {first['images']:,} images and {first['captions']:,} captions that nothing "
+        f"was learned from, {first['train_images']:,} images to learn from, captions by {results['text_tower']}.",
+        *results["definitions"].values(),
+        f"tuning: litune tune's default length at the speed of {first['tuning']['measured']}.",
+    ]
+    if not results["comparable"]:
+        notes.insert(0, "The stores hold different pairs: their figures can't be compared.")
+    return "\n\n".join([grid(lines), *notes])
+
+
+def percent(share: float, low: float, high: float) -> str:
+    """A share with its interval, in percent.
+
+    >>> percent(0.181, 0.167, 0.1932)
+    '18.1 (16.7–19.3)'
+    """
+    return f"{100 * share:.1f} ({100 * low:.1f}–{100 * high:.1f})"
+
+
+def difference(found: dict[str, float] | None) -> str:
+    """A paired difference in points with its interval.
+
+    >>> difference({"difference": -0.1, "low": -0.12, "high": -0.08})
+    '−10.0 (−12.0 to −8.0)'
+    """
+    if found is None:
+        return ""
+    return f"{points(found['difference'])} ({points(found['low'])} to {points(found['high'])})"
+
+
+def points(share: float) -> str:
+    """A difference of shares in points, signed."""
+    return f"{100 * share:+.1f}".replace("-", "−")

@@ -1,0 +1,1 @@
+"""Text towers, tokenizers, and the words of zero-shot classification."""
