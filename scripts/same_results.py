@@ -24,10 +24,10 @@ from typing import Any
 
 PLACE = Path("/tmp/litune-same-results")
 """Where the commands run: the same for both versions, since stores and runs keep paths."""
-VOLATILE = re.compile(r"seconds|rate|per_second|time|date|created|version|libraries|litune|sources_stamp")
+VOLATILE = re.compile(r"seconds|hours|rate|per_second|time|date|created|version|libraries|litune|sources_stamp")
 TIMES = re.compile(
     r"\d[\d,.]* ?(?:seconds|s|ms|minutes|(?:images|pairs|candidates)/s)\b"
-    r"|\b\d+:\d\d(?::\d\d)?\b|\d{4}-\d\d-\d\d[T ][\d:.+Z]*"
+    r"|seconds \| [\d.]+|\b\d+:\d\d(?::\d\d)?\b|\d{4}-\d\d-\d\d[T ][\d:.+Z]*"
 )
 COMMANDS = (
     "", "quickstart", "embed", "tune", "eval", "compare", "classify", "search", "serve", "inspect", "probe", "import",
@@ -182,6 +182,8 @@ def make_data(place: Path) -> None:
         'seeds = [0]\n[base]\nstore = "store"\ntext_tower = "minilm"\nduration = "4steps"\nbatch_size = 16\n'
         '[[row]]\nname = "one"\n[[row]]\nname = "two"\nlearning_rate = 0.0001\n',
     )
+    for file in place.rglob("*"):
+        os.utime(file, (0, 0))  # the names of features that are kept depend on it
 
 
 if __name__ == "__main__":

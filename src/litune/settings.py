@@ -15,11 +15,12 @@ import math
 import numbers
 import os
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from litune.errors import ConfigError, nearest
 
@@ -157,7 +158,12 @@ class Setting:
 
 
 def settings_of(config: type[Any]) -> tuple[Setting, ...]:
-    """All settings of a config, in its order."""
+    """All settings of a class of configs, in its order."""
+    return _settings_of(cast(Hashable, config))  # mypy takes no class for hashable
+
+
+@cache
+def _settings_of(config: Any) -> tuple[Setting, ...]:
     hints = get_type_hints(config, include_extras=True)
     return tuple(setting_of(field, hints[field.name]) for field in dataclasses.fields(config))
 

@@ -20,7 +20,7 @@ from litune.errors import DataError, StoreError
 from litune.model.lit import LiT
 from litune.pairs.benchmarks import EvalSet
 from litune.pairs.pairs import Pairs
-from litune.store.build import build_store, processes, read_manifest
+from litune.store.build import build_store, check_processes, read_manifest
 from litune.store.store import FeatureStore
 
 ROWS = 4096  # images that are scored at once
@@ -94,11 +94,7 @@ def _build(place: Path, images: EvalSet, fingerprint: str, model: LiT) -> None:
 def _check_begun(place: Path, manifest: dict[str, Any]) -> None:
     """Raise `StoreError` where another number of processes, or another device, has begun the store."""
     there = read_manifest(place) or manifest
-    begun, now = processes(there), processes(manifest)
-    if begun != now:
-        raise StoreError(
-            f"{place} was begun by {begun} processes, now there are {now}: go on with {begun}, or remove that folder"
-        )
+    check_processes(place, there, manifest, "remove that folder")
     then, device = (facts["tower"].get("device") for facts in (there, manifest))
     if then not in (None, device):
         raise StoreError(f"{place} was begun with --device {then}, not {device}: keep to it, or remove that folder")

@@ -102,9 +102,11 @@ def read_manifest(out: Path) -> dict[str, Any]:
     return read_json(out / MANIFEST, StoreError) if (out / MANIFEST).exists() else {}
 
 
-def processes(manifest: dict[str, Any]) -> int:
-    """How many processes have begun an unfinished store."""
-    return len(manifest["parts"]) - 1 if "parts" in manifest else 1
+def check_processes(out: Path, there: dict[str, Any], manifest: dict[str, Any], remedy: str) -> None:
+    """Raise `StoreError` where another number of processes has begun the unfinished store that is `there`."""
+    begun, now = (len(facts["parts"]) - 1 if "parts" in facts else 1 for facts in (there, manifest))
+    if begun != now:
+        raise StoreError(f"{out} was begun by {begun} processes, now there are {now}: go on with {begun}, or {remedy}")
 
 
 def begun_tower(out: Path) -> dict[str, Any]:

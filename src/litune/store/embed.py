@@ -10,13 +10,13 @@ from litune import distributed
 from litune.config import EmbedConfig, command
 from litune.devices import pick_device
 from litune.errors import LituneError, OutputExistsError, StoreError
-from litune.files import clear_output, read_json
+from litune.files import clear_output
 from litune.image.registry import differences
 from litune.model.run_folder import find_image_tower
 from litune.pairs.pairs import Pairs, read_files, say_pairs
 from litune.progress import say
-from litune.store.build import begun_tower, build_store, processes
-from litune.store.store import MANIFEST, FeatureStore
+from litune.store.build import begun_tower, build_store, check_processes, read_manifest
+from litune.store.store import FeatureStore
 
 
 @command(EmbedConfig)
@@ -49,10 +49,10 @@ def embed_pairs(config: EmbedConfig, pairs: Pairs) -> FeatureStore:
 
 def _check_output(out: Path, manifest: dict[str, Any], *, overwrite: bool) -> None:
     """Let an unfinished store of the same tower and pairs pass, refuse or remove anything else."""
-    if not (out / MANIFEST).exists():
+    there = read_manifest(out)
+    if not there:
         clear_output(out, False, "feature store", overwrite)
         return
-    there = read_json(out / MANIFEST, StoreError)
     try:
         _check_same(out, there, manifest)
     except LituneError:
@@ -87,11 +87,7 @@ def _check_same(out: Path, there: dict[str, Any], manifest: dict[str, Any]) -> N
         )
     if there["dtype"] != manifest["dtype"]:
         raise StoreError(f"{out} was begun with --store-dtype {there['dtype']}, not {manifest['dtype']}: keep to it")
-    begun, now = processes(there), processes(manifest)
-    if begun != now:
-        raise StoreError(
-            f"{out} was begun by {begun} processes, now there are {now}: go on with {begun}, or give --overwrite"
-        )
+    check_processes(out, there, manifest, "give --overwrite")
 
 
 def _tower_name(manifest: dict[str, Any]) -> str:
