@@ -1,6 +1,6 @@
 """litune: give any image model a language, by locked-image tuning (LiT, arXiv 2111.07991).
 
-The commands are functions of the same names (`embed`, `tune`, `eval`, `compare`, `classify`, `search`, `inspect`,
+The commands are functions of the same names (`embed`, `fit`, `tune`, `eval`, `compare`, `classify`, `search`, `inspect`,
 `probe`, `import_`, `export`, `push`, `quickstart`, and for `litune data`: `inspect_data`, `fetch_data`, `filter_data`,
 `dedup_data`); `load` opens a run. Names are imported when they are first used: `import litune` is quick.
 """
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from litune.studies.inspect import inspect as inspect
     from litune.studies.probe import probe as probe
     from litune.studies.quickstart import quickstart as quickstart
+    from litune.tuning.fit import fit as fit
     from litune.tuning.losses import sigmoid_loss as sigmoid_loss
     from litune.tuning.losses import softmax_loss as softmax_loss
     from litune.tuning.tune import tune as tune
@@ -55,6 +56,7 @@ _HOME = {
     "inspect_data": "litune.curation.inspect",
     "import_": "litune.interop.import_",
     "export": "litune.interop.export",
+    "fit": "litune.tuning.fit",
     "fetch_data": "litune.curation.fetch",
     "filter_data": "litune.curation.filter",
     "load": "litune.model.run_folder",

@@ -23,6 +23,7 @@ from litune.settings import Setting, settings_of
 EXAMPLES = {
     "quickstart": "litune quickstart",
     "embed": "litune embed my-photos/ --image-tower efficientnet-lite0 --out my-features",
+    "fit": "litune fit my-features --text-tower minilm --out my-run",
     "tune": "litune tune my-features --text-tower minilm --out my-run",
     "eval": "litune eval my-run --store my-features --split val",
     "compare": "litune compare table.toml --out my-table",

@@ -25,6 +25,7 @@ from litune.config import (
     ExportConfig,
     FetchConfig,
     FilterConfig,
+    FitConfig,
     ImportConfig,
     InspectConfig,
     OverviewConfig,
@@ -46,6 +47,7 @@ and searches images by free-form text (locked-image tuning, LiT). The whole way 
 COMMANDS: dict[str, tuple[type[Any], str]] = {
     "quickstart": (QuickstartConfig, "litune.studies.quickstart:quickstart"),
     "embed": (EmbedConfig, "litune.store.embed:embed"),
+    "fit": (FitConfig, "litune.tuning.fit:fit"),
     "tune": (TuneConfig, "litune.tuning.tune:tune"),
     "eval": (EvalConfig, "litune.evaluation.evaluate:evaluate"),
     "compare": (CompareConfig, "litune.studies.compare:compare"),

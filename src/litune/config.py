@@ -216,9 +216,12 @@ class TuneConfig(Checked):
     image_tower: str | None = None
     """The image tower to train where it is unlocked (efficientnet-lite0, timm:NAME, hf:NAME_OR_FOLDER, or from scratch
     vit:B/16; ?size=96 for smaller pictures); by default that of the store."""
+    start: Literal["random", "fit"] = "random"
+    """Where heads begin: with random weights, as in the paper, or with those that `litune fit` would give them, which
+    needs a pre-trained text tower and linear heads."""
     image_head: Literal["auto", "none", "linear", "mlp", "gated"] = "auto"
     """A head on the image side, tuned. none keeps a locked tower's own feature space; auto is none on a locked tower
-    and linear on an unlocked one; gated is an MLP whose hidden values are gated (SwiGLU)."""
+    and linear on an unlocked one and with --start fit; gated is an MLP whose hidden values are gated (SwiGLU)."""
     text_head: Literal["none", "linear", "mlp", "gated"] = "linear"
     """The head of the text side."""
     dim: Count | None = None
@@ -388,6 +391,68 @@ class TuneConfig(Checked):
                     f"--{name.replace('_', '-')} is for an unlocked image tower: the locked one's features are stored; "
                     "unlock it with --locking UU"
                 )
+
+
+@dataclass(frozen=True)
+class FitConfig(Checked):
+    """Fit linear heads in closed form, in seconds: both towers are locked, every caption is encoded once.
+
+    Writes an ordinary run. The captions' vectors are kept in the store's folder for later fits, and for litune tune
+    --start fit, with the same text tower.
+    """
+
+    store: Annotated[Path, Place("STORE")]
+    """A feature store that `litune embed` wrote, or a folder that clip-retrieval wrote."""
+    text_tower: str
+    """The pre-trained text tower: minilm, use-m3, hf:NAME_OR_FOLDER, or run:RUN (that of a run)."""
+    out: Path
+    """The run folder to write."""
+    more_stores: Annotated[tuple[Path, ...], Place("STORE...")] = ()
+    """Further feature stores of the same image tower, to fit to all of them."""
+    method: Literal["cca", "ridge", "procrustes"] = "cca"
+    """cca: canonical correlations, with directions weighted by them; ridge: a regression of image features on texts,
+    which leaves the image tower's space as it is; procrustes: rotations alone."""
+    dim: Count | None = None
+    """The shared dimension, at most the width of the narrower tower (the default); with ridge the image tower's."""
+    image_shrinkage: Limit | None = None
+    """What is added to the variance of every direction of the image features, as a multiple of their mean variance; by
+    default chosen on held-out pairs."""
+    text_shrinkage: Limit | None = None
+    """The same for the texts' vectors."""
+    texts: tuple[Path, ...] = ()
+    """Captions that stand in for those of the stores (see litune tune)."""
+    split: str = "train"
+    """Fit to the pairs of this split, where the store has splits."""
+    val_split: str = "val"
+    """Evaluate on the pairs of this split, where the store has splits; otherwise on a held-out part (see --holdout)."""
+    holdout: BelowOne = 0.05
+    """The share of the images, from 0 to 1, held out for evaluation where the store has no splits (at most 1,000
+    images); 0: none."""
+    exclude_held_out: bool = False
+    """Don't fit to images whose files are held out too (equal bytes, in one store or in several)."""
+    lang: tuple[str, ...] = ()
+    """Use only captions in these languages."""
+    fields: tuple[str, ...] = ()
+    """Use only captions of these text fields."""
+    max_tokens: Tokens = 16
+    """Tokens of a caption that are read, at most."""
+    pooling: Literal["auto", "first", "mean", "last"] = "auto"
+    """How the text tower's tokens become one vector (see litune tune)."""
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """The loss that the run is to be tuned with later: sigmoid runs have a bias beside the temperature."""
+    precision: Precision = "auto"
+    """Arithmetic of the text tower; auto: bfloat16 on processors with AMX or AVX512-bf16 and on GPUs."""
+    seed: Natural = 0
+    """The seed of which pairs settings are chosen on."""
+    overwrite: bool = False
+    """Remove a run that is already at --out."""
+    device: Device = "auto"
+    """Where the text tower runs."""
+
+    @property
+    def stores(self) -> tuple[Path, ...]:
+        """All feature stores to fit to."""
+        return (self.store, *self.more_stores)
 
 
 def parse_mix(mix: Sequence[str], stores: int) -> Literal["proportional", "alternate"] | tuple[Fraction, ...]:

@@ -108,6 +108,29 @@ def make_tokenizer(spec: TextSpec, config: TuneConfig, captions: Iterable[str], 
     return Tokenizer(backend, text_layout(spec), config.max_tokens)
 
 
+def starts_fitted(config: TuneConfig, spec: TextSpec) -> bool:
+    """Whether tuning starts from a fit. Raises `ConfigError` where that is asked for and can't be."""
+    why = _why_not(config, spec)
+    if config.start == "fit" and why:
+        raise ConfigError(f"--start fit {why}: use --start random")
+    return config.start == "fit" and not why
+
+
+def _why_not(config: TuneConfig, spec: TextSpec) -> str | None:
+    """Why tuning can't start from a fit; None where it can."""
+    if spec.kind == "run" and config.locking != "LL":
+        return "is for text towers as they were pre-trained, and a run has its heads already"
+    if not spec.pretrained:
+        return "needs a text tower that is pre-trained"
+    if not config.locked:
+        return "needs a locked image tower, whose features are stored"
+    if config.text_head != "linear" or config.image_head not in ("auto", "linear", "none"):
+        return "makes linear heads: leave out --text-head, and let --image-head be linear or none"
+    if config.shard:
+        return "can't be computed with --shard"
+    return None
+
+
 def make_model(
     train: TunedImages,
     spec: TextSpec,
@@ -137,8 +160,13 @@ def make_model(
     store = train.store
     image = None if config.locked else unlocked_tower(store, config)
     image_width = store.width if image is None else output_width(image)
-    image_head = ("none" if config.locked else "linear") if config.image_head == "auto" else config.image_head
-    dim = shared_dim(config, image_head, image_width, text.width)
+    fitted = starts_fitted(config, spec)
+    own_space = config.locked and not fitted
+    image_head = ("none" if own_space else "linear") if config.image_head == "auto" else config.image_head
+    if fitted and image_head == "linear" and config.dim is None:
+        dim = min(image_width, text.width)
+    else:
+        dim = shared_dim(config, image_head, image_width, text.width)
     image_map = config.image_map if config.locked else "none"
     model = LiT(
         text,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from litune import distributed
+from litune.config import TuneConfig
 from litune.errors import RunError
 from litune.files import read_json, replace_folder, sweep_temporaries
 from litune.image.registry import weights_hash
 from litune.model.run_folder import MANIFEST, STATE, load_tensors, model_state, save_tensors
 from litune.progress import say
 from litune.sharding import FACTS, find_state, load_state, save_state
+from litune.store.selection import Selection, source_names
 from litune.store.store import library_versions
 from litune.store.text_shards import shards
 from litune.tuning.inputs import Micro
@@ -194,19 +196,7 @@ def manifest(run: Tuning) -> dict[str, Any]:
         "complete": True,
         "text_tower": run.config.text_tower,
         "locking": run.config.locking,
-        "store": {
-            "path": str(run.config.store),
-            "images": len(run.store),
-            "tower": run.store.tower,
-            "pairs": run.store.manifest.get("pairs"),
-        },
-        **({"sources": _describe_sources(run)} if len(run.sources) > 1 else {}),
-        "tuned_on": {
-            "split": run.config.split if run.store.splits else None,
-            "images": len(run.train),
-            "captions": int(run.train.offsets[-1]),
-            "held_out_images": len(run.val) if run.val else 0,
-        },
+        **describe_pairs(run.config, run.train, run.val),
         "tuned_parameters": run.tuned.parameters,
         "steps": done,
         "batch_size": run.size,
@@ -220,14 +210,35 @@ def manifest(run: Tuning) -> dict[str, Any]:
     }
 
 
-def _describe_sources(run: Tuning) -> dict[str, dict[str, Any]]:
+def describe_pairs(config: TuneConfig, train: Selection, val: Selection | None) -> dict[str, Any]:
+    """Where a run's pairs came from."""
+    store, sources = train.store, train.sources
+    of_all = {
+        "store": {
+            "path": str(config.store),
+            "images": len(store),
+            "tower": store.tower,
+            "pairs": store.manifest.get("pairs"),
+        },
+        "tuned_on": {
+            "split": config.split if store.splits else None,
+            "images": len(train),
+            "captions": int(train.offsets[-1]),
+            "held_out_images": len(val) if val else 0,
+        },
+    }
+    return of_all | ({"sources": _describe_sources(sources)} if len(sources) > 1 else {})
+
+
+def _describe_sources(sources: Sequence[Selection]) -> dict[str, dict[str, Any]]:
     """Where the images of each source came from."""
+    names = source_names([source.store for source in sources])
     return {
         name: {
-            "path": str(one.store.path),
-            "images": len(one),
-            "captions": int(one.offsets[-1]),
-            "pairs": one.store.manifest.get("pairs"),
+            "path": str(source.store.path),
+            "images": len(source),
+            "captions": int(source.offsets[-1]),
+            "pairs": source.store.manifest.get("pairs"),
         }
-        for name, one in zip(run.sources, run.train.sources, strict=True)
+        for name, source in zip(names, sources, strict=True)
     }

@@ -7,7 +7,7 @@ import torch
 from litune import distributed
 from litune.config import TuneConfig, command
 from litune.devices import pick_device
-from litune.model.build import make_model, make_tokenizer, started_from, text_spec
+from litune.model.build import make_model, make_tokenizer, started_from, starts_fitted, text_spec
 from litune.model.card import write_card
 from litune.model.lit import LiT
 from litune.model.run_folder import MANIFEST, image_tower_finder, load
@@ -17,6 +17,7 @@ from litune.tuning.log import OnLog
 from litune.tuning.output import can_go_on, prepare_run
 from litune.tuning.run import Tuning
 from litune.tuning.setup import announce
+from litune.tuning.start import for_tuning, start_heads
 from litune.tuning.state import go_on
 
 
@@ -43,6 +44,8 @@ def tune(config: TuneConfig, on_log: OnLog | None = None) -> LiT:
         start = started_from(spec, config)
         tokenizer = make_tokenizer(spec, config, train.iterate_captions(), start)
         model = make_model(train, spec, tokenizer, config, start, device).to(device)
+        if starts_fitted(config, spec) and not goes_on:
+            distributed.from_main(lambda: start_heads(model, train, config, for_tuning(config)))
         run = Tuning(config, train, val, model, device, on_log)
         if not goes_on:
             distributed.from_main(lambda: prepare_run(config))

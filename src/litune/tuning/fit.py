@@ -1,0 +1,113 @@
+"""Feature store → run in seconds: both towers locked, linear heads in closed form."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from litune import distributed
+from litune.config import FitConfig, TuneConfig, command
+from litune.devices import pick_bfloat16, pick_device
+from litune.evaluation.retrieval import retrieval
+from litune.model.build import make_model, make_tokenizer, started_from, text_spec
+from litune.model.card import write_card
+from litune.model.lit import LiT
+from litune.model.run_folder import load, save_model
+from litune.progress import say
+from litune.store.selection import Selection, check_one_tower, choose_mixture
+from litune.store.store import FeatureStore, library_versions
+from litune.tuning.held_out import EVALUATE_MOST
+from litune.tuning.output import can_go_on, prepare_run
+from litune.tuning.start import HeldOutPairs, Options, start_heads, text_vectors
+from litune.tuning.state import describe_pairs
+
+
+@command(FitConfig)
+def fit(config: FitConfig) -> LiT:
+    """Fit linear heads to a feature store's pairs in closed form, write a run folder, and return the model.
+
+    Both towers stay as they are. Raises `StoreError`, `TowerError` or `ConfigError` for what can't be used, and
+    `OutputExistsError` where a run is at `config.out`.
+    """
+    began = time.monotonic()
+    stores = [FeatureStore(path) for path in config.stores]
+    check_one_tower(stores)
+    settings = tune_settings(config)
+    spec = text_spec(settings)
+    train, val = choose_mixture(stores, settings)
+    with distributed.claimed(config.out):
+        goes_on = can_go_on(settings)
+        device = pick_device(config.device)
+        torch.manual_seed(config.seed)
+        start = started_from(spec, settings)
+        tokenizer = make_tokenizer(spec, settings, (), start)
+        model = make_model(train, spec, tokenizer, settings, start, device).to(device)
+        options = Options(config.method, config.image_shrinkage, config.text_shrinkage)
+        facts = start_heads(model, train, settings, options)
+        held_out = evaluate(model, val, settings) if val else None
+        if not goes_on:
+            prepare_run(settings)
+        seconds = time.monotonic() - began
+        save_model(config.out, model, manifest(settings, model, train, val, facts, held_out, seconds))
+        write_card(config.out)
+    recall = f" · held-out T→I R@10 {held_out['text_to_image']['recall@10']:.1%}" if held_out else ""
+    say(
+        f"fitted {config.text_tower} ({config.method}) to {len(train):,} images with {train.offsets[-1]:,} captions "
+        f"in {seconds:.0f} s; wrote {config.out}{recall}"
+    )
+    return load(config.out, device=config.device)
+
+
+def tune_settings(config: FitConfig) -> TuneConfig:
+    """The fit as settings of tuning, in which nothing is tuned: what reads a run's config reads this one."""
+    same = ("text_tower", "out", "store", "more_stores", "texts", "split", "val_split", "holdout", "exclude_held_out",
+            "lang", "fields", "dim", "max_tokens", "pooling", "loss", "precision", "seed", "overwrite", "device")  # fmt: skip
+    return TuneConfig(
+        **{name: getattr(config, name) for name in same},
+        locking="LL",
+        start="fit",
+        image_head="none" if config.method == "ridge" else "linear",
+    )
+
+
+def evaluate(model: LiT, val: Selection, settings: TuneConfig) -> dict[str, Any]:
+    """Retrieval on the held-out pairs (at most 1,000 images), by the texts' kept vectors."""
+    if len(val) > EVALUATE_MOST:
+        val = val.subset(np.linspace(0, len(val) - 1, EVALUATE_MOST).round().astype(int))
+    vectors = text_vectors(model, val, pick_bfloat16(settings.precision, model.logit_scale.device))
+    pairs = HeldOutPairs.of(vectors.blocks())
+    with torch.no_grad():
+        texts = model.features_of_texts(torch.from_numpy(pairs.texts).to(model.logit_scale.device)).cpu()
+    return retrieval(model.encode_features(pairs.images), texts, torch.from_numpy(pairs.owner))
+
+
+def manifest(
+    settings: TuneConfig,
+    model: LiT,
+    train: Selection,
+    val: Selection | None,
+    facts: dict[str, Any],
+    held_out: dict[str, Any] | None,
+    seconds: float,
+) -> dict[str, Any]:
+    """Where everything in the run came from."""
+    heads = (*model.text_head.parameters(), *model.image_head.parameters())
+    return {
+        "complete": True,
+        "text_tower": settings.text_tower,
+        "locking": settings.locking,
+        **describe_pairs(settings, train, val),
+        "fit": facts,
+        "tuned_parameters": sum(parameter.numel() for parameter in heads),
+        "steps": 0,
+        "pairs_seen": int(train.offsets[-1]),
+        "seconds": round(seconds, 1),
+        "precision": "bfloat16" if pick_bfloat16(settings.precision, model.logit_scale.device) else "float32",
+        "ranks": 1,
+        "seed": settings.seed,
+        "libraries": library_versions(),
+        "held_out": held_out,
+    }
