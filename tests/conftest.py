@@ -169,6 +169,7 @@ def tune_config(store: FeatureStore, tiny_bert: Path, tmp_path: Path) -> TuneCon
         batch_size=6,
         learning_rate=3e-3,
         evaluations=2,
+        start="random",
         precision="float32",  # quick on a model this small; bfloat16 has a test of its own
         device="cpu",
     )

@@ -1,8 +1,8 @@
 """litune: give any image model a language, by locked-image tuning (LiT, arXiv 2111.07991).
 
-The commands are functions of the same names (`embed`, `fit`, `tune`, `eval`, `compare`, `classify`, `search`, `inspect`,
-`probe`, `import_`, `export`, `push`, `quickstart`, and for `litune data`: `inspect_data`, `fetch_data`, `filter_data`,
-`dedup_data`); `load` opens a run. Names are imported when they are first used: `import litune` is quick.
+The commands are functions of the same names (`embed`, `fit`, `tune`, `eval`, `compare`, `classify`, `search`,
+`inspect`, `probe`, `import_`, `export`, `push`, `quickstart`, and for `litune data`: `inspect_data`, `fetch_data`,
+`filter_data`, `dedup_data`); `load` opens a run. Names are imported when they are first used: `import litune` is quick.
 """
 
 from __future__ import annotations

@@ -216,9 +216,9 @@ class TuneConfig(Checked):
     image_tower: str | None = None
     """The image tower to train where it is unlocked (efficientnet-lite0, timm:NAME, hf:NAME_OR_FOLDER, or from scratch
     vit:B/16; ?size=96 for smaller pictures); by default that of the store."""
-    start: Literal["random", "fit"] = "random"
-    """Where heads begin: with random weights, as in the paper, or with those that `litune fit` would give them, which
-    needs a pre-trained text tower and linear heads."""
+    start: Literal["auto", "fit", "random"] = "auto"
+    """Where heads begin: fit, with the weights that `litune fit` gives them, which needs a pre-trained text tower, a
+    locked image tower and linear heads; or random, as in the paper. auto: fit where it can be."""
     image_head: Literal["auto", "none", "linear", "mlp", "gated"] = "auto"
     """A head on the image side, tuned. none keeps a locked tower's own feature space; auto is none on a locked tower
     and linear on an unlocked one and with --start fit; gated is an MLP whose hidden values are gated (SwiGLU)."""
@@ -238,8 +238,8 @@ class TuneConfig(Checked):
     the captions."""
     vocab_size: Annotated[int, at_least(8)] = 32000
     """The size of a freshly trained tokenizer, at most."""
-    max_tokens: Tokens = 16
-    """Tokens of a caption that are read, at most."""
+    max_tokens: Tokens | None = None
+    """Tokens of a caption that are read, at most: by default 16, as in the paper, from a fit 32."""
     pooling: Literal["auto", "first", "mean", "last"] = "auto"
     """How the text tower's tokens become one vector: the first token (BERT), their mean, or the last token;
     auto: what the tower itself declares, else the first token (vit: the last)."""
@@ -267,7 +267,8 @@ class TuneConfig(Checked):
 
     # How long, and how
     duration: str | None = None
-    """How long to tune: 10epochs, 2000steps, 30kpairs; by default 10 epochs, at least 30k and at most 4M pairs."""
+    """How long to tune: 10epochs, 2000steps, 30kpairs; by default 10 epochs, at least 30k and at most 4M pairs; from
+    a fit 10 epochs of the images or 2 of the captions, whichever is more, and at most 4M pairs."""
     batch_size: Annotated[int, at_least(2)] = 256
     """Pairs in a batch, over all processes; each is contrasted with all others."""
     micro_batch: Count | None = None
@@ -434,7 +435,7 @@ class FitConfig(Checked):
     """Use only captions in these languages."""
     fields: tuple[str, ...] = ()
     """Use only captions of these text fields."""
-    max_tokens: Tokens = 16
+    max_tokens: Tokens = 32
     """Tokens of a caption that are read, at most."""
     pooling: Literal["auto", "first", "mean", "last"] = "auto"
     """How the text tower's tokens become one vector (see litune tune)."""

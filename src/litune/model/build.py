@@ -28,6 +28,7 @@ from litune.text.tokenizers import Tokenizer, find_tokenizer, train_tokenizer
 from litune.text.use_m3 import use_tokenizer
 
 CPU = torch.device("cpu")
+PAPER_TOKENS, FITTED_TOKENS = 16, 32
 LOG_10 = math.log(10)
 """The paper's start of the temperature."""
 
@@ -88,9 +89,9 @@ def started_from(spec: TextSpec, config: TuneConfig) -> LiT | None:
     start = load_without_text(spec.name) if shares(spec, config) else load(spec.name, device="cpu")
     if config.pooling not in ("auto", start.text.pooling) or config.dropout is not None:
         raise ConfigError(f"{spec.spec} keeps its pooling and its dropout: leave out --pooling and --dropout")
-    if config.max_tokens > start.text.max_positions:
+    if read_tokens(config) > start.text.max_positions:
         raise ConfigError(
-            f"--max-tokens {config.max_tokens} is more than the {start.text.max_positions} positions of {spec.spec}"
+            f"--max-tokens {read_tokens(config)} is more than the {start.text.max_positions} positions of {spec.spec}"
         )
     return start
 
@@ -100,12 +101,12 @@ def make_tokenizer(spec: TextSpec, config: TuneConfig, captions: Iterable[str], 
     if config.tokenizer and spec.pretrained:
         raise ConfigError(f"--tokenizer is for towers from scratch: {spec.spec} was trained with its own")
     if spec.kind == USE_M3:
-        return Tokenizer(use_tokenizer(), text_layout(spec), config.max_tokens)
+        return Tokenizer(use_tokenizer(), text_layout(spec), read_tokens(config))
     if start is not None:
-        return Tokenizer(start.tokenizer.backend, start.tokenizer.layout, config.max_tokens)
+        return Tokenizer(start.tokenizer.backend, start.tokenizer.layout, read_tokens(config))
     where = config.tokenizer or spec.tokenizer
     backend = find_tokenizer(where) if where else train_tokenizer(captions, config.vocab_size)
-    return Tokenizer(backend, text_layout(spec), config.max_tokens)
+    return Tokenizer(backend, text_layout(spec), read_tokens(config))
 
 
 def starts_fitted(config: TuneConfig, spec: TextSpec) -> bool:
@@ -113,7 +114,19 @@ def starts_fitted(config: TuneConfig, spec: TextSpec) -> bool:
     why = _why_not(config, spec)
     if config.start == "fit" and why:
         raise ConfigError(f"--start fit {why}: use --start random")
-    return config.start == "fit" and not why
+    return config.start != "random" and not why
+
+
+def with_tokens(config: TuneConfig, spec: TextSpec) -> TuneConfig:
+    """The config with the tokens of a caption that are read by default: a frozen tower is to see whole captions."""
+    if config.max_tokens is not None:
+        return config
+    return dataclasses.replace(config, max_tokens=FITTED_TOKENS if starts_fitted(config, spec) else PAPER_TOKENS)
+
+
+def read_tokens(config: TuneConfig) -> int:
+    """How many tokens of a caption are read, at most, by a config that has gone through `with_tokens`."""
+    return config.max_tokens or PAPER_TOKENS
 
 
 def _why_not(config: TuneConfig, spec: TextSpec) -> str | None:
@@ -147,7 +160,7 @@ def make_model(
     make_text = partial(
         make_text_tower,
         vocab_size=tokenizer.vocab_size,
-        max_tokens=config.max_tokens,
+        max_tokens=read_tokens(config),
         pooling=config.pooling,
         dropout=config.dropout,
     )

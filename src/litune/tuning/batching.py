@@ -41,9 +41,14 @@ def text_fields(train: Selection, names: tuple[str, ...]) -> list[Field]:
     return found
 
 
-def default_duration(images: int) -> str:
-    """How long to tune where nothing is asked: 10 epochs, at least 30,000 pairs and at most 4 million."""
-    return f"{min(4_000_000, max(30_000, 10 * images))}pairs"
+def default_duration(images: int, captions: int | None = None) -> str:
+    """How long to tune where nothing is asked: 10 epochs, at least 30,000 pairs and at most 4 million.
+
+    From a fit to so many `captions` no least number of pairs is needed, and captions count where an image has many: 10
+    epochs of the images or 2 of the captions.
+    """
+    pairs = max(30_000, 10 * images) if captions is None else max(10 * images, 2 * captions)
+    return f"{min(4_000_000, pairs)}pairs"
 
 
 def evaluation_steps(steps: int, evaluations: int) -> set[int]:

@@ -114,8 +114,9 @@ def cca(moments: Moments, image_shrinkage: float, text_shrinkage: float) -> Cano
     variance and s′ `text_shrinkage` times the texts'.
     """
     (image_variances, image_basis), (text_variances, text_basis) = moments.image_spectrum, moments.text_spectrum
-    image_scale, text_scale = _inverse_roots(image_variances, image_shrinkage), _inverse_roots(
-        text_variances, text_shrinkage
+    image_scale, text_scale = (
+        _inverse_roots(image_variances, image_shrinkage),
+        _inverse_roots(text_variances, text_shrinkage),
     )
     whitened = image_scale[:, None] * moments.rotated_cross * text_scale
     squares, vectors = np.linalg.eigh(whitened.T @ whitened)

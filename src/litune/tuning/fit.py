@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import Any
 
@@ -63,10 +64,11 @@ def fit(config: FitConfig) -> LiT:
 
 def tune_settings(config: FitConfig) -> TuneConfig:
     """The fit as settings of tuning, in which nothing is tuned: what reads a run's config reads this one."""
-    same = ("text_tower", "out", "store", "more_stores", "texts", "split", "val_split", "holdout", "exclude_held_out",
-            "lang", "fields", "dim", "max_tokens", "pooling", "loss", "precision", "seed", "overwrite", "device")  # fmt: skip
+    settings = {setting.name: getattr(config, setting.name) for setting in dataclasses.fields(config)}
+    for name in ("method", "image_shrinkage", "text_shrinkage"):
+        del settings[name]
     return TuneConfig(
-        **{name: getattr(config, name) for name in same},
+        **settings,
         locking="LL",
         start="fit",
         image_head="none" if config.method == "ridge" else "linear",

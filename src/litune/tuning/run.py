@@ -77,7 +77,10 @@ class Tuning:
         model: LiT,
         device: torch.device,
         on_log: OnLog | None = None,
+        *,
+        fitted: bool = False,
     ) -> None:
+        """`fitted`: whether its heads begin with those of a fit."""
         self.config, self.store, self.train, self.val, self.model = config, train.store, train, val, model
         self.device, self.bfloat16, self.on_log = device, pick_bfloat16(config.precision, device), on_log
         if device.type == "cpu":
@@ -88,7 +91,9 @@ class Tuning:
         self.size = batch_size(config, len(train))
         self.sources = source_names([source.store for source in train.sources])
         self.batches = make_batches(train, config, self.size)
-        self.steps, self.rate_share = schedule(config, self.size, len(train))
+        self.steps, self.rate_share = schedule(
+            config, self.size, len(train), int(train.offsets[-1]) if fitted else None
+        )
         self.unlock = parse_unlock(config.unlock, "unlock")
         # Convolutions go backward in bfloat16 at half of float32's speed on CPUs.
         slow = config.precision == "auto" and device.type == "cpu"

@@ -55,13 +55,13 @@ def batch_size(config: TuneConfig, images: int) -> int:
     return size
 
 
-def schedule(config: TuneConfig, size: int, images: int) -> tuple[int, Callable[[int], float]]:
-    """How many steps a run takes, and each step's share of the learning rate."""
+def schedule(config: TuneConfig, size: int, images: int, captions: int | None) -> tuple[int, Callable[[int], float]]:
+    """How many steps a run takes, and each step's share of the learning rate; from a fit the `captions` count."""
 
     def count(text: str, name: str, total: int | None = None) -> int:
         return parse_duration(text, name).steps(batch_size=size, images=images, total=total)
 
-    steps = max(1, count(config.duration or default_duration(images), "duration"))
+    steps = max(1, count(config.duration or default_duration(images, captions), "duration"))
     return steps, partial(
         rate_share,
         steps=steps,
@@ -156,7 +156,7 @@ def announce(run: Tuning) -> None:
     tokens = run.tokens if isinstance(run.tokens, Tokens) else sample_of(run, SAMPLE)
     cut = float((tokens.lengths >= model.tokenizer.max_tokens).mean())
     if model.tokenizer.layout != "sticky_eos" and cut > 0.2:
-        say(f"{cut:.0%} of the captions fill --max-tokens {config.max_tokens} and may be cut short")
+        say(f"{cut:.0%} of the captions fill --max-tokens {model.tokenizer.max_tokens} and may be cut short")
 
 
 def sample_of(run: Tuning, count: int) -> Tokens:

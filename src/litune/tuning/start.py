@@ -9,10 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,6 @@ from litune.errors import ConfigError
 from litune.evaluation.retrieval import retrieval
 from litune.image.tower import weights_hash
 from litune.model.lit import LiT
-from litune.progress import say
 from litune.store.selection import Selection
 from litune.store.text_vectors import TextVectors
 from litune.text.registry import TextTower
@@ -40,8 +38,8 @@ POWERS = ((1.0, 0.0), (1.0, 0.5), (0.75, 0.75), (1.0, 1.0))
 """By which powers of their correlations directions are multiplied, on the images' side and on the texts'."""
 FOR_TUNING = ((1.0, 0.0),)
 """The same for a start of tuning: text vectors, which are tuned, begin with all directions alike."""
-UNSEEN = (4.0, 0.3, 1.0, 1.0)
-"""What is taken where too few pairs are there to choose on: both shrinkages and both powers."""
+UNSEEN = (2.0, 0.1, 1.0, 1.0)
+"""Where the choice begins, and what is taken where pairs are too few to choose on: shrinkages and powers."""
 SCALES = tuple(float(scale) for scale in np.geomspace(4, 64, 17))
 SCALE = 20.0
 CHOOSE_SHARE, CHOOSE_MOST, CHOOSE_LEAST = 0.1, 500, 20
@@ -179,18 +177,32 @@ def fit_maps(vectors: Vectors, options: Options, seed: int) -> Fitted:
     count = min(CHOOSE_MOST, int(CHOOSE_SHARE * images))
     order = np.random.default_rng([seed, 1]).permutation(images)
     if count < CHOOSE_LEAST:
-        sums = vectors.sums(order)
+        sums = vectors.sums(np.sort(order))
         assert sums is not None
         chosen = _settings(options, UNSEEN)
         return Fitted(_maps(Moments(sums), options.method, chosen), SCALE, _facts(options.method, chosen))
     held_out, rest = np.sort(order[:count]), np.sort(order[count:])
     sums, others = vectors.sums(rest), vectors.sums(held_out)
-    assert sums is not None and others is not None
+    assert sums is not None
+    assert others is not None
     unseen = HeldOutPairs.of(vectors.blocks(held_out))
-    best = max(_candidates(Moments(sums), options), key=lambda candidate: unseen.recall(candidate[1]))
-    recall, scale = unseen.recall(best[1]), unseen.scale(best[1])
-    facts = _facts(options.method, best[0]) | {"chosen_on_images": count, "recall": round(recall, 4)}
-    return Fitted(_maps(Moments(sums + others), options.method, best[0]), scale, facts | {"scale": round(scale, 2)})
+    chosen, maps = choose(Moments(sums), unseen, options)
+    scale = unseen.scale(maps)
+    facts = {"chosen_on_images": count, "recall": round(unseen.recall(maps), 4), "scale": round(scale, 2)}
+    return Fitted(_maps(Moments(sums + others), options.method, chosen), scale, _facts(options.method, chosen) | facts)
+
+
+def choose(moments: Moments, unseen: HeldOutPairs, options: Options) -> tuple[Settings, LinearMaps]:
+    """The settings with the highest recall on pairs that the moments don't have, one setting after the other."""
+    begin = _settings(options, UNSEEN)
+    best = (begin, _maps(moments, options.method, begin))
+    recall = unseen.recall(best[1])
+    for varied in _varied(options):
+        for settings in varied(best[0]):
+            maps = _maps(moments, options.method, settings)
+            if (found := unseen.recall(maps)) > recall:
+                recall, best = found, (settings, maps)
+    return best
 
 
 Settings = tuple[float, float, float, float]
@@ -205,19 +217,14 @@ def _settings(options: Options, default: Settings) -> Settings:
     return image, text, image_power, text_power
 
 
-def _candidates(moments: Moments, options: Options) -> Iterator[tuple[Settings, LinearMaps]]:
-    """The maps to choose from, with their settings."""
-    of_images = IMAGE_SHRINKAGES if options.image_shrinkage is None else (options.image_shrinkage,)
-    of_texts = TEXT_SHRINKAGES if options.text_shrinkage is None else (options.text_shrinkage,)
-    if options.method != "cca":
-        for text in of_texts if options.method == "ridge" else of_texts[:1]:
-            settings = (0.0, text, 0.0, 0.0)
-            yield settings, _maps(moments, options.method, settings)
-        return
-    for image, text in product(of_images, of_texts):
-        directions = cca(moments, image, text)
-        for powers in options.powers:
-            yield (image, text, *powers), directions.weighted(*powers)
+def _varied(options: Options) -> Iterator[Callable[[Settings], list[Settings]]]:
+    """For each setting that is to be chosen, what to try it with, given all settings."""
+    if options.method == "cca" and options.image_shrinkage is None:
+        yield lambda now: [(image, *now[1:]) for image in IMAGE_SHRINKAGES if image != now[0]]
+    if options.method != "procrustes" and options.text_shrinkage is None:
+        yield lambda now: [(now[0], text, *now[2:]) for text in TEXT_SHRINKAGES if text != now[1]]
+    if options.method == "cca":
+        yield lambda now: [(*now[:2], *powers) for powers in options.powers if powers != now[2:]]
 
 
 def _maps(moments: Moments, method: str, settings: Settings) -> LinearMaps:
@@ -274,8 +281,9 @@ class HeldOutPairs:
         target = torch.arange(len(images))
 
         def loss(scale: float) -> float:
-            both = nn.functional.cross_entropy(scale * scores, target), nn.functional.cross_entropy(
-                scale * scores.T, target
+            both = (
+                nn.functional.cross_entropy(scale * scores, target),
+                nn.functional.cross_entropy(scale * scores.T, target),
             )
             return float(both[0] + both[1])
 

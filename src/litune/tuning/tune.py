@@ -7,7 +7,7 @@ import torch
 from litune import distributed
 from litune.config import TuneConfig, command
 from litune.devices import pick_device
-from litune.model.build import make_model, make_tokenizer, started_from, starts_fitted, text_spec
+from litune.model.build import make_model, make_tokenizer, started_from, starts_fitted, text_spec, with_tokens
 from litune.model.card import write_card
 from litune.model.lit import LiT
 from litune.model.run_folder import MANIFEST, image_tower_finder, load
@@ -39,16 +39,18 @@ def tune(config: TuneConfig, on_log: OnLog | None = None) -> LiT:
     train, val = choose_mixture(stores, config)
     with distributed.claimed(config.out):
         goes_on = distributed.from_main(lambda: can_go_on(config))
+        asked, config = config, with_tokens(config, spec)
         device = pick_device(config.device)
         torch.manual_seed(config.seed)
         start = started_from(spec, config)
         tokenizer = make_tokenizer(spec, config, train.iterate_captions(), start)
         model = make_model(train, spec, tokenizer, config, start, device).to(device)
-        if starts_fitted(config, spec) and not goes_on:
+        fitted = starts_fitted(config, spec)
+        if fitted and not goes_on:
             distributed.from_main(lambda: start_heads(model, train, config, for_tuning(config)))
-        run = Tuning(config, train, val, model, device, on_log)
+        run = Tuning(config, train, val, model, device, on_log, fitted=fitted)
         if not goes_on:
-            distributed.from_main(lambda: prepare_run(config))
+            distributed.from_main(lambda: prepare_run(asked))
         announce(run)
         if goes_on:
             go_on(run)

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from tests.conftest import random_store
+
+from litune.errors import StoreError
+from litune.store import text_vectors
+from litune.store.text_vectors import TextVectors
+
+
+def vector_of(text: str) -> list[float]:
+    return [len(text), sum(map(ord, text)), text.count("1")]
+
+
+def encode(texts: list[str]) -> np.ndarray:
+    return np.array([vector_of(text) for text in texts], np.float32)
+
+
+def test_each_text_is_encoded_once_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_vectors, "PART", 7)
+    pairs = random_store(tmp_path / "store", 10, 4, captions=3).select()
+    seen: list[str] = []
+    vectors = TextVectors(pairs.store.path, "tower")
+    vectors.encode(pairs, lambda texts: (seen.extend(texts), encode(texts))[1])
+    assert sorted(seen) == sorted(set(pairs.captions))
+    assert np.array_equal(vectors.take(pairs.caption_array), encode(pairs.captions))
+    again = TextVectors(pairs.store.path, "tower")
+    again.encode(pairs, lambda texts: pytest.fail("encoded again"))
+    assert np.array_equal(again.take(pa.array(pairs.captions[::-2])), encode(pairs.captions[::-2]))
+    assert len(TextVectors(pairs.store.path, "another").hashes) == 0
+
+
+def test_an_interrupted_pass_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_vectors, "PART", 7)
+    pairs = random_store(tmp_path / "store", 10, 4, captions=3).select()
+    calls = []
+
+    def interrupted(texts: list[str]) -> np.ndarray:
+        calls.append(len(texts))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return encode(texts)
+
+    with pytest.raises(KeyboardInterrupt):
+        TextVectors(pairs.store.path, "tower").encode(pairs, interrupted)
+    vectors = TextVectors(pairs.store.path, "tower")
+    assert len(vectors.hashes) == 14
+    vectors.encode(pairs, encode)
+    assert np.array_equal(vectors.take(pairs.caption_array), encode(pairs.captions))
+
+
+def test_a_damaged_part_is_named(tmp_path: Path) -> None:
+    pairs = random_store(tmp_path / "store", 3, 4).select()
+    vectors = TextVectors(pairs.store.path, "tower")
+    vectors.encode(pairs, encode)
+    (vectors.folder / "part-0.npy").write_bytes(b"x")
+    with pytest.raises(StoreError, match=r"part-0.npy is damaged .*remove .*tower"):
+        TextVectors(pairs.store.path, "tower")
+
+
+def test_a_store_that_cannot_be_written_to_is_read_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = random_store(tmp_path / "store", 3, 4).select()
+    (pairs.store.path / "text_emb").write_text("in the way")
+    vectors = TextVectors(pairs.store.path, "tower")
+    vectors.encode(pairs, encode)
+    assert np.array_equal(vectors.take(pairs.caption_array), encode(pairs.captions))
+    assert "texts are encoded for this run alone" in capsys.readouterr().err
