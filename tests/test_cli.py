@@ -76,7 +76,7 @@ def test_the_way(photos: Path, class_tree: Path, tower_module: str, tiny_bert: P
     assert "18 images with 36 captions, 6 images held out; 20 steps of 6 pairs" in done.stderr
     done = run(
         "eval", "r", "--store", "s", "--split", "val", "--lang", "en", "--classes", class_tree, "--templates", "{}",
-        "--templates", "a {} box", "--json", "e.json", cwd=tmp_path,
+        "--templates", "a {} box", "--json", "e.json", "--features", "f", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "retrieval: 6 images, 12 captions" in done.stdout

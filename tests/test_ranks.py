@@ -24,8 +24,7 @@ from litune import distributed
 from litune.cli import main
 from litune.config import EmbedConfig, TuneConfig
 from litune.errors import DataError, LituneError, StoreError
-from litune.evaluation import evaluate as evaluation
-from litune.evaluation import suite
+from litune.evaluation import subject
 from litune.evaluation.evaluate import evaluate
 from litune.image import encoding
 from litune.model.run_folder import load_tensors
@@ -103,15 +102,15 @@ def kill_when(process: subprocess.Popen[str], ready: Any) -> None:
 def work(out: str) -> dict[str, Any]:
     """What is done alike by one process and by each of two."""
     torch.set_num_threads(1)  # of a few cores, two processes spin for none
-    evaluation.CHUNK = 4
-    suite.CHUNK, encoding.BATCH = 3, 5
+    subject.CHUNK, encoding.BATCH = 3, 5
     found: dict[str, Any] = {"errors": []}
     for name, settings in VARIANTS.items():
         tune(**{"store": "store", "text_tower": "hf:bert", **COMMON, **settings, "out": f"{out}/{name}"})
     store = embed(**EMBED, out=f"{out}/store")
     found["rows"] = len(store)
     # The same run in both, as weights differ in their last bits.
-    found["eval"] = evaluate("two/softmax", store="store", classes="classes", json=f"{out}/eval.json", device="cpu")
+    where = {"json": f"{out}/eval.json", "features": f"{out}/of-classes"}
+    found["eval"] = evaluate("two/softmax", store="store", classes="classes", device="cpu", **where)
     encode = build._encode
 
     def torn(config: EmbedConfig, pairs: Pairs, part: range, *args: Any) -> float:

@@ -457,7 +457,8 @@ class EvalConfig(Checked):
     data: Path | None = None
     """The folder with the evaluation sets, each under its name. Nothing is downloaded."""
     features: Path | None = None
-    """Where the sets' features are kept, once per set and image tower; by default in the user's cache."""
+    """Where the features of sets and of --classes are kept, once per set and image tower; by default in the user's
+    cache."""
     template_set: Literal["lit", "clip", "short", "bare"] = "lit"
     """The templates of --tasks: clip takes the set's own (80 for ImageNet), lit these and the bare name, as the LiT
     paper; short eight for all sets; bare the name alone."""

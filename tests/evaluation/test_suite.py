@@ -24,8 +24,10 @@ from litune.cli import main
 from litune.config import TuneConfig
 from litune.errors import ConfigError, DataError, OutputExistsError, StoreError
 from litune.evaluation import class_vectors as prompts
-from litune.evaluation.evaluate import evaluate, run_names, tuned_on
-from litune.evaluation.suite import Protocol, Subject, run_task
+from litune.evaluation.evaluate import evaluate, run_names
+from litune.evaluation.extras import tuned_on
+from litune.evaluation.subject import Protocol, Subject
+from litune.evaluation.suite import run_task
 from litune.evaluation.tasks import Task, find_tasks
 from litune.image import encoding
 from litune.image.pictures import open_rgb

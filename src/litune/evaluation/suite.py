@@ -1,4 +1,4 @@
-"""One task, one run → a `Result`: the set's images embedded once per tower, the run's texts, then scores in blocks.
+"""One run on one set → a `Result`: the images embedded once per tower, the run's texts, then scores in blocks.
 
 Features of a set are kept in a feature store that every later evaluation with the same tower shares; a `Result` has the
 outcome of every example, so that reports can say how sure a figure is and what was wrong.
@@ -7,10 +7,9 @@ outcome of every example, so that reports can say how sure a figure is and what 
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,78 +20,20 @@ from torch import Tensor
 
 from litune import distributed
 from litune.devices import send
-from litune.errors import LituneError
-from litune.evaluation import class_vectors as prompts
-from litune.evaluation import published, retrieval, tasks, zero_shot
+from litune.evaluation import class_vectors, extras, published, retrieval, tasks, zero_shot
+from litune.evaluation.embedded import Embedded, open_set
 from litune.evaluation.result import Result
-from litune.evaluation.set_features import Embedded, embed_set, stored_set
-from litune.model.lit import LiT, scoring_device
-from litune.model.run_folder import check_store
-from litune.pairs.benchmarks import EvalSet
+from litune.evaluation.subject import Evaluation, Protocol, Subject
+from litune.model.lit import scoring_device
 from litune.pairs.reference import absolute, is_there
-from litune.progress import say, track
+from litune.progress import say
 from litune.prompts import prompted_name, write_prompts
-from litune.store.store import MANIFEST, FeatureStore
 
-TEXTS = 8192  # captions that are encoded at once
-CHUNK = 1024  # texts that one rank encodes at a time
-CALIBRATED = 10_000  # images whose whole rows of logits are kept for calibration
 KS = (1, 5, 10)
-
-Training = tuple[Embedded, np.ndarray, list[np.ndarray]]
-"""Training images, their classes, and the positions of those that each draw of few shots takes."""
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How a run is evaluated: what its figures depend on beside the run and the set."""
-
-    template_set: prompts.TemplateSet = "lit"
-    templates: tuple[str, ...] = ()
-    """Templates of the user's own, instead of a set."""
-    canonical: bool = True
-    bfloat16: bool = False
-    """Texts are encoded in bfloat16."""
-    calibration: bool = True
-    shots: int = 0
-    probes: bool = False
-    contamination: bool = True
-    by_lang: bool = False
-    max_damaged: float = 0.01
-
-
-@dataclass
-class Subject:
-    """A run that is evaluated, with what its evaluations share."""
-
-    name: str
-    path: Path
-    model: LiT
-    bfloat16: bool = False
-    tuned_on: Sequence[tuple[FeatureStore, np.ndarray]] = ()
-    """The stores that it was tuned on and which of their rows, where they are still there."""
-    unchecked: str = ""
-    """Why it can't be told whether images were tuned on, where that is so."""
-    vectors: prompts.ClassVectors = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.vectors = prompts.ClassVectors(self.encode_text)
-
-    def encode_text(self, texts: list[str]) -> Float[Tensor, "N D"]:
-        """Features of N texts; each rank encodes whole chunks, so that a text has the company that it has in one."""
-        device = self.model.logit_scale.device.type
-        precision: AbstractContextManager[Any] = (
-            torch.autocast(device, torch.bfloat16) if self.bfloat16 else nullcontext()
-        )
-        own = distributed.own_part(len(texts), CHUNK)
-        parts = [torch.empty(0, self.model.dim)]
-        with precision:
-            for start in own[::CHUNK]:
-                parts.append(self.model.encode_text(texts[start : min(start + CHUNK, own.stop)]).float())
-        return distributed.gather_rows(torch.cat(parts))
-
-
-# Tasks ---------------------------------------------------------------------------------------------------------------
+SEVERAL = (
+    " An image may have several right classes: any of them counts. In per-class tables its class is the predicted one "
+    "where that is right, else the first of them."
+)
 
 
 def run_task(task: tasks.Task, subject: Subject, protocol: Protocol, data: Path | None, features: Path) -> list[Result]:
@@ -104,9 +45,13 @@ def run_task(task: tasks.Task, subject: Subject, protocol: Protocol, data: Path 
     """
     path = task.find(data)
     assert path is not None, "find_tasks has looked"
-    found, embedded = distributed.together(lambda: _open_set(task, path, subject))
-    run = _retrieve_set if task.kind == "retrieval" else _classify_set
-    results = run(task, path, found, embedded, subject, protocol, features)
+    images, embedded = distributed.together(lambda: open_set(task, path, subject.path, subject.model))
+    evaluation = Evaluation(task, images, subject, protocol, features)
+    if task.kind == "retrieval":
+        several = protocol.by_lang or (task.name == "wit" and not task.lang)
+        results = retrieve(evaluation, embedded, images.languages if several else ())
+    else:
+        results = [classify(evaluation, embedded)]
     for result in results:
         if known := published.published_shares(result.task, result.lang):
             result.extras["published"] = known
@@ -114,75 +59,111 @@ def run_task(task: tasks.Task, subject: Subject, protocol: Protocol, data: Path 
     return results
 
 
-def _open_set(task: tasks.Task, path: Path, subject: Subject) -> tuple[EvalSet, Embedded | None]:
-    """The set, and where it is a feature store, its features."""
-    if not (path / MANIFEST).is_file():
-        return task.read(path), None
-    found, embedded = stored_set(path, task.kind, None, (task.lang,) if task.lang else ())
-    check_store(subject.path, subject.model, path, embedded.store.width, embedded.store.tower)
-    return found, embedded
+# Retrieval -----------------------------------------------------------------------------------------------------------
 
 
-def _retrieve_set(
-    task: tasks.Task,
-    path: Path,
-    found: EvalSet,
-    embedded: Embedded | None,
-    subject: Subject,
-    protocol: Protocol,
-    features: Path,
-) -> list[Result]:
-    seconds: dict[str, float] = {}
+def retrieve(evaluation: Evaluation, embedded: Embedded | None, langs: Sequence[str] = ()) -> list[Result]:
+    """Retrieval both ways among a set's images and captions, those of each language by themselves.
+
+    Without languages, or for "", it is among all captions. `embedded` are the images where their features are known.
+    """
     if embedded is None:
-        with _timed(seconds, "images"):
-            embedded = embed_set(found, task.name, subject.model, features, protocol.max_damaged)
-    several = protocol.by_lang or (task.name == "wit" and not task.lang)
-    languages = found.languages if several else []
-    parts = [(lang, *_in_language(found, embedded, lang)) for lang in languages] or [("", found, embedded)]
-    return [retrieve(task, one, some, subject, protocol, lang, dict(seconds)) for lang, one, some in parts]
+        embedded = evaluation.embed(evaluation.images, evaluation.task.name)
+    captions = [caption for row in embedded.rows for caption in evaluation.images.captions[row]]
+    with evaluation.timed("texts"):
+        texts = evaluation.subject.encode_captions(captions)
+    measure = partial(_rank, evaluation, embedded, captions, texts, langs or [""])
+    return distributed.from_main(measure)
 
 
-def _classify_set(
-    task: tasks.Task,
-    path: Path,
-    found: EvalSet,
-    embedded: Embedded | None,
-    subject: Subject,
-    protocol: Protocol,
-    features: Path,
+def _rank(
+    evaluation: Evaluation, embedded: Embedded, captions: list[str], texts: Float[Tensor, "N D"], langs: Sequence[str]
 ) -> list[Result]:
-    seconds: dict[str, float] = {}
-    truth = distributed.together(lambda: tasks.find_truth(task, found))
-    if embedded is None:
-        # Two thirds of ObjectNet's images are of classes that are none of ImageNet's.
-        kept = found.subset(truth.rows) if task.truth == "objectnet" else found
-        shared = task.truth == "real" or task.name.startswith("babel-imagenet")
-        with _timed(seconds, "images"):
-            name = "imagenet1k" if shared else task.name
-            embedded = embed_set(kept, name, subject.model, features, protocol.max_damaged)
-        if kept is not found:
-            embedded = replace(embedded, rows=truth.rows[embedded.rows])
-    embedded = embedded.of(truth.rows)
-    train = _training_images(task, path, found, truth, subject, protocol, features)
-    prompted = embed_classes(task, found, truth, subject, protocol, seconds)
+    """One result for each of the languages."""
+    images, model = evaluation.images, evaluation.subject.model
+    features = torch.cat([torch.empty(0, model.dim), *embedded.blocks(model)])
+    owner = np.repeat(np.arange(len(embedded.rows)), [len(images.captions[row]) for row in embedded.rows])
+    lang_of = np.array([lang for row in embedded.rows for lang in images.langs[row]] if images.langs else [])
+    results = []
+    for lang in (lang for lang in langs if not lang or lang in lang_of):  # others have no picture that can be read
+        chosen = np.flatnonzero(lang_of == lang) if lang else np.arange(len(captions))
+        rows, own = np.unique(owner[chosen], return_inverse=True)
+        with evaluation.timed("scores"):
+            on_device = send(features[torch.from_numpy(rows)], scoring_device(model))
+            ranks = retrieval.rank(on_device, texts[torch.from_numpy(chosen)], torch.from_numpy(own))
+        of_lang = [captions[i] for i in chosen]
+        results.append(_retrieval_result(evaluation, embedded.take(rows), ranks, own, of_lang, lang))
+    return results
+
+
+def _retrieval_result(
+    evaluation: Evaluation,
+    embedded: Embedded,
+    ranks: retrieval.Ranks,
+    owner: np.ndarray,
+    captions: list[str],
+    lang: str,
+) -> Result:
+    hits = {figure: hit.astype(np.float64) for figure, hit in ranks.hits(KS).items()}
+    by_chance = retrieval.figures(ranks, owner, KS)["chance"]
+    keys, pictures = _described(evaluation, embedded)
+    return Result(
+        task=evaluation.task.name,
+        kind="retrieval",
+        metric="text_to_image recall@1",
+        values={figure: float(hit.mean()) for figure, hit in hits.items()},
+        chance={f"{way} {k}": share for way, row in by_chance.items() for k, share in row.items()},
+        definition=retrieval.DEFINITION,
+        images=len(keys),
+        protocol=_protocol(evaluation, embedded, lang) | {"captions": len(captions)},
+        outcomes=hits,
+        groups={figure: owner for figure in hits if figure.startswith("text_to_image")},
+        keys=keys,
+        pictures=pictures,
+        hashes=embedded.hashes,
+        class_names=[],
+        labels=None,
+        predicted=None,
+        confidence=None,
+        captions=captions,
+        owner=owner,
+        found=ranks.found,
+        lang=lang or evaluation.task.lang,
+        extras={"seconds": dict(evaluation.seconds), "texts": len(set(captions))}
+        | extras.contamination(evaluation, embedded),
+    )
+
+
+# Classification ------------------------------------------------------------------------------------------------------
+
+
+def classify(evaluation: Evaluation, embedded: Embedded | None) -> Result:
+    """Zero-shot classification of a set's images among the task's classes.
+
+    `embedded` are the images where their features are known.
+    """
+    truth = distributed.together(lambda: tasks.find_truth(evaluation.task, evaluation.images))
+    embedded = (_embed_truth(evaluation, truth) if embedded is None else embedded).of(truth.rows)
+    train = extras.training_images(evaluation, truth)
+    prompted = embed_classes(evaluation, truth)
 
     def measure() -> Result:
-        result = classify(task, found, truth, embedded, prompted, subject, protocol, seconds)
-        result.extras.update(_contamination(found, embedded, subject, protocol))
-        result.extras.update(_probe(truth, embedded, train, protocol) if train else {})
+        result = _classified(evaluation, truth, embedded, prompted)
+        result.extras.update(extras.contamination(evaluation, embedded))
+        result.extras.update(extras.probe(evaluation, truth, embedded, train) if train else {})
         return result
 
-    return [distributed.from_main(measure)]
+    return distributed.from_main(measure)
 
 
-def _in_language(found: EvalSet, embedded: Embedded, lang: str) -> tuple[EvalSet, Embedded]:
-    """The captions in one language, and the images that have some."""
-    place = {key: row for row, key in enumerate(found.keys)}
-    only = found.in_language(lang)
-    rows = np.array([place[key] for key in only.keys])
-    some = embedded.of(rows)
-    number = {int(row): i for i, row in enumerate(rows)}
-    return only, replace(some, rows=np.array([number[int(row)] for row in some.rows], np.int64))
+def _embed_truth(evaluation: Evaluation, truth: tasks.Truth) -> Embedded:
+    """The set's images, embedded; those of ImageNet's images are shared by the tasks that are of them."""
+    task, images = evaluation.task, evaluation.images
+    if task.truth == "objectnet":  # two thirds of its images are of classes that are none of ImageNet's
+        embedded = evaluation.embed(images.subset(truth.rows), task.name)
+        return replace(embedded, rows=truth.rows[embedded.rows])
+    shared = task.truth == "real" or task.name.startswith("babel-imagenet")
+    return evaluation.embed(images, "imagenet1k" if shared else task.name)
 
 
 @dataclass(frozen=True)
@@ -196,87 +177,50 @@ class Prompted:
     """How many were encoded for it; others were known."""
 
 
-def embed_classes(
-    task: tasks.Task,
-    found: EvalSet,
-    truth: tasks.Truth,
-    subject: Subject,
-    protocol: Protocol,
-    seconds: dict[str, float],
-) -> Prompted:
+def embed_classes(evaluation: Evaluation, truth: tasks.Truth) -> Prompted:
     """The vectors of the task's classes under the protocol's templates, or under its own."""
+    task, protocol, vectors = evaluation.task, evaluation.protocol, evaluation.subject.vectors
     own = protocol.templates or (task.templates if isinstance(task.templates, tuple) else ())
-    templates = own or prompts.pick_templates(protocol.template_set, tasks.task_templates(task, found))
-    before = subject.vectors.texts
+    templates = own or class_vectors.pick_templates(
+        protocol.template_set, tasks.task_templates(task, evaluation.images)
+    )
+    before = vectors.texts
     joined = [name for name in truth.names if re.search(r"\w[^\w\s,]+\w", name.replace("_", " "))]
     if joined and protocol.canonical and task.name.partition(":")[0] not in tasks.TASKS:  # somebody typed the names
         say(
             f"{task.name}: {joined[0]!r} is asked for as {prompted_name(joined[0])!r}, in the field's canonical form: "
             "write a space, or give --no-canonical"
         )
-    with _timed(seconds, "texts"):
-        weights = subject.vectors(truth.names, templates, canonical=protocol.canonical)
-    return Prompted(weights, templates, "own" if own else protocol.template_set, subject.vectors.texts - before)
+    with evaluation.timed("texts"):
+        weights = vectors(truth.names, templates, canonical=protocol.canonical)
+    return Prompted(weights, templates, "own" if own else protocol.template_set, vectors.texts - before)
 
 
-def classify(
-    task: tasks.Task,
-    found: EvalSet,
-    truth: tasks.Truth,
-    embedded: Embedded,
-    prompted: Prompted,
-    subject: Subject,
-    protocol: Protocol,
-    seconds: dict[str, float],
-) -> Result:
-    """Zero-shot classification of a set's images among the task's classes."""
+def _classified(evaluation: Evaluation, truth: tasks.Truth, embedded: Embedded, prompted: Prompted) -> Result:
+    model, task = evaluation.subject.model, evaluation.task
     accepted_of = dict(zip(truth.rows.tolist(), truth.accepted, strict=True))
     accepted = [accepted_of[int(row)] for row in embedded.rows]
-    weights, model = prompted.weights, subject.model
-    scale = float(model.scale.detach())
-    with _timed(seconds, "scores"):
-        outcomes = zero_shot.classify(embedded.blocks(model), weights, accepted, scale)
-    labels = np.array([p if p in one else one[0] for p, one in zip(outcomes.predicted, accepted, strict=True)])
-    hits = outcomes.hits.astype(np.float64)
-    per_class = [hits[labels == one].mean() for one in np.unique(labels)]
-    values = {"accuracy": float(hits.mean())}
-    kept = {"accuracy": hits}
-    groups = {}
-    if truth.single:
-        values["mean_per_class"] = float(np.mean(per_class))
-        kept["mean_per_class"], groups["mean_per_class"] = hits, labels
-    if len(truth.names) > 5:
-        kept["top5"] = (outcomes.ahead < 5).astype(np.float64)
-        values["top5"] = float(kept["top5"].mean())
-    by_chance = tasks.chance(truth)
-    chance = {name: by_chance for name in values if name != "top5"}
-    if "top5" in values and truth.single:
-        chance["top5"] = 5 / len(truth.names)
-    extras: dict[str, Any] = {"seconds": seconds, "texts": prompted.texts}
-    if protocol.calibration:
-        extras["calibration"] = _calibrate(embedded, model, weights, labels, scale)
-    keys, pictures = _described(found, embedded)
-    definition = zero_shot.DEFINITION if truth.single else zero_shot.DEFINITION + SEVERAL
+    with evaluation.timed("scores"):
+        outcomes = zero_shot.classify(embedded.blocks(model), prompted.weights, accepted, float(model.scale.detach()))
+    labels = np.array(
+        [best if best in right else right[0] for best, right in zip(outcomes.predicted, accepted, strict=True)]
+    )
+    figures = zero_shot.accuracies(outcomes, labels, len(truth.names), single=truth.single)
+    about: dict[str, Any] = {"seconds": evaluation.seconds, "texts": prompted.texts}
+    if evaluation.protocol.calibration:
+        about["calibration"] = extras.calibrate(evaluation, embedded, prompted.weights, labels)
+    keys, pictures = _described(evaluation, embedded)
     return Result(
         task=task.name,
         kind="classification",
-        metric=task.metric if task.metric in values else "accuracy",
-        values=values,
-        chance=chance,
-        definition=definition,
+        metric=task.metric if task.metric in figures.values else "accuracy",
+        values=figures.values,
+        chance=_chance(truth, figures.values),
+        definition=zero_shot.DEFINITION if truth.single else zero_shot.DEFINITION + SEVERAL,
         images=len(embedded.rows),
-        protocol=_protocol(task, found, embedded, subject, protocol)
-        | {
-            "templates": len(prompted.templates),
-            "template_set": prompted.template_set,
-            "example": write_prompts(truth.names[:1], prompted.templates[:1], protocol.canonical)[0],
-            "canonical_names": protocol.canonical,
-            "classes": len(truth.names),
-            "classes_with_equal_prompts": _equal(weights),
-            "classes_matched": truth.note,
-        },
-        outcomes=kept,
-        groups=groups,
+        protocol=_protocol(evaluation, embedded) | _prompts(evaluation, truth, prompted),
+        outcomes=figures.examples,
+        groups=figures.groups,
         keys=keys,
         pictures=pictures,
         hashes=embedded.hashes,
@@ -288,14 +232,27 @@ def classify(
         owner=None,
         found=None,
         lang=task.lang,
-        extras=extras,
+        extras=about,
     )
 
 
-SEVERAL = (
-    " An image may have several right classes: any of them counts. In per-class tables its class is the predicted one "
-    "where that is right, else the first of them."
-)
+def _chance(truth: tasks.Truth, values: dict[str, float]) -> dict[str, float]:
+    by_chance = {name: tasks.chance(truth) for name in values if name != "top5"}
+    return by_chance | ({"top5": 5 / len(truth.names)} if "top5" in values and truth.single else {})
+
+
+def _prompts(evaluation: Evaluation, truth: tasks.Truth, prompted: Prompted) -> dict[str, Any]:
+    """What a classification's figures depend on beside the set: its classes and prompts."""
+    canonical = evaluation.protocol.canonical
+    return {
+        "templates": len(prompted.templates),
+        "template_set": prompted.template_set,
+        "example": write_prompts(truth.names[:1], prompted.templates[:1], canonical)[0],
+        "canonical_names": canonical,
+        "classes": len(truth.names),
+        "classes_with_equal_prompts": _equal(prompted.weights),
+        "classes_matched": truth.note,
+    }
 
 
 def _equal(weights: Float[Tensor, "C D"]) -> int:
@@ -304,212 +261,31 @@ def _equal(weights: Float[Tensor, "C D"]) -> int:
     return int(counts[counts > 1].sum())
 
 
-def _calibrate(
-    embedded: Embedded, model: LiT, weights: Float[Tensor, "C D"], labels: np.ndarray, scale: float
-) -> dict[str, Any]:
-    """Calibration on at most `CALIBRATED` images, drawn at random; none of fewer than 20."""
-    from litune.evaluation.calibration import calibrate
-
-    if len(labels) < 20:
-        return {}
-    chosen = np.arange(len(labels))
-    if len(labels) > CALIBRATED:
-        chosen = np.sort(np.random.default_rng(0).choice(len(labels), CALIBRATED, replace=False))
-    raw = embedded.store.features(embedded.places[chosen])
-    logits = scale * (model.encode_features(raw) @ weights.T)
-    return {**calibrate(logits.numpy(), labels[chosen], seed=0), "images": len(chosen)}
+# Both ----------------------------------------------------------------------------------------------------------------
 
 
-def retrieve(
-    task: tasks.Task,
-    found: EvalSet,
-    embedded: Embedded,
-    subject: Subject,
-    protocol: Protocol,
-    lang: str,
-    seconds: dict[str, float],
-) -> Result:
-    """Retrieval both ways among a set's images and their captions."""
-    captions = [found.captions[row] for row in embedded.rows]
-    owner = np.repeat(np.arange(len(captions)), [len(one) for one in captions])
-    flat = [caption for one in captions for caption in one]
-    with _timed(seconds, "texts"):
-        texts = encode_captions(subject, flat)
-
-    def measure() -> Result:
-        with _timed(seconds, "scores"):
-            images = torch.cat([torch.empty(0, subject.model.dim), *embedded.blocks(subject.model)])
-            images = send(images, scoring_device(subject.model))
-            ranks = retrieval.rank(images, texts, torch.from_numpy(owner))
-        keys, pictures = _described(found, embedded)
-        facts = _protocol(task, found, embedded, subject, protocol) | {"captions": len(flat)}
-        result = retrieval_result(
-            task.name, ranks, owner, flat, keys, pictures, embedded.hashes, facts, lang or task.lang
-        )
-        result.extras.update({"seconds": seconds, "texts": len(set(flat))})
-        result.extras.update(_contamination(found, embedded, subject, protocol))
-        return result
-
-    return distributed.from_main(measure)
-
-
-def encode_captions(subject: Subject, captions: list[str]) -> Float[Tensor, "N D"]:
-    """Features of captions; each distinct one is encoded once."""
-    distinct = list(dict.fromkeys(captions))
-    parts = [torch.empty(0, subject.model.dim)]
-    with track("encoding", "captions", len(distinct)) as task:
-        for start in range(0, len(distinct), TEXTS):
-            parts.append(subject.encode_text(distinct[start : start + TEXTS]))
-            task.advance(len(parts[-1]))
-    place = {caption: i for i, caption in enumerate(distinct)}
-    return torch.cat(parts)[[place[caption] for caption in captions]]
-
-
-def retrieval_result(
-    name: str,
-    ranks: retrieval.Ranks,
-    owner: np.ndarray,
-    captions: list[str],
-    keys: list[str],
-    pictures: list[str],
-    hashes: list[str],
-    protocol: dict[str, Any],
-    lang: str = "",
-) -> Result:
-    """A `Result` out of ranks."""
-    hits = {figure: one.astype(np.float64) for figure, one in ranks.hits(KS).items()}
-    by_chance = retrieval.figures(ranks, owner, KS)["chance"]
-    chance = {f"{way} {k}": share for way, row in by_chance.items() for k, share in row.items()}
-    return Result(
-        task=name,
-        kind="retrieval",
-        metric="text_to_image recall@1",
-        values={figure: float(one.mean()) for figure, one in hits.items()},
-        chance=chance,
-        definition=retrieval.DEFINITION,
-        images=len(keys),
-        protocol=protocol,
-        outcomes=hits,
-        groups={figure: owner for figure in hits if figure.startswith("text_to_image")},
-        keys=keys,
-        pictures=pictures,
-        hashes=hashes,
-        class_names=[],
-        labels=None,
-        predicted=None,
-        confidence=None,
-        captions=captions,
-        owner=owner,
-        found=ranks.found,
-        lang=lang,
-    )
-
-
-def _described(found: EvalSet, embedded: Embedded) -> tuple[list[str], list[str]]:
+def _described(evaluation: Evaluation, embedded: Embedded) -> tuple[list[str], list[str]]:
     """Keys of the embedded images, and references to their pictures where these are still there."""
-    pictures = [absolute(found.pictures[row]) for row in embedded.rows]
-    return [found.keys[row] for row in embedded.rows], [one if is_there(one) else "" for one in pictures]
+    images = evaluation.images
+    pictures = [absolute(images.pictures[row]) for row in embedded.rows]
+    return [images.keys[row] for row in embedded.rows], [place if is_there(place) else "" for place in pictures]
 
 
-def _protocol(
-    task: tasks.Task, found: EvalSet, embedded: Embedded, subject: Subject, protocol: Protocol
-) -> dict[str, Any]:
-    tower = embedded.store.tower or {}
+def _protocol(evaluation: Evaluation, embedded: Embedded, lang: str = "") -> dict[str, Any]:
+    """What the figures depend on: the set, its features, the run's precision and temperature."""
+    task, images, subject = evaluation.task, evaluation.images, evaluation.subject
     facts: dict[str, Any] = {
-        "set": str(found.path),
-        "layout": found.layout,
+        "set": str(images.path),
+        "layout": images.layout,
         "damaged": embedded.damaged,
         "features": str(embedded.store.path),
-        "image_tower": tower.get("spec", "unknown"),
-        "text_precision": "bfloat16" if protocol.bfloat16 else "float32",
+        "image_tower": (embedded.store.tower or {}).get("spec", "unknown"),
+        "text_precision": "bfloat16" if subject.bfloat16 else "float32",
         "temperature": float(subject.model.scale.detach()),
     }
     if task.subset:
         facts["class_subset"] = task.subset
-    if languages := [task.lang] if task.lang else found.languages:
+    own = lang or task.lang
+    if languages := [own] if own else images.languages:
         facts["languages"] = languages
     return facts
-
-
-def _training_images(
-    task: tasks.Task,
-    path: Path,
-    found: EvalSet,
-    truth: tasks.Truth,
-    subject: Subject,
-    protocol: Protocol,
-    features: Path,
-) -> Training | None:
-    """The set's training images that the probes need, embedded; None where there are none."""
-    if not (protocol.shots or protocol.probes):
-        return None
-    from litune.evaluation import probes
-
-    if not truth.single or (path / MANIFEST).is_file():
-        say(f"{task.name}: no probes, which need training images with one class each")
-        return None
-
-    def read() -> tuple[EvalSet, tasks.Truth]:
-        images = task.read(task.train or path, train=True)
-        return images, tasks.find_truth(task, images)
-
-    try:
-        train, own = distributed.together(read)
-    except LituneError as why:
-        say(f"{task.name}: no probes: {why}")
-        return None
-    if train.path == found.path and train.keys == found.keys:
-        say(f"{task.name}: no probes: there is no training split beside the images that are evaluated")
-        return None
-    labels = np.array([int(one[0]) for one in own.accepted])
-    train = train.subset(own.rows)
-    draws = probes.draw_shots(labels, protocol.shots)
-    if not protocol.probes:  # few images are enough: only these are embedded
-        few = np.unique(np.concatenate(draws))
-        train, labels, draws = train.subset(few), labels[few], [np.searchsorted(few, rows) for rows in draws]
-    there = embed_set(train, f"{task.name}-train", subject.model, features, protocol.max_damaged)
-    return there, labels[there.rows], [np.flatnonzero(np.isin(there.rows, rows)) for rows in draws]
-
-
-def _probe(truth: tasks.Truth, embedded: Embedded, train: Training, protocol: Protocol) -> dict[str, Any]:
-    """What the image features alone tell of the classes, learned from the set's training images."""
-    from litune.evaluation import probes
-
-    label_of = {int(row): int(one[0]) for row, one in zip(truth.rows, truth.accepted, strict=True)}
-    test = embedded.raw(), np.array([label_of[int(row)] for row in embedded.rows])
-    there, labels, draws = train
-    given = there.raw(), labels
-    said = {}
-    if protocol.shots:
-        said["ridge"] = probes.ridge(*given, *test, shots=protocol.shots, draws=draws)
-    if protocol.probes:
-        said["linear"] = probes.linear_probe(*given, *test, seed=0)
-        said["knn"] = probes.knn(*given, *test)
-    return said
-
-
-def _contamination(found: EvalSet, embedded: Embedded, subject: Subject, protocol: Protocol) -> dict[str, Any]:
-    """How many of the images the run was tuned on, exactly or nearly, where its store is still there."""
-    if protocol.contamination and subject.unchecked:
-        return {"unchecked": f"not checked whether images were tuned on: {subject.unchecked}"}
-    if not protocol.contamination or not subject.tuned_on:
-        return {}
-    from litune.evaluation.contamination import overlap_with
-
-    # The features of an image tower that was tuned are not those of the store that its tuning began with.
-    raw = None if subject.model.image_tuned else embedded.raw()
-    keys = [found.keys[row] for row in embedded.rows]
-    return {"contamination": overlap_with(subject.tuned_on, embedded.hashes, raw, keys=keys)}
-
-
-class _timed:  # noqa: N801
-    """Seconds inside a `with`, under a name."""
-
-    def __init__(self, seconds: dict[str, float], name: str) -> None:
-        self.seconds, self.name = seconds, name
-
-    def __enter__(self) -> None:
-        self.began = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds[self.name] = round(time.perf_counter() - self.began, 3)

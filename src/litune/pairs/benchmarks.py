@@ -566,13 +566,17 @@ def _read_tree(source: _Source) -> EvalSet | None:
         return None
     for folder in _folders(source):
         if any(image_files(one) for one in folder.iterdir() if one.is_dir() and not one.name.startswith(".")):
-            tree = class_folders(folder)
-            files = [file for images in tree.values() for file in images]
-            labels = np.repeat(np.arange(len(tree)), [len(images) for images in tree.values()])
-            keys = [f"{file.parent.name}/{file.name}" for file in files]
-            references = [*map(str, files)]
-            return EvalSet(source.path, f"class folders in {folder}", keys, references, list(tree), labels)
+            return class_tree(source.path, folder)
     return None
+
+
+def class_tree(path: Path, folder: Path) -> EvalSet:
+    """The set at `path`, whose images are in one folder per class in `folder`. Raises `DataError` where none are."""
+    tree = class_folders(folder)
+    files = [file for images in tree.values() for file in images]
+    labels = np.repeat(np.arange(len(tree)), [len(images) for images in tree.values()])
+    keys = [f"{file.parent.name}/{file.name}" for file in files]
+    return EvalSet(path, f"class folders in {folder}", keys, [*map(str, files)], list(tree), labels)
 
 
 def _folders(source: _Source) -> list[Path]:
