@@ -147,12 +147,12 @@ def test_locking(locking: str, unlocked: TuneConfig, photos: Path, monkeypatch: 
     model = litune.load(config.out, device="cpu")
     assert torch.equal(model.encode_text(["a red box"]), seen["text"])
     if locking[0] == "L":
-        check_store(config.out, model, config.store, model.image_width, FeatureStore(config.store).tower)
+        check_store(config.out, model, FeatureStore(config.store).made_with)
         return
     assert torch.equal(model.encode_image(picture), seen["image"])
     old = FeatureStore(config.store)
     with pytest.raises(StoreError, match=f"weights .* embed the images with run:{config.out}"):
-        check_store(config.out, model, old.path, old.width, old.tower)
+        check_store(config.out, model, old.made_with)
     if locking != "UU":
         return
     new = embed(pairs=photos, image_tower=f"run:{config.out}", out=config.out.parent / "new", device="cpu")

@@ -88,7 +88,8 @@ def test_another_tower_names_both_sides(store: FeatureStore, photos: Path, tmp_p
     file.write_text(file.read_text().replace("(32, 32)", "(16, 16)").replace(", 8)", ", 4)"))
     sys.modules.pop("colortower")
     with pytest.raises(
-        StoreError, match=r"was made with python:colortower:make, not with .* \(weights \w{12} and \w{12}"
+        StoreError,
+        match=r"was made with the image tower python:colortower:make, not with .* \(weights \w{12} and \w{12}",
     ):
         embed(pairs=photos, image_tower="python:colortower:make", out=store.path)
 

@@ -35,7 +35,7 @@ from litune.curation.source import SourcePairs, is_store, read_source, write_sto
 from litune.devices import processor_cores
 from litune.errors import ConfigError, DataError, LituneError, OutputExistsError, StoreError
 from litune.files import atomic, clear_output, read_json, write_json, write_text
-from litune.image.registry import differences
+from litune.image.tower import check_same_tower
 from litune.pages import write_page
 from litune.pairs.pairs import Pairs
 from litune.pairs.reference import names_of
@@ -223,12 +223,9 @@ def _embed(config: DedupConfig, pairs: Pairs, fingerprint: str, out: Path, spec:
 
 
 def _check_same_tower(sets: list[ImageSet]) -> None:
-    one = sets[0].store
+    first = sets[0].store
     for other in sets[1:]:
-        if one.width != other.store.width:
-            raise StoreError(f"{other.store.path} has D={other.store.width}, {one.path} D={one.width}: use one tower")
-        if one.tower and other.store.tower and (found := differences(one.tower, other.store.tower)):
-            raise StoreError(f"{other.store.path} and {one.path} are of different towers ({'; '.join(found)}): use one")
+        check_same_tower(other.store.made_with, first.made_with, "use one tower")
 
 
 class _Parts:

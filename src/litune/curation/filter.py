@@ -253,7 +253,7 @@ def _cosines(config: FilterConfig, source: SourcePairs, pool: Pool, rows: np.nda
     assert source.store is not None
     assert source.rows is not None
     model = load(config.agree, device=config.device)
-    check_store(config.agree, model, source.store.path, source.store.width, source.store.tower)
+    check_store(config.agree, model, source.store.made_with)
     cosines = np.empty(len(rows), np.float32)
     with track("scoring agreement", "captions", len(rows)) as task:
         for start in range(0, len(rows), block):

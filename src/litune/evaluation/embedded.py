@@ -140,7 +140,7 @@ def open_store(
     if model.image_tuned and (tower is None or differences(model.image_provenance or {}, tower)):
         say(f"{path} has the features of another tower: encoding its pictures with that of {run}")
         return images, None
-    check_store(run, model, path, embedded.store.width, tower)
+    check_store(run, model, embedded.store.made_with)
     return images, embedded
 
 
