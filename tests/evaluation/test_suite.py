@@ -28,7 +28,8 @@ from litune.evaluation.evaluate import evaluate, run_names
 from litune.evaluation.extras import tuned_on
 from litune.evaluation.subject import Protocol, Subject
 from litune.evaluation.suite import run_task
-from litune.evaluation.tasks import Task, find_tasks
+from litune.evaluation.task import Task
+from litune.evaluation.tasks import find_tasks
 from litune.image import encoding
 from litune.image.pictures import open_rgb
 from litune.pairs.benchmarks import read_set

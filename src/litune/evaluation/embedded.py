@@ -17,7 +17,7 @@ from torch import Tensor
 from litune import distributed
 from litune.config import EmbedConfig
 from litune.errors import DataError, StoreError
-from litune.evaluation.tasks import Task
+from litune.evaluation.task import Task
 from litune.image.registry import differences
 from litune.model.lit import LiT
 from litune.model.run_folder import check_store

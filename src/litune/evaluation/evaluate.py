@@ -15,9 +15,12 @@ from litune.evaluation.extras import tuned_on
 from litune.evaluation.intervals import DEFINITION as INTERVALS
 from litune.evaluation.plain import heading, plain, plain_classification, plain_retrieval
 from litune.evaluation.result import Result
+from litune.evaluation.set_classification import classify
+from litune.evaluation.set_retrieval import retrieve
 from litune.evaluation.subject import Evaluation, Protocol, Subject
-from litune.evaluation.suite import classify, retrieve, run_task
-from litune.evaluation.tasks import Task, find_tasks, group_means
+from litune.evaluation.suite import run_task
+from litune.evaluation.task import Task
+from litune.evaluation.tasks import find_tasks, group_means
 from litune.files import cache_folder, check_file, write_json
 from litune.model.run_folder import load
 from litune.pairs.benchmarks import EvalSet, class_tree

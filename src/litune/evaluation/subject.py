@@ -17,9 +17,10 @@ from torch import Tensor
 from litune import distributed
 from litune.evaluation.class_vectors import ClassVectors, TemplateSet
 from litune.evaluation.embedded import Embedded, embed_set
-from litune.evaluation.tasks import Task
+from litune.evaluation.task import Task
 from litune.model.lit import LiT
 from litune.pairs.benchmarks import EvalSet
+from litune.pairs.reference import absolute, is_there
 from litune.progress import track
 from litune.store.store import FeatureStore
 
@@ -103,6 +104,29 @@ class Evaluation:
         """The features of these images by the run's image tower: those that are kept, or new ones."""
         with self.timed("images"):
             return embed_set(images, name, self.subject.model, self.features, self.protocol.max_damaged)
+
+    def describe(self, embedded: Embedded) -> tuple[list[str], list[str]]:
+        """Keys of the embedded images, and references to their pictures where these are still there."""
+        pictures = [absolute(self.images.pictures[row]) for row in embedded.rows]
+        return [self.images.keys[row] for row in embedded.rows], [path if is_there(path) else "" for path in pictures]
+
+    def facts(self, embedded: Embedded, lang: str = "") -> dict[str, Any]:
+        """What the figures depend on: the set, its features, the run's precision and temperature."""
+        facts: dict[str, Any] = {
+            "set": str(self.images.path),
+            "layout": self.images.layout,
+            "damaged": embedded.damaged,
+            "features": str(embedded.store.path),
+            "image_tower": (embedded.store.tower or {}).get("spec", "unknown"),
+            "text_precision": "bfloat16" if self.subject.bfloat16 else "float32",
+            "temperature": float(self.subject.model.scale.detach()),
+        }
+        if self.task.subset:
+            facts["class_subset"] = self.task.subset
+        own = lang or self.task.lang
+        if languages := [own] if own else self.images.languages:
+            facts["languages"] = languages
+        return facts
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
