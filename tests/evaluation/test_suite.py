@@ -395,8 +395,8 @@ def test_retrieval_by_language_of_one_task(run: Path, photos: Path, tmp_path: Pa
     assert one.lang == "en"
     assert len(one.captions) == 12
     assert one.owner is not None
-    assert one.found is not None
-    assert one.found.shape == (12, 5)
+    assert one.best_images is not None
+    assert one.best_images.shape == (12, 5)
     assert one.groups["text_to_image recall@5"].tolist() == one.owner.tolist()
     features = FeatureStore(next((tmp_path / "f").iterdir()))
     assert features.metadata["position"].to_pylist() == list(range(6))

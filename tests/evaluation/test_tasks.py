@@ -259,7 +259,7 @@ def result_of(task: str, accuracy: float, images: int, **protocol: Any) -> Resul
     return Result(
         task=task, kind="classification", metric="accuracy", values={"accuracy": accuracy}, chance={}, definition="",
         images=images, protocol=protocol, outcomes={}, groups={}, keys=[], pictures=[], hashes=[], class_names=[],
-        labels=None, predicted=None, confidence=None, captions=[], owner=None, found=None,
+        labels=None, predicted=None, confidence=None, captions=[], owner=None, best_images=None,
     )  # fmt: skip
 
 

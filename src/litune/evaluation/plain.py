@@ -51,4 +51,8 @@ def heading(result: Result) -> str:
 def intervals(result: Result) -> dict[str, list[float]]:
     """The ends of the 95% bootstrap interval of each figure whose examples' outcomes are known."""
     by_name = figures(result).items()
-    return {name: [one.low, one.high] for name, one in by_name if one.low is not None and one.high is not None}
+    return {
+        name: [figure.low, figure.high]
+        for name, figure in by_name
+        if figure.low is not None and figure.high is not None
+    }

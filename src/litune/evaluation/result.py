@@ -50,7 +50,7 @@ class Result:
     """The captions [N] of a retrieval."""
     owner: np.ndarray | None
     """The image of each caption [N], in a retrieval."""
-    found: np.ndarray | None
+    best_images: np.ndarray | None
     """The highest-scoring images of each caption [N, 5], best first, in a retrieval."""
     lang: str = ""
     """The language of this row of a per-language table, or ""."""

@@ -117,7 +117,7 @@ def _classified(evaluation: Evaluation, truth: Truth, embedded: Embedded, prompt
         confidence=outcomes.confidence,
         captions=[],
         owner=None,
-        found=None,
+        best_images=None,
         lang=task.lang,
         extras=about,
     )

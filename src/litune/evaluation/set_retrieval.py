@@ -86,7 +86,7 @@ def _retrieval_result(
         confidence=None,
         captions=captions,
         owner=owner,
-        found=ranks.found,
+        best_images=ranks.best_images,
         lang=lang or evaluation.task.lang,
         extras={"seconds": dict(evaluation.seconds), "texts": len(set(captions))}
         | extras.contamination(evaluation, embedded),

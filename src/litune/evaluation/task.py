@@ -52,11 +52,11 @@ class Task:
         if self.path is not None:
             return self.path if self.path.exists() else None
         names = [self.name.partition(":")[0], *self.folders]
-        places = [data / name for one in names for name in (one, f"wds_{one}", f"wds_vtab-{one}")] if data else []
+        places = [data / f"{before}{name}" for name in names for before in ("", "wds_", "wds_vtab-")] if data else []
         return next((place for place in places if place.exists()), None)
 
     def read(self, path: Path, *, train: bool = False) -> EvalSet:
         """The set at `path`; its training images, if asked for."""
         splits = ("train", "trainval") if train else self.splits
-        found = read_set(path, self.kind, splits=splits, images=self.images, label=self.label)
-        return found.in_language(self.lang) if self.kind == "retrieval" and self.lang else found
+        images = read_set(path, self.kind, splits=splits, images=self.images, label=self.label)
+        return images.in_language(self.lang) if self.kind == "retrieval" and self.lang else images

@@ -33,13 +33,13 @@ def read_tasks(file: Path) -> list[Task]:
     except (yaml.YAMLError, UnicodeDecodeError) as why:
         raise ConfigError(f"{file} is not YAML: {' '.join(str(why).split())}") from None
     several = content if isinstance(content, list) else [content]
-    if not several or not all(isinstance(one, dict) for one in several):
+    if not several or not all(isinstance(mapping, dict) for mapping in several):
         raise ConfigError(f"{file} must hold a task (name, folder, classes, templates) or a list of tasks")
-    found = [_read_task(file, one) for one in several]
-    names = [task.name for task in found]
+    tasks = [_read_task(file, mapping) for mapping in several]
+    names = [task.name for task in tasks]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ConfigError(f"{file} has several tasks called {twice}: give each a name: of its own")
-    return found
+    return tasks
 
 
 def _read_task(file: Path, given: dict[str, Any]) -> Task:
@@ -77,9 +77,9 @@ def _read_task(file: Path, given: dict[str, Any]) -> Task:
     templates = (templates,) if isinstance(templates, str) else templates
     if templates is not None and not (isinstance(templates, list | tuple) and templates):
         raise ConfigError(f"{file}: templates is {templates!r}, it must be a list, as in ['a photo of a {{}}.']")
-    for one in templates or ():
-        if not isinstance(one, str) or one.count("{}") != 1:
-            raise ConfigError(f"{file}: the template {one!r} needs exactly one {{}}, as in 'a photo of a {{}}.'")
+    for template in templates or ():
+        if not isinstance(template, str) or template.count("{}") != 1:
+            raise ConfigError(f"{file}: the template {template!r} needs exactly one {{}}, as in 'a photo of a {{}}.'")
     figures = ("text_to_image recall@1",) if kind == "retrieval" else ("accuracy", "mean_per_class")
     metric = given.get("metric", base.metric if base.metric in figures else figures[0])
     if metric not in figures:
@@ -109,12 +109,12 @@ def _read_classes(file: Path, given: Any) -> tuple[tuple[str, ...] | None, dict[
     if given is None:
         return None, {}
     names = list(given.values()) if isinstance(given, dict) else given
-    if not isinstance(names, list) or not names or any(isinstance(one, dict | list) for one in names):
+    if not isinstance(names, list) or not names or any(isinstance(name, dict | list) for name in names):
         raise ConfigError(f"{file}: classes must be a list of names, or FOLDER: NAME on a line each")
-    for one in [*names, *given]:
-        if one is None or isinstance(one, bool):  # YAML takes yes, no, on and off for these
-            raise ConfigError(f"{file}: classes has {one!r}, which YAML takes for no text: put the name in quotes")
-    written = [prompted_name(str(one)) for one in names]
-    if twice := next((one for one in written if written.count(one) > 1), None):
+    for name in [*names, *given]:
+        if name is None or isinstance(name, bool):  # YAML takes yes, no, on and off for these
+            raise ConfigError(f"{file}: classes has {name!r}, which YAML takes for no text: put the name in quotes")
+    written = [prompted_name(str(name)) for name in names]
+    if twice := next((name for name in written if written.count(name) > 1), None):
         raise ConfigError(f"{file}: classes has {twice!r} twice: equal names tie, and each of their images is a miss")
     return tuple(map(str, names)), {str(k): str(v) for k, v in given.items()} if isinstance(given, dict) else {}

@@ -25,7 +25,7 @@ def find_tasks(wanted: Sequence[str], data: Path | None) -> list[Task]:
     """
     if data is not None and not data.is_dir():
         raise ConfigError(f"--data is {data}, which is no folder: give the one that has the evaluation sets in it")
-    found: list[Task] = []
+    tasks: list[Task] = []
     for word in wanted:
         if word == "available":
             if data is None:
@@ -35,21 +35,21 @@ def find_tasks(wanted: Sequence[str], data: Path | None) -> list[Task]:
                 raise DataError(
                     f"{data} has no folder with the name of a task, as imagenet1k or coco: see docs/evaluation.md"
                 )
-            found += here
+            tasks += here
         elif word.endswith((".yaml", ".yml")):
-            found += read_tasks(Path(word))
+            tasks += read_tasks(Path(word))
         elif word in GROUPS:
-            found += [TASKS[name] for name in GROUPS[word]]
+            tasks += [TASKS[name] for name in GROUPS[word]]
         else:
-            found += _named(word)
-    found = list({task.name: task for task in found}.values())
-    for task in found:
+            tasks += _named(word)
+    tasks = list({task.name: task for task in tasks}.values())
+    for task in tasks:
         if task.find(data) is None:
             if task.path is not None:
                 raise DataError(f"the task {task.name} is of {task.path}, which does not exist")
             where = f"not in {data}" if data else "nowhere: give the folder with --data"
             raise DataError(f"the images of {task.name} are {where}; get {task.get}")
-    return found
+    return tasks
 
 
 def _named(word: str) -> list[Task]:
@@ -61,22 +61,22 @@ def _named(word: str) -> list[Task]:
     if name == "babel-imagenet":
         languages = [lang.upper()] if lang else prompts.babel_languages()
         prompts.babel(languages[0])
-        return [replace(task, name=f"{name}:{one}", lang=one) for one in languages]
+        return [replace(task, name=f"{name}:{code}", lang=code) for code in languages]
     check_lang(task, lang)
     return [replace(task, name=word, lang=lang) if lang else task]
 
 
 def group_means(results: Sequence[Result]) -> dict[str, Any]:
     """The mean accuracy over each group of VTAB whose sets all are among the results, with the published ones."""
-    values = {one.task: one.values["accuracy"] for one in results if "accuracy" in one.values}
-    found: dict[str, Any] = {}
+    values = {result.task: result.values["accuracy"] for result in results if "accuracy" in result.values}
+    means: dict[str, Any] = {}
     for group, names in GROUPS.items():
         if group.startswith("vtab") and all(name in values for name in names):
             mean = float(np.mean([values[name] for name in names]))
             reference = {system: row["accuracy"] for system, row in published_shares(group).items()}
-            differing = [one.task for one in results if reference and one.task in names and mismatch(one)]
+            differing = [result.task for result in results if reference and result.task in names and mismatch(result)]
             note = f"not comparable with what was published: other images or prompts of {', '.join(differing)}"
-            found[group] = {
+            means[group] = {
                 "mean": mean, "sets": len(names), "published": reference, "note": note if differing else "",
             }  # fmt: skip
-    return found
+    return means

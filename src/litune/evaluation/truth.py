@@ -33,7 +33,7 @@ class Truth:
     @property
     def single(self) -> bool:
         """Whether every image has one class."""
-        return all(len(one) == 1 for one in self.accepted)
+        return all(len(classes) == 1 for classes in self.accepted)
 
 
 @cache
@@ -42,46 +42,46 @@ def imagenet_file(name: str) -> list[str]:
     return files("timm").joinpath("data", "_info", name).read_text(encoding="utf-8").split()
 
 
-def find_truth(task: Task, found: EvalSet) -> Truth:
+def find_truth(task: Task, images: EvalSet) -> Truth:
     """Candidate classes of a task, and which of them are right for each image of the set.
 
     Classes are told apart by WordNet id, by number, or by canonicalised name. Raises `DataError` where a class of the
     set is none of the task's.
     """
-    rows = np.arange(len(found))
+    rows = np.arange(len(images))
     if task.truth == "objectnet":
-        return _objectnet(task, found)
+        return _objectnet(task, images)
     if task.name.startswith("babel-imagenet"):
         numbers, names, _ = prompts.babel(task.lang)
-        of_all, _ = match_classes(replace(task, rename={}), found, prompts.class_names("imagenet1k"))
+        of_all, _ = match_classes(replace(task, rename={}), images, prompts.class_names("imagenet1k"))
         place = {number: i for i, number in enumerate(numbers)}
-        kept = np.flatnonzero(np.isin(of_all[found.labels], numbers))
-        if not kept.size:
-            raise DataError(f"{found.path} has no image of a class with a name in {task.lang}")
-        return Truth(names, kept, [np.array([place[int(of_all[found.labels[row]])]]) for row in kept])
+        named = np.flatnonzero(np.isin(of_all[images.labels], numbers))
+        if not named.size:
+            raise DataError(f"{images.path} has no image of a class with a name in {task.lang}")
+        return Truth(names, named, [np.array([place[int(of_all[images.labels[row]])]]) for row in named])
     given = task_names(task)
     if given is None:
-        own = [task.rename.get(name, _readable(name)) for name in found.classes]
-        return Truth(own, rows, _each(found.labels), "named as in the set")
+        own = [task.rename.get(name, _readable(name)) for name in images.classes]
+        return Truth(own, rows, _each(images.labels), "named as in the set")
     names = given
     if task.truth == "real":
-        return _real(names, found)
+        return _real(names, images)
     if task.subset:
         candidates = _subset(task.subset)
-        if not all(WNID.match(name) for name in found.classes):
+        if not all(WNID.match(name) for name in images.classes):
             names = [names[i] for i in candidates]
         else:
-            of_all, _ = match_classes(task, found, names)
+            of_all, _ = match_classes(task, images, names)
             place = {number: i for i, number in enumerate(candidates)}
-            strange = [name for name, i in zip(found.classes, of_all, strict=True) if int(i) not in place]
+            strange = [name for name, i in zip(images.classes, of_all, strict=True) if int(i) not in place]
             if strange:
                 raise DataError(
-                    f"{found.path}: {strange[0]} is not one of the {len(candidates)} classes of {task.subset}"
+                    f"{images.path}: {strange[0]} is not one of the {len(candidates)} classes of {task.subset}"
                 )
             to = np.array([place[int(i)] for i in of_all])
-            return Truth([names[i] for i in candidates], rows, _each(to[found.labels]))
-    to, note = match_classes(task, found, names)
-    return Truth(names, rows, _each(to[found.labels]), note)
+            return Truth([names[i] for i in candidates], rows, _each(to[images.labels]))
+    to, note = match_classes(task, images, names)
+    return Truth(names, rows, _each(to[images.labels]), note)
 
 
 def task_names(task: Task) -> list[str] | None:
@@ -91,43 +91,45 @@ def task_names(task: Task) -> list[str] | None:
     return list(task.names) if task.names else None
 
 
-def match_classes(task: Task, found: EvalSet, names: Sequence[str]) -> tuple[np.ndarray, str]:
+def match_classes(task: Task, images: EvalSet, names: Sequence[str]) -> tuple[np.ndarray, str]:
     """For each of the set's classes the number of the task's, and how they were told apart."""
-    if task.imagenet and all(WNID.match(name) for name in found.classes):
+    if task.imagenet and all(WNID.match(name) for name in images.classes):
         place = {wnid: i for i, wnid in enumerate(imagenet_file("imagenet_synsets.txt"))}
-        return _placed(task, found, place, "WordNet id", list(found.classes))
-    if all(name.isdecimal() for name in found.classes):
+        return _placed(task, images, place, "WordNet id", list(images.classes))
+    if all(name.isdecimal() for name in images.classes):
         place = {str(i): i for i in range(len(names))}
-        return _placed(task, found, place, "number", [str(int(name)) for name in found.classes])
-    own = [canonicalize(task.rename.get(name, name)) for name in found.classes]
+        return _placed(task, images, place, "number", [str(int(name)) for name in images.classes])
+    own = [canonicalize(task.rename.get(name, name)) for name in images.classes]
     # The hub's names of ImageNet's classes are lists of synonyms, of which the first is the name.
     place = {canonicalize(name): i for i, name in reversed(list(enumerate(names)))}
     if set(own) <= place.keys() and len(set(own)) == len(own):
-        return _placed(task, found, place, "name", own)
-    numbered = not found.layout.startswith(("class folders", "images named"))
+        return _placed(task, images, place, "name", own)
+    numbered = not images.layout.startswith(("class folders", "images named"))
     if numbered or task.sorted_names:
         # The package's order is that of the original set's classes, as these files number them.
         for first in range(1 + (task.names == "caltech101")):  # whose background is often left out
-            same = [place[one] == i for i, one in enumerate(own, first) if one in place]
+            same = [place[canonical] == i for i, canonical in enumerate(own, first) if canonical in place]
             if len(own) + first == len(names) and sum(same) >= len(same) / 2:  # else it is another order
                 return np.arange(first, len(names)), "matched by position"
-    strange = next((name for name, one in zip(found.classes, own, strict=True) if one not in place), found.classes[0])
+    strange = next(
+        (name for name, canonical in zip(images.classes, own, strict=True) if canonical not in place), images.classes[0]
+    )
     if task.rename:
         raise DataError(
-            f"{found.path}: classes: of {task.name} has no entry for {strange!r} "
+            f"{images.path}: classes: of {task.name} has no entry for {strange!r} "
             f"({nearest(strange, task.rename)}): give one for every class of the set, or leave classes: out"
         )
     raise DataError(
-        f"{found.path}: the class {strange!r} is none of the {len(names):,} of {task.name} "
+        f"{images.path}: the class {strange!r} is none of the {len(names):,} of {task.name} "
         f"({nearest(canonicalize(strange), place)}): name the folders so, by number or, for ImageNet, by WordNet id"
     )
 
 
-def _placed(task: Task, found: EvalSet, place: dict[str, int], what: str, own: list[str]) -> tuple[np.ndarray, str]:
-    strange = next((name for name, one in zip(found.classes, own, strict=True) if one not in place), None)
+def _placed(task: Task, images: EvalSet, place: dict[str, int], what: str, own: list[str]) -> tuple[np.ndarray, str]:
+    strange = next((name for name, canonical in zip(images.classes, own, strict=True) if canonical not in place), None)
     if strange is not None:
-        raise DataError(f"{found.path}: the class {strange} is none of the {len(place):,} of {task.name} by {what}")
-    return np.array([place[one] for one in own], np.int64), f"matched by {what}"
+        raise DataError(f"{images.path}: the class {strange} is none of the {len(place):,} of {task.name} by {what}")
+    return np.array([place[canonical] for canonical in own], np.int64), f"matched by {what}"
 
 
 def _each(labels: np.ndarray) -> list[np.ndarray]:
@@ -143,61 +145,61 @@ def _readable(name: str) -> str:
     return name.replace("_", " ").replace("/", " ").strip()
 
 
-def _real(names: list[str], found: EvalSet) -> Truth:
+def _real(names: list[str], images: EvalSet) -> Truth:
     """ReaL's label sets by the number in the file's name; images without labels are dropped."""
-    file = found.path / "real.json"
+    file = images.path / "real.json"
     if file.is_file():
         labels = json.loads(file.read_text(encoding="utf-8"))
     else:
         labels = json.loads(files("timm").joinpath("data", "_info", "imagenet_real_labels.json").read_text())
     rows, accepted = [], []
-    for row, key in enumerate(found.keys):
+    for row, key in enumerate(images.keys):
         number = re.search(r"ILSVRC2012_val_(\d{8})", key)
         if number is None or not 0 < int(number[1]) <= len(labels):
             raise DataError(
-                f"{found.path}: {key} is not called ILSVRC2012_val_ and a number, by which ReaL's labels go"
+                f"{images.path}: {key} is not called ILSVRC2012_val_ and a number, by which ReaL's labels go"
             )
         if own := labels[int(number[1]) - 1]:
             rows.append(row)
             accepted.append(np.array(sorted(own), np.int64))
     if not rows:
-        raise DataError(f"{found.path} has no image with a label of ReaL")
-    return Truth(names, np.array(rows), accepted, f"{len(found) - len(rows):,} images without labels dropped")
+        raise DataError(f"{images.path} has no image with a label of ReaL")
+    return Truth(names, np.array(rows), accepted, f"{len(images) - len(rows):,} images without labels dropped")
 
 
-def _objectnet(task: Task, found: EvalSet) -> Truth:
+def _objectnet(task: Task, images: EvalSet) -> Truth:
     """ObjectNet's classes that overlap ImageNet's, by the mappings that come with it; other images are dropped."""
-    folders = [found.path / "mappings", found.path, *found.path.glob("*/mappings")]
-    folder = next((one for one in folders if (one / "objectnet_to_imagenet_1k.json").is_file()), None)
+    folders = [images.path / "mappings", images.path, *images.path.glob("*/mappings")]
+    folder = next((path for path in folders if (path / "objectnet_to_imagenet_1k.json").is_file()), None)
     if folder is None:
-        raise DataError(f"{found.path} has no mappings/objectnet_to_imagenet_1k.json: unpack all of ObjectNet there")
+        raise DataError(f"{images.path} has no mappings/objectnet_to_imagenet_1k.json: unpack all of ObjectNet there")
     try:
         called = json.loads((folder / "folder_to_objectnet_label.json").read_text(encoding="utf-8"))
         maps = json.loads((folder / "objectnet_to_imagenet_1k.json").read_text(encoding="utf-8"))
         ours = json.loads((folder / "pytorch_to_imagenet_2012_id.json").read_text(encoding="utf-8"))
         theirs = (folder / "imagenet_to_label_2012_v2").read_text(encoding="utf-8").splitlines()
         to_ours = {theirs[line].strip(): int(number) for number, line in ours.items()}
-        numbers = {name: sorted({to_ours[one.strip()] for one in many.split(";")}) for name, many in maps.items()}
+        numbers = {name: sorted({to_ours[number.strip()] for number in many.split(";")}) for name, many in maps.items()}
     except (OSError, ValueError, KeyError, IndexError) as why:
         raise DataError(f"{folder} has not the mappings of ObjectNet ({why!r}): unpack them again") from None
-    candidates = sorted({one for many in numbers.values() for one in many})
+    candidates = sorted({number for many in numbers.values() for number in many})
     place = {number: i for i, number in enumerate(candidates)}
-    by_class = [numbers.get(called.get(name, name), []) for name in found.classes]
-    rows = np.flatnonzero([bool(by_class[label]) for label in found.labels])
+    by_class = [numbers.get(called.get(name, name), []) for name in images.classes]
+    rows = np.flatnonzero([bool(by_class[label]) for label in images.labels])
     if not rows.size:
-        raise DataError(f"{found.path} has no image of a class that ImageNet has, too")
-    accepted = [np.array([place[one] for one in by_class[found.labels[row]]]) for row in rows]
+        raise DataError(f"{images.path} has no image of a class that ImageNet has, too")
+    accepted = [np.array([place[number] for number in by_class[images.labels[row]]]) for row in rows]
     names = prompts.class_names("imagenet1k")
     note = f"{len(numbers)} classes that map to {len(candidates)} of ImageNet's, which are the candidates"
     return Truth([names[i] for i in candidates], rows, accepted, note)
 
 
-def task_templates(task: Task, found: EvalSet) -> tuple[str, ...]:
+def task_templates(task: Task, images: EvalSet) -> tuple[str, ...]:
     """The templates of a dataset: the package's, or those in the set's files."""
     if task.name.startswith("babel-imagenet"):
         return prompts.babel(task.lang)[2]
-    if task.templates is None and found.templates:
-        return found.templates
+    if task.templates is None and images.templates:
+        return images.templates
     if task.path is not None and task.names != "imagenet1k" and task.templates is None:
         return ("a photo of a {}.",)
     key = task.templates if isinstance(task.templates, str) else task.name
@@ -206,4 +208,4 @@ def task_templates(task: Task, found: EvalSet) -> tuple[str, ...]:
 
 def chance(truth: Truth) -> float:
     """The share of images that a random class is right for."""
-    return float(np.mean([len(one) for one in truth.accepted]) / len(truth.names))
+    return float(np.mean([len(classes) for classes in truth.accepted]) / len(truth.names))
