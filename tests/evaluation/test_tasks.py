@@ -10,13 +10,14 @@ import pytest
 
 from litune.errors import ConfigError, DataError
 from litune.evaluation.class_vectors import class_names
+from litune.evaluation.imagenet import imagenet_file
 from litune.evaluation.published import IMAGES, note, published_shares
 from litune.evaluation.registry import GROUPS, TASKS
 from litune.evaluation.result import Result
 from litune.evaluation.task import Task
 from litune.evaluation.task_files import read_tasks
 from litune.evaluation.tasks import find_tasks, group_means
-from litune.evaluation.truth import chance, find_truth, imagenet_file, task_templates
+from litune.evaluation.truth import chance, find_truth, task_templates
 from litune.pairs.benchmarks import EvalSet
 
 DOCS = Path(__file__).parents[2] / "docs" / "evaluation.md"

@@ -16,7 +16,8 @@ from litune.config import TuneConfig, from_json
 from litune.errors import DataError, LituneError, StoreError
 from litune.evaluation.embedded import Embedded, embed_set
 from litune.evaluation.subject import Evaluation
-from litune.evaluation.truth import Truth, find_truth
+from litune.evaluation.task import Truth
+from litune.evaluation.truth import find_truth
 from litune.files import read_json
 from litune.model.run_folder import CONFIG, MANIFEST
 from litune.pairs.benchmarks import EvalSet

@@ -16,7 +16,8 @@ from litune.evaluation.embedded import Embedded
 from litune.evaluation.registry import TASKS
 from litune.evaluation.result import Result
 from litune.evaluation.subject import Evaluation
-from litune.evaluation.truth import Truth, chance, find_truth, task_templates
+from litune.evaluation.task import Truth
+from litune.evaluation.truth import chance, find_truth, task_templates
 from litune.progress import say
 from litune.prompts import prompted_name, write_prompts
 

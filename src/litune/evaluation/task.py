@@ -1,10 +1,12 @@
-"""A task: an evaluation set, how its classes are named, and which figure is its headline."""
+"""A task: an evaluation set, how its classes are named, which figure is its headline; and what is right in it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
 
 from litune.pairs.benchmarks import TEST_SPLITS, EvalSet, Kind, read_set
 
@@ -60,3 +62,21 @@ class Task:
         splits = ("train", "trainval") if train else self.splits
         images = read_set(path, self.kind, splits=splits, images=self.images, label=self.label)
         return images.in_language(self.lang) if self.kind == "retrieval" and self.lang else images
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What is right for each of B images, among C candidate classes.
+
+    `accepted` [B] has the classes that count as right; `rows` [B] are the images of the set that have some.
+    """
+
+    names: list[str]
+    rows: np.ndarray
+    accepted: list[np.ndarray]
+    note: str = ""
+
+    @property
+    def single(self) -> bool:
+        """Whether every image has one class."""
+        return all(len(classes) == 1 for classes in self.accepted)
