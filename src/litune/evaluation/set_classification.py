@@ -116,9 +116,6 @@ def _classified(evaluation: Evaluation, truth: Truth, embedded: Embedded, prompt
         labels=labels,
         predicted=outcomes.predicted,
         confidence=outcomes.confidence,
-        captions=[],
-        owner=None,
-        best_images=None,
         lang=task.lang,
         extras=about,
     )
