@@ -24,7 +24,7 @@ from litune.evaluation.tasks import (
     read_tasks,
     task_templates,
 )
-from litune.pairs.benchmarks import EvalSet
+from litune.pairs.benchmarks import EvalSet, pairs_of
 
 DOCS = Path(__file__).parents[2] / "docs" / "evaluation.md"
 SAMPLES = Path(__file__).parents[3] / "shared" / "data" / "imagenet-samples"
@@ -34,7 +34,7 @@ def labelled(classes: list[str], layout: str = "class folders in x", keys: list[
     """A set with one image of each class, in order."""
     keys = keys or [f"{name}/0.png" for name in classes]
     labels = np.arange(len(keys)) % len(classes)
-    return EvalSet(Path("set"), layout, keys, keys, classes, labels)
+    return EvalSet(Path("set"), pairs_of(layout, keys, keys), classes, labels)
 
 
 def test_the_registry() -> None:

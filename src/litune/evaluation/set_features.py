@@ -18,7 +18,7 @@ from litune import distributed
 from litune.config import EmbedConfig
 from litune.errors import DataError, StoreError
 from litune.model.lit import LiT
-from litune.pairs.benchmarks import EvalSet
+from litune.pairs.benchmarks import EvalSet, pairs_of
 from litune.pairs.pairs import Pairs
 from litune.store.build import build_store, check_processes, read_manifest
 from litune.store.store import FeatureStore
@@ -125,16 +125,16 @@ def stored_set(path: Path, kind: str, split: str | None = None, lang: Sequence[s
     chosen = table.take(pa.array(rows))
     pictures = chosen["image_path"].cast(pa.string()).to_pylist()
     hashes = chosen["sha256"].to_pylist() if "sha256" in chosen.column_names else [""] * len(rows)
-    found = EvalSet(path, layout, chosen["key"].to_pylist(), pictures)
+    keys = chosen["key"].to_pylist()
     if pairs is None:
         names = sorted(set(table["label"].to_pylist()))
         place = {name: i for i, name in enumerate(names)}
         labels = np.array([place[one] for one in table["label"].to_pylist()], np.int64)
-        found = replace(found, classes=names, labels=labels)
+        found = EvalSet(path, pairs_of(layout, keys, pictures), names, labels)
     else:
         ends = np.cumsum(pairs.counts)[:-1]
         captions = [list(part) for part in np.split(np.array(pairs.captions, object), ends)]
         langs = [list(part) for part in np.split(np.array(pairs.langs, object), ends)] if pairs.langs else []
-        found = replace(found, captions=captions, langs=langs)
+        found = EvalSet(path, pairs_of(layout, keys, pictures, captions, langs))
     damaged = int(store.manifest.get("damaged", 0))
     return found, Embedded(store, np.arange(len(rows)), rows, hashes, damaged)

@@ -89,7 +89,7 @@ def read_pairs(
     share `max_damaged` of the captions, or of the files that hold them, can't be used.
     """
     options = Options(images, image_column, caption_columns, split_column, lang_column, keep)
-    pairs = _collect(find_source(str(source), options), options, max_damaged)
+    pairs = collect(find_source(str(source), options), options, max_damaged)
     return _select(pairs, split, lang)
 
 
@@ -117,8 +117,8 @@ def say_pairs(pairs: Pairs) -> None:
         say(f"skipped {len(pairs.damaged):,} inputs that can't be used, first {first.key}: {first.reason}")
 
 
-def _collect(source: SampleSource, options: Options, max_damaged: float) -> Pairs:
-    """All samples of a source as a table, with a list of the damaged ones. Raises `DataError` for too many of them."""
+def collect(source: SampleSource, options: Options, max_damaged: float) -> Pairs:
+    """All samples of a source as pairs, in order, without the damaged ones. Raises `DataError` for too many of them."""
     columns = _PairColumns(options)
     damaged: list[Damage] = []
     for sample in source.samples:
