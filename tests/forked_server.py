@@ -123,6 +123,7 @@ def serve(address: str) -> Callable[[], Any]:
                 os.close(file)
             keep(connection, program, Path(address).with_name("running") / str(program))
         connection.close()
+        sys.executable = str(Path(address).with_name("python"))  # what it starts is forked as well
         return prepare(request, files, base)
 
 

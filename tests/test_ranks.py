@@ -85,7 +85,7 @@ def torchrun(*args: str | Path, cwd: Path, python: str = "") -> subprocess.Popen
     """A launch of two ranks."""
     python = python or quick_python()
     path = os.pathsep.join([str(cwd), *sys.path])
-    variables = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHON_EXEC": python}
+    variables = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [python, *TORCHRUN, *map(str, args)], cwd=cwd, env=os.environ | variables,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
