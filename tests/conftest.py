@@ -131,8 +131,13 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tower_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The spec of a python: tower, fast and deterministic: 8 × 8 means of the colors."""
-    (tmp_path / "colortower.py").write_text(
+    """The spec of the tower of `write_color_tower`."""
+    return write_color_tower(tmp_path, monkeypatch)
+
+
+def write_color_tower(folder: Path, patch: pytest.MonkeyPatch) -> str:
+    """The spec of a python: tower, fast and deterministic: 8 × 8 means of the colors. Changes to the folder."""
+    (folder / "colortower.py").write_text(
         "import numpy as np\n"
         "import torch\n"
         "def preprocess(image):\n"
@@ -142,7 +147,7 @@ def tower_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "def make():\n"
         "    return encode, preprocess\n"
     )
-    monkeypatch.chdir(tmp_path)
+    patch.chdir(folder)
     import sys
 
     sys.modules.pop("colortower", None)

@@ -19,6 +19,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from tests.conftest import COLORS, SHAPES, draw
+from tests.forked import quick_python, wait_until_gone
 
 from litune import distributed
 from litune.cli import main
@@ -35,7 +36,7 @@ from litune.store.store import FeatureStore
 from litune.tuning.output import prepare_run
 from litune.tuning.tune import tune
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 # Batches of 7 of 18 pairs, some with equal captions, so that masks count and ranks have 4 and 3 pairs.
 COMMON = {
@@ -79,11 +80,13 @@ WRONG: list[dict[str, Any]] = [
 ]
 
 
-def torchrun(*args: str | Path, cwd: Path) -> subprocess.Popen[str]:
+def torchrun(*args: str | Path, cwd: Path, python: str = "") -> subprocess.Popen[str]:
     """A launch of two ranks."""
+    python = python or quick_python()
     path = os.pathsep.join([str(cwd), *sys.path])
+    variables = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*TORCHRUN, *map(str, args)], cwd=cwd, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        [python, *TORCHRUN, *map(str, args)], cwd=cwd, env=os.environ | variables,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -97,6 +100,7 @@ def kill_when(process: subprocess.Popen[str], ready: Any) -> None:
     for killed in (process.pid, *map(int, ranks)):  # torchrun first: it would start or end the others
         os.kill(killed, signal.SIGKILL)
     process.communicate()
+    wait_until_gone()
 
 
 def work(out: str) -> dict[str, Any]:
@@ -257,7 +261,7 @@ def test_tune_killed_on_two_and_gone_on_with_one(place: Path, capsys: pytest.Cap
     lines = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 41))
 
-    process = torchrun(*command, cwd=place)
+    process = torchrun(*command, cwd=place, python=sys.executable)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 1  # torchrun's own
     assert "exitcode  : 2 " in said

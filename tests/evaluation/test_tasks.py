@@ -18,7 +18,7 @@ from litune.evaluation.task import Task
 from litune.evaluation.task_files import read_tasks
 from litune.evaluation.tasks import find_tasks, group_means
 from litune.evaluation.truth import chance, find_truth, task_templates
-from litune.pairs.benchmarks import EvalSet
+from litune.pairs.benchmarks import EvalSet, pairs_of
 
 DOCS = Path(__file__).parents[2] / "docs" / "evaluation.md"
 SAMPLES = Path(__file__).parents[3] / "shared" / "data" / "imagenet-samples"
@@ -28,7 +28,7 @@ def labelled(classes: list[str], layout: str = "class folders in x", keys: list[
     """A set with one image of each class, in order."""
     keys = keys or [f"{name}/0.png" for name in classes]
     labels = np.arange(len(keys)) % len(classes)
-    return EvalSet(Path("set"), layout, keys, keys, classes, labels)
+    return EvalSet(Path("set"), pairs_of(layout, keys, keys), classes, labels)
 
 
 def test_the_registry() -> None:

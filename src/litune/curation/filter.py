@@ -18,11 +18,12 @@ from litune.curation import captions as text
 from litune.curation.facts import gather, read_facts
 from litune.curation.languages import check_languages, identify
 from litune.curation.rules import Pool, Rule, apply, dropped
-from litune.curation.source import SourcePairs, is_store, read_source, write_store
+from litune.curation.source import SourcePairs, read_source, write_store
 from litune.devices import processor_cores
 from litune.errors import ConfigError, DataError, OutputExistsError
 from litune.files import check_file, clear_output, write_json
 from litune.pairs.reference import names_of
+from litune.pairs.stores import is_store
 from litune.pairs.write import check_table, write_pairs, write_table
 from litune.progress import say, track
 from litune.store.store import MANIFEST

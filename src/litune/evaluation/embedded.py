@@ -21,7 +21,7 @@ from litune.evaluation.task import Task
 from litune.image.registry import differences
 from litune.model.lit import LiT
 from litune.model.run_folder import check_store
-from litune.pairs.benchmarks import EvalSet, Kind
+from litune.pairs.benchmarks import EvalSet, Kind, pairs_of
 from litune.pairs.pairs import Pairs
 from litune.progress import say
 from litune.store.build import build_store, check_processes, read_manifest
@@ -159,12 +159,13 @@ def stored_set(path: Path, kind: Kind, split: str | None = None, lang: Sequence[
     chosen = store.metadata.take(pa.array(rows))
     layout = f"the feature store {path}" + (f", split {split}" if split else "")
     pictures = chosen["image_path"].cast(pa.string()).to_pylist()
-    images = EvalSet(path, layout, chosen["key"].to_pylist(), pictures)
+    keys = chosen["key"].to_pylist()
     if pairs is None:
         classes, labels = np.unique(np.array(chosen["label"].to_pylist(), object), return_inverse=True)
-        images = replace(images, classes=classes.tolist(), labels=labels)
+        images = EvalSet(path, pairs_of(layout, keys, pictures), classes.tolist(), labels)
     else:
-        images = replace(images, captions=_by_image(pairs.captions, pairs), langs=_by_image(pairs.langs or [], pairs))
+        captions, langs = _by_image(pairs.captions, pairs), _by_image(pairs.langs or [], pairs)
+        images = EvalSet(path, pairs_of(layout, keys, pictures, captions, langs))
     hashes = chosen["sha256"].to_pylist() if "sha256" in chosen.column_names else [""] * len(rows)
     return images, Embedded(store, np.arange(len(rows)), rows, hashes, int(store.manifest.get("damaged", 0)))
 

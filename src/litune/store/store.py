@@ -328,6 +328,7 @@ class StoreWriter:
             self._truncate_damage()
         else:
             path.mkdir(parents=True, exist_ok=True)
+            sweep_temporaries(path)
             write_json(path / MANIFEST, self.manifest)
 
     @property
