@@ -558,11 +558,17 @@ def _read_tree(source: _Source) -> EvalSet | None:
         return None
     for folder in _folders(source):
         if any(image_files(one) for one in folder.iterdir() if one.is_dir() and not one.name.startswith(".")):
-            tree = class_folders(folder)
-            files = [file for images in tree.values() for file in images]
-            keys, names = [f"{file.parent.name}/{file.name}" for file in files], [file.parent.name for file in files]
-            return source.labelled(keys, [*map(str, files)], names, f"class folders in {folder}")
+            return class_tree(source.path, folder)
     return None
+
+
+def class_tree(path: Path, folder: Path) -> EvalSet:
+    """The set at `path`, whose images are in one folder per class in `folder`. Raises `DataError` where none are."""
+    tree = class_folders(folder)
+    files = [file for images in tree.values() for file in images]
+    keys, names = [f"{file.parent.name}/{file.name}" for file in files], [file.parent.name for file in files]
+    source = _Source(path, "classification", TEST_SPLITS)
+    return source.labelled(keys, [*map(str, files)], names, f"class folders in {folder}")
 
 
 def _folders(source: _Source) -> list[Path]:
