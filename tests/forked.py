@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ HERE = Path(__file__).parent
 @cache
 def _folder() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="litune-forked-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     (folder / "running").mkdir()
     return folder
 

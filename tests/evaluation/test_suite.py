@@ -43,12 +43,6 @@ QUIET: dict[str, Any] = {"calibration": False, "contamination": False}
 
 
 @pytest.fixture
-def run(tune_config: TuneConfig) -> Path:
-    tune.run(dataclasses.replace(tune_config, duration="20steps", evaluations=0))
-    return tune_config.out
-
-
-@pytest.fixture
 def sets(tmp_path: Path, class_tree: Path) -> Path:
     """A folder of sets: CIFAR-10's name on the colors, as class folders."""
     shutil.copytree(class_tree, tmp_path / "sets" / "cifar10" / "test")
@@ -318,9 +312,9 @@ def test_a_stores_languages(run: Path, tune_config: TuneConfig) -> None:
     assert german["by_lang"] == {"de": found["by_lang"]["de"]}
 
 
-def test_what_a_run_was_tuned_on(
-    run: Path, tune_config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_run_was_tuned_on(tune_config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tune_config.out
+    tune.run(dataclasses.replace(tune_config, duration="20steps", evaluations=0))
     ((store, rows),), why = tuned_on(run)
     assert not why
     splits = np.array(store.metadata["split"].to_pylist())
