@@ -519,11 +519,13 @@ def shared(expected: Sequence[Tensor], retrieved: Sequence[Tensor]) -> float:
 
 def fingerprint(model: LiT, *prefixes: str) -> str:
     """A hash of the model's weights whose names begin with these prefixes: equal ones give equal features."""
+    named = {name: value.detach() for name, value in model.state_dict().items() if name.startswith(prefixes)}
+    values = [value.contiguous().view(-1).view(torch.uint8) for value in named.values()]
+    whole = torch.cat(values).cpu().split([len(value) for value in values])  # a GPU is waited for once
     digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        if name.startswith(prefixes):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    for name, value in zip(named, whole, strict=True):
+        digest.update(name.encode())
+        digest.update(value.numpy().data)
     return digest.hexdigest()
 
 

@@ -296,8 +296,8 @@ def set_heads(model: LiT, maps: LinearMaps) -> None:
 
     Without an image head, texts are mapped to where that fixed map has their images.
     """
-    offset = model.center.double().cpu().numpy() - maps.image_mean
-    whitening = None if model.whitening is None else model.whitening.double().cpu().numpy()
+    offset = model.center.cpu().double().numpy() - maps.image_mean
+    whitening = None if model.whitening is None else model.whitening.cpu().double().numpy()
     if maps.image is None:
         whitening = np.eye(len(offset)) if whitening is None else whitening
         weights = maps.text @ whitening
@@ -315,5 +315,5 @@ def _set(head: nn.Module, weights: np.ndarray, bias: np.ndarray) -> None:
     size = HEAD_SIZE / max(float(np.sqrt(np.square(weights).mean())), 1e-30)
     head.weight.zero_()
     head.bias.zero_()
-    head.weight[: weights.shape[1]] = torch.from_numpy(size * weights.T).to(head.weight)
-    head.bias[: len(bias)] = torch.from_numpy(size * bias).to(head.bias)
+    head.weight[: weights.shape[1]] = torch.from_numpy(size * weights.T).float().to(head.weight)
+    head.bias[: len(bias)] = torch.from_numpy(size * bias).float().to(head.bias)
