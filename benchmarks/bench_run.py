@@ -21,7 +21,8 @@ from litune.tuning.run import Tuning
 
 
 def start_run(store: Path, **settings: Any) -> Tuning:
-    """What `litune tune` has made when its first step begins: the defaults but for `settings`, nothing held out."""
+    """What `litune tune` has made when its first step begins: the paper's start, nothing held out."""
+    settings = {"start": "random", "max_tokens": 16} | settings  # as in the figures so far
     config = TuneConfig(store=store, out=store / "run", holdout=0.0, device="cpu", **settings)
     spec = text_spec(config)
     train, _ = choose_pairs(FeatureStore(store), config)

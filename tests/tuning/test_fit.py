@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.conftest import random_store
+from safetensors.torch import load_file
+from tests.conftest import interrupt, random_store
 
 import litune
-from litune.config import FitConfig, TuneConfig
+from litune.config import FitConfig, TuneConfig, to_json
 from litune.errors import ConfigError, OutputExistsError
 from litune.model.build import make_model, make_tokenizer
 from litune.model.run_folder import load
@@ -125,6 +126,25 @@ def test_tuning_adds_to_the_fit(tune_config: TuneConfig) -> None:
     lines = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
+
+
+def test_an_interrupted_start_is_made_again(
+    tune_config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped before the first checkpoint, and after one, a run ends with the bytes of one that was not."""
+    config = dataclasses.replace(tune_config, start="fit", checkpoint_seconds=0.0, duration="60pairs")
+    tune.run(config)
+    whole = load_file(config.out / "model.safetensors")
+    for name, step in (("early", 0), ("late", 4)):
+        again = dataclasses.replace(config, out=tmp_path / name)
+        if step:
+            interrupt(step, again, monkeypatch)
+        else:
+            again.out.mkdir()
+            (again.out / "config.json").write_text(json.dumps(to_json(again)))
+        tune.run(again)
+        found = load_file(again.out / "model.safetensors")
+        assert all(torch.equal(found[key], value) for key, value in whole.items())
 
 
 def test_several_stores_are_fitted_together(fit_config: FitConfig, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from litune.errors import DataError, TowerError
 from litune.files import check_file, write_json
 from litune.image.registry import ImageTower
 from litune.interop.official import Checkpoint
+from litune.model.build import starts_fitted
 from litune.model.heads import make_head
 from litune.model.lit import LiT
 from litune.model.run_folder import MANIFEST as RUN_MANIFEST
@@ -216,13 +217,16 @@ def _plan(facts: dict[str, Any], text: TextTower, config: InspectConfig) -> dict
     """What tuning this pair would train, store and need in memory, with the default heads and AdamW."""
     width = facts["width"]
     images = config.images or facts.get("images")
-    head = make_head("linear", text.width, width)
-    tuned = sum(p.numel() for part in (text, head) for p in part.parameters()) + 1
-    features = 4 * width * config.batch_size
+    assert config.text_tower is not None
+    fitted = starts_fitted(TuneConfig(Path(), config.text_tower, Path()), parse_text_spec(config.text_tower))
+    dim = min(width, text.width) if fitted else width
+    heads = [make_head("linear", text.width, dim), make_head("linear" if fitted else "none", width, dim)]
+    tuned = sum(p.numel() for part in (text, *heads) for p in part.parameters()) + 1
+    features = 4 * dim * config.batch_size
     return {
         "tuned_parameters": tuned,
         "locked_parameters": facts.get("parameters"),
-        "dim": width,
+        "dim": dim,
         "bytes_of_weights_gradients_and_moments": PER_TUNED * tuned,
         "bytes_of_the_batch": 4 * features,  # of both sides, and their gradients
         "bytes_stored_per_image": 2 * width,

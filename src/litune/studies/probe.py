@@ -254,7 +254,7 @@ def tuning_time(train: Selection, settings: TuneConfig) -> dict[str, Any]:
                 break
     run.check()
     rate = pairs / (time.monotonic() - began)
-    steps = parse_duration(default_duration(len(train)), "duration").steps(
+    steps = parse_duration(default_duration(len(train), int(train.offsets[-1])), "duration").steps(
         batch_size=run.size, images=len(train), total=None
     )
     return {

@@ -10,7 +10,7 @@ from litune.devices import pick_device
 from litune.model.build import make_model, make_tokenizer, started_from, starts_fitted, text_spec, with_tokens
 from litune.model.card import write_card
 from litune.model.lit import LiT
-from litune.model.run_folder import MANIFEST, image_tower_finder, load
+from litune.model.run_folder import MANIFEST, STATE, image_tower_finder, load
 from litune.store.selection import check_one_tower, choose_mixture
 from litune.store.store import FeatureStore
 from litune.tuning.log import OnLog
@@ -46,7 +46,7 @@ def tune(config: TuneConfig, on_log: OnLog | None = None) -> LiT:
         tokenizer = make_tokenizer(spec, config, train.iterate_captions(), start)
         model = make_model(train, spec, tokenizer, config, start, device).to(device)
         fitted = starts_fitted(config, spec)
-        if fitted and not goes_on:
+        if fitted and not (goes_on and (config.out / STATE).exists()):
             distributed.from_main(lambda: start_heads(model, train, config, for_tuning(config)))
         run = Tuning(config, train, val, model, device, on_log, fitted=fitted)
         if not goes_on:
