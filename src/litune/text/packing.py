@@ -187,15 +187,31 @@ def first_fit(lengths: np.ndarray, width: int) -> tuple[np.ndarray, int]:
     first = np.empty(len(lengths), dtype=np.int64)
     open_rows: list[list[int]] = [[] for _ in range(width + 1)]  # rows by their free places
     rows = 0
-    for text in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[text])
-        free = next((space for space in range(length, width) if open_rows[space]), width)
-        if free < width:
-            row = open_rows[free].pop()
-        else:
-            row, rows = rows, rows + 1
-        first[text] = row * width + width - free
-        open_rows[free - length].append(row)
+    longest_first = np.argsort(-lengths, kind="stable")
+    counts = np.bincount(lengths, minlength=1).tolist()
+    ends = np.cumsum(counts[::-1]).tolist()[::-1]
+    for length in range(len(counts) - 1, 0, -1):
+        texts = longest_first[ends[length] - counts[length] : ends[length]]
+        # Rows that are equally full take them by turns, each as many as it holds.
+        while len(texts):
+            free = next((space for space in range(length, width) if open_rows[space]), width)
+            each = free // length
+            wanted = -(-len(texts) // each)
+            if free < width:
+                taken = open_rows[free][: -wanted - 1 : -1]
+                del open_rows[free][-wanted:]
+            else:
+                taken = list(range(rows, rows + wanted))
+                rows += wanted
+            placed = np.arange(min(len(texts), each * len(taken)))
+            first[texts[: len(placed)]] = (
+                np.array(taken)[placed // each] * width + width - free + placed % each * length
+            )
+            texts = texts[len(placed) :]
+            filled, rest = divmod(len(placed), each)
+            open_rows[free - each * length] += taken[:filled]
+            if rest:
+                open_rows[free - rest * length].append(taken[filled])
     return first, rows
 
 
