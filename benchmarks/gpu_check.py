@@ -15,8 +15,8 @@ What the figures mean (limits and goals, with their reasons, stand in README.md 
                    same_seed_same_bytes, resumed_same_bytes: whether two runs' models are equal to the byte
     fast:tune-…    by batch size: pairs_per_second of `litune tune` after its first steps (seconds_of_warm_up);
                    teraflops of the text tower's matrix products in them; share_of_matmul, these by the rate of large
-                   square products on this card (matmul_teraflops); share_of_tower_shapes, by the rate of products of the
-                   tower's own shapes
+                   square products on this card (matmul_teraflops); share_of_tower_shapes, by the rate of products of
+                   the tower's own shapes
     fast:embed-…   bare_per_second: the network alone, compiled, its pictures on the card; ready_per_second_…: litune's
                    runtimes, from pictures in the processor's memory to features there; share_of_bare, the faster of
                    these by the first; files_per_second: `litune embed` on JPEG files

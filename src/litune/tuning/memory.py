@@ -40,7 +40,7 @@ def choose_micro(config: TuneConfig, most: int, texts: Trial, images: Trial | No
 
 
 def _fitting(encode: Trial, most: int, reserved: int) -> int:
-    """How many rows fit into the memory that is free, forward and backward, by two trials, measured after a first one."""
+    """How many rows fit into the memory that is free, forward and backward, by two trials after a first one."""
     try:
         # The first takes the memory of the parameters' gradients. They can be larger than a trial's activations, which
         # are given up while gradients are made, and would hide them.
