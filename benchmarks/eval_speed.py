@@ -24,8 +24,8 @@ from bench_store import write_store
 
 from litune.evaluation import class_vectors as prompts
 from litune.evaluation import zero_shot
-from litune.evaluation.set_features import ROWS
-from litune.evaluation.suite import Subject
+from litune.evaluation.embedded import ROWS
+from litune.evaluation.subject import Subject
 from litune.model.lit import LiT
 from litune.store.store import FeatureStore
 

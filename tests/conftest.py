@@ -7,6 +7,7 @@ the packages of the extra `quickstart`.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -131,8 +132,13 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tower_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The spec of a python: tower, fast and deterministic: 8 × 8 means of the colors."""
-    (tmp_path / "colortower.py").write_text(
+    """The spec of the tower of `write_color_tower`."""
+    return write_color_tower(tmp_path, monkeypatch)
+
+
+def write_color_tower(folder: Path, patch: pytest.MonkeyPatch) -> str:
+    """The spec of a python: tower, fast and deterministic: 8 × 8 means of the colors. Changes to the folder."""
+    (folder / "colortower.py").write_text(
         "import numpy as np\n"
         "import torch\n"
         "def preprocess(image):\n"
@@ -142,7 +148,7 @@ def tower_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "def make():\n"
         "    return encode, preprocess\n"
     )
-    monkeypatch.chdir(tmp_path)
+    patch.chdir(folder)
     import sys
 
     sys.modules.pop("colortower", None)
@@ -160,10 +166,14 @@ def store(photos: Path, tower_module: str, tmp_path: Path) -> FeatureStore:
 @pytest.fixture
 def tune_config(store: FeatureStore, tiny_bert: Path, tmp_path: Path) -> TuneConfig:
     """A short run on `store`."""
+    return short_run(store, tiny_bert, tmp_path / "run")
+
+
+def short_run(store: FeatureStore, tiny_bert: Path, out: Path) -> TuneConfig:
     return TuneConfig(
         store=store.path,
         text_tower=f"hf:{tiny_bert}",
-        out=tmp_path / "run",
+        out=out,
         lang=("en",),
         duration="240pairs",
         batch_size=6,
@@ -172,6 +182,26 @@ def tune_config(store: FeatureStore, tiny_bert: Path, tmp_path: Path) -> TuneCon
         precision="float32",  # quick on a model this small; bfloat16 has a test of its own
         device="cpu",
     )
+
+
+@pytest.fixture(scope="session")
+def tuned(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 20 steps on the store of `photos`, to be copied (see `run`)."""
+    from litune.store.embed import embed
+    from litune.tuning.tune import tune
+
+    folder = tmp_path_factory.mktemp("tuned")
+    with pytest.MonkeyPatch.context() as patch:
+        tower = write_color_tower(folder, patch)
+        store = embed(pairs=write_photos(folder / "photos"), image_tower=tower, out=folder / "store")
+        tune.run(dataclasses.replace(short_run(store, tiny_bert, folder / "run"), duration="20steps", evaluations=0))
+    return folder / "run"
+
+
+@pytest.fixture
+def run(tuned: Path, tower_module: str, tmp_path: Path) -> Path:
+    """A run of 20 steps, of its own for each test."""
+    return Path(shutil.copytree(tuned, tmp_path / "run"))
 
 
 def random_store(path: Path, rows: int, width: int, captions: int = 1) -> FeatureStore:

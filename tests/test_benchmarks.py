@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.forked import quick_python
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,7 +22,7 @@ def captions(tmp_path: Path) -> Path:
 
 
 def run(script: str, *options: str) -> dict[str, Any]:
-    command = [sys.executable, str(ROOT / "benchmarks" / script), *options]
+    command = [quick_python(), str(ROOT / "benchmarks" / script), *options]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert len(done.stdout.splitlines()) > 3  # a table for people comes first

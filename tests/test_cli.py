@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.forked import quick_python
 
 from litune.cli import COMMANDS, main
 from litune.store.store import FeatureStore
@@ -15,10 +16,9 @@ from litune.store.store import FeatureStore
 SNAPSHOT = Path(__file__).parent / "cli_options.txt"
 
 
-def run(*args: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "litune", *map(str, args)], cwd=cwd, capture_output=True, text=True, check=False
-    )
+def run(*args: str | Path, cwd: Path | None = None, python: str = "") -> subprocess.CompletedProcess[str]:
+    command = [python or quick_python(), "-m", "litune", *map(str, args)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 
 def test_help_without_torch() -> None:
@@ -53,7 +53,7 @@ def test_group_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
 def test_version() -> None:
     import litune
 
-    assert run("--version").stdout.strip() == f"litune {litune.__version__}"
+    assert run("--version", python=sys.executable).stdout.strip() == f"litune {litune.__version__}"
 
 
 def test_options_are_a_reviewed_list() -> None:
@@ -65,7 +65,8 @@ def test_options_are_a_reviewed_list() -> None:
 
 def test_the_way(photos: Path, class_tree: Path, tower_module: str, tiny_bert: Path, tmp_path: Path) -> None:
     """embed, tune, eval, search, classify, as typed."""
-    done = run("embed", photos, "--image-tower", tower_module, "--out", "s", cwd=tmp_path)
+    typed = ("embed", photos, "--image-tower", tower_module, "--out", "s")
+    done = run(*typed, cwd=tmp_path, python=sys.executable)
     assert done.returncode == 0, done.stderr
     assert "24 images, 72 captions" in done.stderr
     done = run(
@@ -76,7 +77,7 @@ def test_the_way(photos: Path, class_tree: Path, tower_module: str, tiny_bert: P
     assert "18 images with 36 captions, 6 images held out; 20 steps of 6 pairs" in done.stderr
     done = run(
         "eval", "r", "--store", "s", "--split", "val", "--lang", "en", "--classes", class_tree, "--templates", "{}",
-        "--templates", "a {} box", "--json", "e.json", cwd=tmp_path,
+        "--templates", "a {} box", "--json", "e.json", "--features", "f", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "retrieval: 6 images, 12 captions" in done.stdout
@@ -183,7 +184,7 @@ def test_interrupted(store: FeatureStore, tiny_bert: Path, tmp_path: Path) -> No
     import time
 
     command = [
-        sys.executable, "-m", "litune", "tune", str(store.path), "--text-tower", f"hf:{tiny_bert}", "--out", "r",
+        quick_python(), "-m", "litune", "tune", str(store.path), "--text-tower", f"hf:{tiny_bert}", "--out", "r",
         "--duration", "900pairs", "--batch-size", "6", "--checkpoint-seconds", "0", "--evaluations", "0",
         "--precision", "float32",
     ]  # fmt: skip

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from tests.forked import quick_python
 
 from litune.devices import deterministic, receive, send, tf32_products
 
@@ -73,7 +74,7 @@ if hasattr(torch.backends.cudnn, "conv"):  # from torch 2.9 on
 )
 def test_float32_is_float32(before: str) -> None:
     """Whatever was set before, and without a warning."""
-    done = subprocess.run([sys.executable, "-c", before + EXACT], capture_output=True, text=True, check=False)
+    done = subprocess.run([quick_python(), "-c", before + EXACT], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.forked import quick_python
 from torch import Tensor, nn
 
 from litune import distributed
@@ -181,7 +184,12 @@ def told(rank: int, size: int, where: int) -> str:
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     """What each rank saw, by the number of ranks."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, (folder, {3: free_port(), 2: free_port()}), nprocs=3)
+    ports = {3: free_port(), 2: free_port()}
+    code = "from pathlib import Path; from tests.test_distributed import work; work({}, Path({!r}), {})"
+    commands = [[quick_python(), "-c", code.format(rank, str(folder), ports)] for rank in range(3)]
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    processes = [subprocess.Popen(command, env=variables) for command in commands]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0, 0]
     return {size: [torch.load(folder / f"{size}-{rank}.pt") for rank in range(size)] for size in ROWS}
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.forked import quick_python
 from tests.test_distributed import NAMES, free_port
 
 SCRIPT = """
@@ -59,7 +60,7 @@ def two_ranks(script: Path, *args: str) -> list[subprocess.Popen[str]]:
     values = ("2", "127.0.0.1", str(free_port()))
     places = [dict(zip(NAMES, (str(r), values[0], str(r), *values[1:]), strict=True)) for r in range(2)]
     common = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command, pipe = [sys.executable, "-W", "error", script, *args], subprocess.PIPE
+    command, pipe = [quick_python(), "-W", "error", script, *args], subprocess.PIPE
     return [subprocess.Popen(command, env=common | one, text=True, stdout=pipe, stderr=pipe) for one in places]
 
 

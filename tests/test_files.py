@@ -10,6 +10,7 @@ from litune.files import (
     atomic,
     check_file,
     clear_output,
+    holds_nothing,
     read_json,
     replace_folder,
     sweep_temporaries,
@@ -52,6 +53,16 @@ def test_clear_output(tmp_path: Path) -> None:
     folder.write_text("a file")
     with pytest.raises(OutputExistsError, match="is a file"):
         clear_output(folder, True, "feature store", overwrite=True)
+
+
+def test_a_folder_whose_first_writer_was_killed_is_empty(tmp_path: Path) -> None:
+    (tmp_path / ".config.json.123.tmp").write_text("{")
+    assert holds_nothing(tmp_path)
+    clear_output(tmp_path, False, "run", False)
+    (tmp_path / ".notes.tmp").write_text("mine")
+    assert not holds_nothing(tmp_path)
+    with pytest.raises(OutputExistsError, match="not empty and not a run of litune"):
+        clear_output(tmp_path, False, "run", False)
 
 
 def test_sweep(tmp_path: Path) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from tests.forked import quick_python
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("right", "fast:tune-bert", "fast:embed-vit-b", "fast:search", "fast:open_clip")
@@ -18,7 +18,7 @@ PARTS = ("right", "fast:tune-bert", "fast:embed-vit-b", "fast:search", "fast:ope
 
 def test_runs_on_a_processor() -> None:
     command = [
-        sys.executable,
+        quick_python(),
         str(ROOT / "benchmarks" / "gpu_check.py"),
         "--quick",
         "--patience",

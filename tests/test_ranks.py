@@ -19,13 +19,13 @@ import pyarrow.parquet
 import pytest
 import torch
 from tests.conftest import COLORS, SHAPES, draw
+from tests.forked import quick_python, wait_until_gone
 
 from litune import distributed
 from litune.cli import main
 from litune.config import EmbedConfig, TuneConfig
 from litune.errors import DataError, LituneError, StoreError
-from litune.evaluation import evaluate as evaluation
-from litune.evaluation import suite
+from litune.evaluation import subject
 from litune.evaluation.evaluate import evaluate
 from litune.image import encoding
 from litune.model.run_folder import load_tensors
@@ -36,7 +36,7 @@ from litune.store.store import FeatureStore
 from litune.tuning.output import prepare_run
 from litune.tuning.tune import tune
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 # Batches of 7 of 18 pairs, some with equal captions, so that masks count and ranks have 4 and 3 pairs.
 COMMON = {
@@ -80,11 +80,13 @@ WRONG: list[dict[str, Any]] = [
 ]
 
 
-def torchrun(*args: str | Path, cwd: Path) -> subprocess.Popen[str]:
+def torchrun(*args: str | Path, cwd: Path, python: str = "") -> subprocess.Popen[str]:
     """A launch of two ranks."""
+    python = python or quick_python()
     path = os.pathsep.join([str(cwd), *sys.path])
+    variables = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*TORCHRUN, *map(str, args)], cwd=cwd, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        [python, *TORCHRUN, *map(str, args)], cwd=cwd, env=os.environ | variables,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -98,20 +100,21 @@ def kill_when(process: subprocess.Popen[str], ready: Any) -> None:
     for killed in (process.pid, *map(int, ranks)):  # torchrun first: it would start or end the others
         os.kill(killed, signal.SIGKILL)
     process.communicate()
+    wait_until_gone()
 
 
 def work(out: str) -> dict[str, Any]:
     """What is done alike by one process and by each of two."""
     torch.set_num_threads(1)  # of a few cores, two processes spin for none
-    evaluation.CHUNK = 4
-    suite.CHUNK, encoding.BATCH = 3, 5
+    subject.CHUNK, encoding.BATCH = 3, 5
     found: dict[str, Any] = {"errors": []}
     for name, settings in VARIANTS.items():
         tune(**{"store": "store", "text_tower": "hf:bert", **COMMON, **settings, "out": f"{out}/{name}"})
     store = embed(**EMBED, out=f"{out}/store")
     found["rows"] = len(store)
     # The same run in both, as weights differ in their last bits.
-    found["eval"] = evaluate("two/softmax", store="store", classes="classes", json=f"{out}/eval.json", device="cpu")
+    where = {"json": f"{out}/eval.json", "features": f"{out}/of-classes"}
+    found["eval"] = evaluate("two/softmax", store="store", classes="classes", device="cpu", **where)
     encode = build._encode
 
     def torn(config: EmbedConfig, pairs: Pairs, part: range, *args: Any) -> float:
@@ -258,7 +261,7 @@ def test_tune_killed_on_two_and_gone_on_with_one(place: Path, capsys: pytest.Cap
     lines = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 41))
 
-    process = torchrun(*command, cwd=place)
+    process = torchrun(*command, cwd=place, python=sys.executable)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 1  # torchrun's own
     assert "exitcode  : 2 " in said

@@ -6,9 +6,9 @@ import csv
 import dataclasses
 import itertools
 import json
-import multiprocessing
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,10 +20,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.conftest import COLORS, draw, interrupt
+from tests.forked import quick_python, wait_until_gone
 from torch import nn
 
 import litune
-from litune.cli import main
 from litune.config import TuneConfig
 from litune.errors import ConfigError, MissingExtraError, RunError, StoreError, TowerError
 from litune.evaluation.evaluate import evaluate
@@ -147,12 +147,12 @@ def test_locking(locking: str, unlocked: TuneConfig, photos: Path, monkeypatch: 
     model = litune.load(config.out, device="cpu")
     assert torch.equal(model.encode_text(["a red box"]), seen["text"])
     if locking[0] == "L":
-        check_store(config.out, model, config.store, model.image_width, FeatureStore(config.store).tower)
+        check_store(config.out, model, FeatureStore(config.store).made_with)
         return
     assert torch.equal(model.encode_image(picture), seen["image"])
     old = FeatureStore(config.store)
     with pytest.raises(StoreError, match=f"weights .* embed the images with run:{config.out}"):
-        check_store(config.out, model, old.path, old.width, old.tower)
+        check_store(config.out, model, old.made_with)
     if locking != "UU":
         return
     new = embed(pairs=photos, image_tower=f"run:{config.out}", out=config.out.parent / "new", device="cpu")
@@ -664,18 +664,14 @@ def command_line(config: TuneConfig, out: Path, steps: int) -> list[str]:
 
 
 @pytest.fixture
-def launch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[list[str]], Any]]:
-    """Starts litune's command line in a process of its own that has imported it already: fork, not start, each time."""
+def launch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[list[str]], subprocess.Popen[bytes]]]:
+    """Starts litune's command line in a process of its own."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["litune.tuning.tune", "transformers.models.bert.modeling_bert"])
     started = []
 
-    def launch(arguments: list[str]) -> Any:
-        process = context.Process(target=main, args=(arguments,))
-        process.start()
-        started.append(process)
-        return process
+    def launch(arguments: list[str]) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen([quick_python(), "-m", "litune", *arguments]))
+        return started[-1]
 
     yield launch
     for process in started:
@@ -694,10 +690,10 @@ def test_killed_again_and_again(tune_config: TuneConfig, tmp_path: Path, launch:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     undisturbed = launch(command_line(tune_config, whole, steps))
     began = time.monotonic()
-    while not (whole / "state.safetensors").exists() and undisturbed.is_alive():
+    while not (whole / "state.safetensors").exists() and undisturbed.poll() is None:
         time.sleep(0.01)
     until_first_step = time.monotonic() - began
-    undisturbed.join()
+    undisturbed.wait()
     per_step = (time.monotonic() - began - until_first_step) / steps
     moments = random.Random(0)
     for kill in range(20):
@@ -706,16 +702,15 @@ def test_killed_again_and_again(tune_config: TuneConfig, tmp_path: Path, launch:
             time.sleep(moments.uniform(0, 0.7) * until_first_step)
         else:
             enough = logged_steps(killed) + moments.randint(1, 15)
-            while logged_steps(killed) < enough and process.is_alive():
+            while logged_steps(killed) < enough and process.poll() is None:
                 time.sleep(per_step / 4)
             time.sleep(moments.uniform(0, 1) * per_step)
         process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL, "the run was over before it was killed"
+        assert process.wait() == -signal.SIGKILL, "the run was over before it was killed"
+        wait_until_gone()
     assert not (killed / "manifest.json").exists()
     finishing = launch(command_line(tune_config, killed, steps))
-    finishing.join()
-    assert finishing.exitcode == 0
+    assert finishing.wait() == 0
     assert bytes_of(killed) == bytes_of(whole)
     assert bytes_of(killed / "best") == bytes_of(whole / "best")
     assert sorted(p.name for p in killed.iterdir()) == sorted(p.name for p in whole.iterdir())

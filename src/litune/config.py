@@ -20,6 +20,7 @@ from litune.errors import ConfigError
 from litune.schedules import parse_duration, parse_unlock
 from litune.settings import (
     A_FILE,
+    AN_ADDRESS,
     BELOW_ONE,
     COSINE,
     FINITE,
@@ -41,7 +42,7 @@ Result = TypeVar("Result")
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 # A path, a URL or a pattern: as it was given, since a Path would make one slash of the two in s3://.
-Address = str | Path
+Address = Annotated[str | Path, AN_ADDRESS]
 Precision = Literal["auto", "float32", "bfloat16"]
 Natural = Annotated[int, at_least(0)]
 Count = Annotated[int, at_least(1)]
@@ -457,7 +458,8 @@ class EvalConfig(Checked):
     data: Path | None = None
     """The folder with the evaluation sets, each under its name. Nothing is downloaded."""
     features: Path | None = None
-    """Where the sets' features are kept, once per set and image tower; by default in the user's cache."""
+    """Where the features of sets and of --classes are kept, once per set and image tower; by default in the user's
+    cache."""
     template_set: Literal["lit", "clip", "short", "bare"] = "lit"
     """The templates of --tasks: clip takes the set's own (80 for ImageNet), lit these and the bare name, as the LiT
     paper; short eight for all sets; bare the name alone."""
@@ -506,8 +508,8 @@ class ClassifyConfig(Checked):
 
     run: Annotated[Path, Place("RUN")]
     """The run folder."""
-    images: Annotated[tuple[Path, ...], Place("IMAGE...")]
-    """The images."""
+    images: Annotated[tuple[Address, ...], Place("IMAGE...")]
+    """The images: files, URLs, or whatever litune embed reads."""
     labels: tuple[str, ...]
     """The labels to choose from."""
     templates: Annotated[tuple[str, ...], Repeated()] = ()
@@ -542,7 +544,7 @@ class SearchConfig(Checked):
     """The feature store to search."""
     query: Annotated[str, Place("QUERY")] = ""
     """What to look for, in free form; may be left out where --image is given."""
-    image: Path | None = None
+    image: Address | None = None
     """Look for what is like this picture, or with a text beside it, like both: "like this, but at night"."""
     text_weight: Finite = 1.0
     """The weight of the text in a search for both; a negative one means less like it."""
@@ -920,7 +922,7 @@ class DedupConfig(ReadingConfig):
     out: Path
     """The folder to write: kept.parquet (litune embed reads it), removed.jsonl, report.json, report.html; where PAIRS
     is a feature store, also store/, the store of what is kept."""
-    against: tuple[Path, ...] = ()
+    against: tuple[Address, ...] = ()
     """Sets whose images must not be among the pairs: feature stores, or whatever litune embed reads."""
     within: bool = True
     """Also keep only one image of those that are duplicates of each other."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from litune.errors import LituneError, OutputExistsError
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
+
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # the names that `atomic` gives
 
 
 @contextmanager
@@ -98,6 +101,11 @@ def sweep_temporaries(folder: Path) -> None:
                 path.unlink()
 
 
+def holds_nothing(folder: Path) -> bool:
+    """Whether a folder has no files but those that a writer was killed in: nothing was made there yet."""
+    return all(_TEMPORARY.fullmatch(path.name) and path.is_file() for path in folder.iterdir())
+
+
 def check_file(file: Path | None, option: str, overwrite: bool) -> None:
     """Before the work: raise `OutputExistsError` where the file that `option` names is there and is to be kept."""
     if file is not None and (file.is_dir() or (file.exists() and not overwrite)):
@@ -111,7 +119,7 @@ def clear_output(folder: Path, ours: bool, what: str, overwrite: bool) -> None:
     """
     if folder.is_file():
         raise OutputExistsError(f"{folder} is a file, expected a folder for the {what}: choose another --out")
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or holds_nothing(folder):
         return
     if not ours:
         raise OutputExistsError(f"{folder} is not empty and not {_a(what)} of litune: choose another --out")

@@ -62,6 +62,7 @@ WITHIN_ONE = Rule("it must be more than 0 and less than 1", lambda value: 0 < va
 POSITIVE = Rule("it must be positive", lambda value: value > 0)
 NOT_NEGATIVE = Rule("it must not be negative", lambda value: value >= 0)
 FINITE = Rule("it must be finite", math.isfinite)
+AN_ADDRESS = Rule("it must be a path or a URL", lambda address: address != "")
 A_FILE = Rule("it is a folder, it must be a file", lambda path: not path.is_dir())
 
 KINDS = {

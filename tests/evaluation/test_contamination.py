@@ -79,7 +79,7 @@ def test_a_store_without_hashes(tmp_path: Path) -> None:
 
 
 def test_refuses(tuned: FeatureStore) -> None:
-    with pytest.raises(StoreError, match="width 16, the evaluation's have 3"):
+    with pytest.raises(StoreError, match="width 16, the evaluation of 3: near"):
         contamination.overlap(tuned, ["a"], np.zeros((1, 3)))
     with pytest.raises(DataError, match="one hash"):
         contamination.overlap(tuned, ["a"], np.zeros((2, 16)))

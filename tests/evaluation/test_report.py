@@ -58,7 +58,7 @@ def classified(folder: Path, skill: float, seed: int, task: str = "imagenet1k") 
         confidence=shares.max(1),
         captions=[],
         owner=None,
-        found=None,
+        best_images=None,
         extras={"calibration": calibrate(logits, labels), "seconds": 1.5},
     )
 
@@ -89,7 +89,7 @@ def retrieved(folder: Path, lang: str = "") -> Result:
         confidence=None,
         captions=[f"caption “{i}” <script>" for i in range(60)],
         owner=owner,
-        found=found,
+        best_images=found,
         lang=lang,
         extras={
             "contamination": {

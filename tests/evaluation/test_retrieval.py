@@ -105,7 +105,7 @@ def test_as_clip_benchmark() -> None:
     for k in (1, 5, 10):
         assert (hits[f"text_to_image recall@{k}"] == (recall_at_k(scores, positive, k) > 0).numpy()).all()
         assert (hits[f"image_to_text recall@{k}"] == (recall_at_k(scores.T, positive.T, k) > 0).numpy()).all()
-    assert (ranks.found == scores.topk(5, dim=1).indices.numpy()).all()
+    assert (ranks.best_images == scores.topk(5, dim=1).indices.numpy()).all()
 
 
 def test_ties_and_repeated_captions_beside_clip_benchmark() -> None:

@@ -24,9 +24,12 @@ from litune.cli import main
 from litune.config import TuneConfig
 from litune.errors import ConfigError, DataError, OutputExistsError, StoreError
 from litune.evaluation import class_vectors as prompts
-from litune.evaluation.evaluate import evaluate, run_names, tuned_on
-from litune.evaluation.suite import Protocol, Subject, run_task
-from litune.evaluation.tasks import Task, find_tasks
+from litune.evaluation.evaluate import evaluate, run_names
+from litune.evaluation.extras import tuned_on
+from litune.evaluation.subject import Protocol, Subject
+from litune.evaluation.suite import run_task
+from litune.evaluation.task import Task
+from litune.evaluation.tasks import find_tasks
 from litune.image import encoding
 from litune.image.pictures import open_rgb
 from litune.pairs.benchmarks import read_set
@@ -37,12 +40,6 @@ from litune.store.store import FeatureStore
 from litune.tuning.tune import tune
 
 QUIET: dict[str, Any] = {"calibration": False, "contamination": False}
-
-
-@pytest.fixture
-def run(tune_config: TuneConfig) -> Path:
-    tune.run(dataclasses.replace(tune_config, duration="20steps", evaluations=0))
-    return tune_config.out
 
 
 @pytest.fixture
@@ -315,9 +312,9 @@ def test_a_stores_languages(run: Path, tune_config: TuneConfig) -> None:
     assert german["by_lang"] == {"de": found["by_lang"]["de"]}
 
 
-def test_what_a_run_was_tuned_on(
-    run: Path, tune_config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_run_was_tuned_on(tune_config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tune_config.out
+    tune.run(dataclasses.replace(tune_config, duration="20steps", evaluations=0))
     ((store, rows),), why = tuned_on(run)
     assert not why
     splits = np.array(store.metadata["split"].to_pylist())
@@ -392,8 +389,8 @@ def test_retrieval_by_language_of_one_task(run: Path, photos: Path, tmp_path: Pa
     assert one.lang == "en"
     assert len(one.captions) == 12
     assert one.owner is not None
-    assert one.found is not None
-    assert one.found.shape == (12, 5)
+    assert one.best_images is not None
+    assert one.best_images.shape == (12, 5)
     assert one.groups["text_to_image recall@5"].tolist() == one.owner.tolist()
     features = FeatureStore(next((tmp_path / "f").iterdir()))
     assert features.metadata["position"].to_pylist() == list(range(6))

@@ -10,21 +10,15 @@ import pytest
 
 from litune.errors import ConfigError, DataError
 from litune.evaluation.class_vectors import class_names
+from litune.evaluation.imagenet import imagenet_file
 from litune.evaluation.published import IMAGES, note, published_shares
+from litune.evaluation.registry import GROUPS, TASKS
 from litune.evaluation.result import Result
-from litune.evaluation.tasks import (
-    GROUPS,
-    TASKS,
-    Task,
-    chance,
-    find_tasks,
-    find_truth,
-    group_means,
-    imagenet_file,
-    read_tasks,
-    task_templates,
-)
-from litune.pairs.benchmarks import EvalSet
+from litune.evaluation.task import Task
+from litune.evaluation.task_files import read_tasks
+from litune.evaluation.tasks import find_tasks, group_means
+from litune.evaluation.truth import chance, find_truth, task_templates
+from litune.pairs.benchmarks import EvalSet, pairs_of
 
 DOCS = Path(__file__).parents[2] / "docs" / "evaluation.md"
 SAMPLES = Path(__file__).parents[3] / "shared" / "data" / "imagenet-samples"
@@ -34,7 +28,7 @@ def labelled(classes: list[str], layout: str = "class folders in x", keys: list[
     """A set with one image of each class, in order."""
     keys = keys or [f"{name}/0.png" for name in classes]
     labels = np.arange(len(keys)) % len(classes)
-    return EvalSet(Path("set"), layout, keys, keys, classes, labels)
+    return EvalSet(Path("set"), pairs_of(layout, keys, keys), classes, labels)
 
 
 def test_the_registry() -> None:
@@ -266,7 +260,7 @@ def result_of(task: str, accuracy: float, images: int, **protocol: Any) -> Resul
     return Result(
         task=task, kind="classification", metric="accuracy", values={"accuracy": accuracy}, chance={}, definition="",
         images=images, protocol=protocol, outcomes={}, groups={}, keys=[], pictures=[], hashes=[], class_names=[],
-        labels=None, predicted=None, confidence=None, captions=[], owner=None, found=None,
+        labels=None, predicted=None, confidence=None, captions=[], owner=None, best_images=None,
     )  # fmt: skip
 
 

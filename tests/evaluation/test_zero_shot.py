@@ -5,27 +5,32 @@ import pytest
 import torch
 
 from litune.errors import DataError
-from litune.evaluation.zero_shot import accuracy, classify
+from litune.evaluation.zero_shot import accuracies, classify
 
 
 def test_by_hand() -> None:
+    """Rows of the identity as images: their scores are the weights' columns."""
     scores = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.3, 0.1], [0.5, 0.5, 0.1], [0.1, 0.2, 0.3]])
-    found = accuracy(scores, torch.tensor([0, 0, 0, 2]))
+    labels = np.array([0, 0, 0, 2])
+    figures = accuracies(classify([torch.eye(4)], scores.T, list(labels[:, None])), labels, 3)
     # Right, wrong, a tie (against the model), right; class 0 has one of three, class 2 one of one, class 1 none.
-    assert found["accuracy"] == 0.5
-    assert found["mean_per_class"] == pytest.approx((1 / 3 + 1) / 2)
-    assert found["chance"] == pytest.approx(1 / 3)
-    assert "top5" not in found
+    assert figures.values["accuracy"] == 0.5
+    assert figures.values["mean_per_class"] == pytest.approx((1 / 3 + 1) / 2)
+    assert figures.values.keys() == figures.examples.keys() == {"accuracy", "mean_per_class"}
+    assert figures.examples["accuracy"].tolist() == [1, 0, 0, 1]
+    assert figures.groups["mean_per_class"].tolist() == labels.tolist()
 
 
 def test_top5() -> None:
-    scores = torch.arange(7.0).flip(0)[None].repeat(2, 1)
-    assert accuracy(scores, torch.tensor([4, 5]))["top5"] == 0.5
+    weights = torch.arange(7.0).flip(0)[:, None]
+    labels = np.array([4, 5])
+    assert accuracies(classify([torch.ones(2, 1)], weights, [*labels[:, None]]), labels, 7).values["top5"] == 0.5
 
 
 def test_not_finite() -> None:
-    with pytest.raises(DataError, match="not finite"):
-        accuracy(torch.tensor([[float("nan"), 0.0]]), torch.tensor([0]))
+    for images, weights in (([[float("nan")]], [[0.0], [1.0]]), ([[1.0]], [[float("inf")], [1.0]])):
+        with pytest.raises(DataError, match="not finite"):
+            classify([torch.tensor(images)], torch.tensor(weights), [np.array([0])])
 
 
 def unit(*shape: int, seed: int) -> torch.Tensor:

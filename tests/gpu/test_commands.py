@@ -64,9 +64,11 @@ def test_eval_tasks(text_precision: str, world: World, class_tree: Path, tmp_pat
         assert value == pytest.approx(theirs["values"][name], abs=1e-4 if text_precision == "float32" else 0.2), name
 
 
-def test_eval_of_a_store_and_classes(world: World, class_tree: Path) -> None:
+def test_eval_of_a_store_and_classes(world: World, class_tree: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"store": world.store, "classes": class_tree, "by_lang": True}
+
     def measure(device: str) -> Any:
-        return litune.eval(world.run, store=world.store, classes=class_tree, by_lang=True, device=device)
+        return litune.eval(world.run, features=tmp_path / device, device=device, **settings)
 
     ours, theirs, _ = on_both(measure)
     for part in ("retrieval", "zero_shot"):

@@ -226,7 +226,7 @@ def test_adding_and_removing(tmp_path: Path) -> None:
         index.remove(["s-3"])
     with pytest.raises(StoreError, match="is in the index already"):
         index.add(store)
-    with pytest.raises(StoreError, match="features of width 8, the index of .* those of 16"):
+    with pytest.raises(StoreError, match="features of width 8, the index of .* of 16: embed"):
         index.add(random_store(tmp_path / "narrow", 5, 8))
 
 

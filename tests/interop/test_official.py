@@ -244,7 +244,7 @@ def test_the_run_is_an_ordinary_one(
     store = litune.embed(photos, image_tower=f"run:{run}", out=tmp_path / "store", workers=1)
     hits = litune.search(run, store.path, "a red box", top=3)
     assert len(hits) == 3
-    results = litune.eval(run, store=store.path, classes=class_tree)
+    results = litune.eval(run, store=store.path, classes=class_tree, features=tmp_path / "f")
     assert results["retrieval"]["images"] == 24
     assert results["zero_shot"]["classes"] == 4
     further = litune.tune(

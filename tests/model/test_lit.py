@@ -82,7 +82,8 @@ def test_another_image_tower_is_refused(run: Path, tmp_path: Path) -> None:
         "from colortower import encode, preprocess\ndef make():\n    return encode, preprocess"
     )
     with pytest.raises(
-        TowerError, match=r"the run was made with .*colortower:make, not with .*othertower:make: weights"
+        TowerError,
+        match=r"the run was made with .*colortower:make, not with .*othertower:make \(weights .*: name the run's own",
     ):
         litune.load(run, image_tower="python:othertower:make").encode_image(draw("red", "box"))
 

@@ -42,6 +42,13 @@ def test_coco(coco: Path) -> None:
     assert all(Path(path).is_file() for path in both.table["path"].to_pylist())
 
 
+def test_images_two_folders_deep(coco: Path) -> None:
+    (coco / "pictures").mkdir()
+    (coco / "val2017").rename(coco / "pictures" / "val2017")
+    pairs = read_pairs(coco / "annotations" / "captions_val2017.json")
+    assert pairs.table["path"].to_pylist() == [f"{coco}/pictures/val2017/{name}.png" for name in NAMES[4:6]]
+
+
 def test_damaged_coco(coco: Path) -> None:
     file = coco / "annotations" / "captions_val2017.json"
     facts = json.loads(file.read_text())

@@ -198,6 +198,48 @@ def test_parquet_of_captions_and_splits(tmp_path: Path) -> None:
     assert read_set(tmp_path, "retrieval").captions == [["red", "a box"], ["green"]]
 
 
+def test_parquet_with_numbers_as_names_keeps_their_order(tmp_path: Path) -> None:
+    label = {"_type": "ClassLabel", "names": ["0", "10", "2"]}  # as folders of these names are sorted
+    table = hub_table([("a", "red"), ("b", "blue"), ("c", "green")], label=[1, 2, 0])
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": {"label": label}}})})
+    pa.parquet.write_table(table, tmp_path / "all.parquet")
+    found = read_set(tmp_path, "classification")
+    assert [found.classes[i] for i in found.labels] == ["10", "2", "0"]
+    hidden = table.set_column(1, "label", pa.array([1, -1, 0]))
+    pa.parquet.write_table(hidden, tmp_path / "all.parquet")
+    with pytest.raises(DataError, match=r"no class, or one that is none of its 3, for image 2"):
+        read_set(tmp_path, "classification")
+
+
+def test_a_parquet_row_without_a_picture_counts_as_damaged(tmp_path: Path) -> None:
+    table = hub_table([("a", "red"), ("b", "blue")], label=["x", "y"], langs=["en", "de"], caption=["r", "b"])
+    without = pa.array([{"bytes": picture("red"), "path": "a.png"}, None], table["image"].type)
+    pa.parquet.write_table(table.set_column(0, "image", without), tmp_path / "all.parquet")
+    found = read_set(tmp_path, "classification")
+    assert found.keys == ["all/000000/a.png", "all/000001"]
+    with pytest.raises(DataError, match="the cell has no picture"):
+        read_bytes(found.pictures[1])
+    described = read_set(tmp_path, "retrieval")
+    assert (described.captions, described.languages) == ([["r"], ["b"]], ["de", "en"])
+    assert described.in_language("de").keys == ["all/000001"]
+
+
+def test_other_pairs_are_sets_as_well(tmp_path: Path) -> None:
+    write_shards(tmp_path, [{"png": picture(c), "cls": c.encode(), "json": b"{}"} for c in ("red", "blue")])
+    (tmp_path / "test" / "nshards.txt").unlink()
+    found = read_set(tmp_path, "classification")
+    assert shown(found) == [("red", draw("red", "box").tobytes()), ("blue", draw("blue", "box").tobytes())]
+    with pytest.raises(DataError, match="for the split train"):  # these are the images to be tested on
+        read_set(tmp_path, "classification", splits=("train",))
+    with pytest.raises(DataError, match="no images with captions"):  # names of classes are no captions
+        read_set(tmp_path, "retrieval")
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    draw("red", "box").save(folder / "a.png")
+    (folder / "a.txt").write_text("a red box")
+    assert read_set(folder, "retrieval").captions == [["a red box"]]
+
+
 @pytest.fixture
 def two_photos(tmp_path: Path) -> Path:
     (tmp_path / "val2014").mkdir()
@@ -215,6 +257,18 @@ def test_karpathy(two_photos: Path) -> None:
     found = read_set(two_photos, "retrieval")
     assert found.captions == [["red", "box"]]
     assert found.pictures == [str(two_photos / "val2014" / "red.png")]
+
+
+def test_karpathy_without_the_folder_that_it_names(two_photos: Path) -> None:
+    (two_photos / "images").mkdir()
+    (two_photos / "val2014").rename(two_photos / "images" / "all")
+    image = {"filepath": "val2014", "filename": "red.png", "split": "test", "sentences": [{"raw": "red"}]}
+    (two_photos / "dataset_coco.json").write_text(json.dumps({"images": [image]}))
+    found = read_set(two_photos, "retrieval")
+    assert (found.keys, found.pictures) == (["val2014/red.png"], [str(two_photos / "images" / "all" / "red.png")])
+    (two_photos / "images" / "all" / "red.png").unlink()
+    with pytest.raises(DataError, match=r"no folder in it has their images \(the first: val2014/red.png\)"):
+        read_set(two_photos, "retrieval")
 
 
 def test_coco_form(two_photos: Path) -> None:

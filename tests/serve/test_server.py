@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.forked import quick_python
 from tests.serve.conftest import Live, Made
 
 from litune.config import ServeConfig
@@ -135,7 +136,7 @@ def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_command_ends_in_order(made: Made) -> None:
     """SIGTERM: the request that is running gets its answer, then the process ends with 0."""
-    command = [sys.executable, "-m", "litune", "serve", str(made.run), "--images", str(made.store), "--port", "0"]
+    command = [quick_python(), "-m", "litune", "serve", str(made.run), "--images", str(made.store), "--port", "0"]
     environment = os.environ | {"LITUNE_TOKEN": "sesame-open", "PYTHONPATH": os.pathsep.join([*sys.path])}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None

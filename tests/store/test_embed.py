@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.forked import quick_python, wait_until_gone
 
 from litune.config import EmbedConfig
 from litune.errors import DataError, OutputExistsError, StoreError
@@ -88,7 +89,8 @@ def test_another_tower_names_both_sides(store: FeatureStore, photos: Path, tmp_p
     file.write_text(file.read_text().replace("(32, 32)", "(16, 16)").replace(", 8)", ", 4)"))
     sys.modules.pop("colortower")
     with pytest.raises(
-        StoreError, match=r"was made with python:colortower:make, not with .* \(weights \w{12} and \w{12}"
+        StoreError,
+        match=r"was made with the image tower python:colortower:make, not with .* \(weights \w{12} and \w{12}",
     ):
         embed(pairs=photos, image_tower="python:colortower:make", out=store.path)
 
@@ -114,7 +116,7 @@ def test_goes_on_after_a_kill_without_encoding_again(
         "import litune.store.build as b; import litune.store.embed as e; b.SHARD_SECONDS = 0.0\n"
         f"e.embed(pairs={str(photos)!r}, image_tower='python:slowtower:make', out={str(out)!r}, batch_size=2)"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([quick_python(), "-c", code], cwd=tmp_path, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         if (out / "store.json").exists() and json.loads((out / "store.json").read_text())["seen"] >= 8:
@@ -122,6 +124,7 @@ def test_goes_on_after_a_kill_without_encoding_again(
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+    wait_until_gone()
     done = json.loads((out / "store.json").read_text())["seen"]
     assert 8 <= done < 24
     with pytest.raises(StoreError, match="is incomplete"):
@@ -170,7 +173,7 @@ def test_file_size_limit_keeps_what_is_finished(photos: Path, tower_module: str,
     )
     command = ["embed", str(photos), "--image-tower", tower_module, "--out", str(out), "--batch-size", "12"]
     full = subprocess.run(
-        [sys.executable, "-c", code, *command], cwd=tmp_path, capture_output=True, text=True, check=False
+        [quick_python(), "-c", code, *command], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert full.returncode == 2, full.stderr
     assert "the disk is full" in full.stderr

@@ -34,6 +34,12 @@ def short_run(tune_config: TuneConfig) -> TuneConfig:
     return dataclasses.replace(tune_config, batch_size=18, evaluations=0)
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features of class folders are kept for one test."""
+    monkeypatch.setattr("litune.evaluation.evaluate.cache_folder", lambda: tmp_path / "cache")
+
+
 @pytest.fixture
 def base(short_run: TuneConfig) -> str:
     """[base] of a file: the settings of `short_run`."""

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.conftest import interrupt, random_store, random_timm_tower
+from tests.forked import quick_python
 from tests.store.test_store import clip_retrieval_folder
 
 import litune
@@ -332,11 +332,11 @@ def test_full_disk(tune_config: TuneConfig) -> None:
         "tune", str(tune_config.store), "--text-tower", tune_config.text_tower, "--out", str(tune_config.out),
         "--duration", "60pairs", "--batch-size", "6", "--evaluations", "0",
     ]  # fmt: skip
-    full = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
+    full = subprocess.run([quick_python(), "-c", code, *command], capture_output=True, text=True, check=False)
     assert full.returncode == 2, full.stderr
     assert "the disk is full" in full.stderr
     assert "Traceback" not in full.stderr
-    done = subprocess.run([sys.executable, "-m", "litune", *command], capture_output=True, text=True, check=False)
+    done = subprocess.run([quick_python(), "-m", "litune", *command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -31,14 +31,15 @@ from litune.curation.duplicates import (
     verify,
 )
 from litune.curation.facts import gather, read_facts
-from litune.curation.source import SourcePairs, is_store, read_source, write_store
+from litune.curation.source import SourcePairs, read_source, write_store
 from litune.devices import processor_cores
 from litune.errors import ConfigError, DataError, LituneError, OutputExistsError, StoreError
 from litune.files import atomic, clear_output, read_json, write_json, write_text
-from litune.image.registry import differences
+from litune.image.tower import check_same_tower
 from litune.pages import write_page
 from litune.pairs.pairs import Pairs
-from litune.pairs.reference import names_of
+from litune.pairs.reference import absolute, names_of
+from litune.pairs.stores import is_store
 from litune.pairs.write import write_pairs
 from litune.progress import say, track
 from litune.store.embed import embed_pairs
@@ -114,7 +115,7 @@ def _dedup(config: DedupConfig) -> dict[str, Any]:
     spec = _tower(config)
     sources = [(OWN, read_source(config))]
     for against in config.against:
-        name = str(against) if str(against) != OWN else str(against.absolute())
+        name = str(against) if str(against) != OWN else absolute(OWN)
         sources.append((name, read_source(ReadingConfig(against, max_damaged=config.max_damaged))))
     prints = [source.pairs.fingerprint() for _, source in sources]
     work = config.out / "work"
@@ -223,12 +224,9 @@ def _embed(config: DedupConfig, pairs: Pairs, fingerprint: str, out: Path, spec:
 
 
 def _check_same_tower(sets: list[ImageSet]) -> None:
-    one = sets[0].store
+    first = sets[0].store
     for other in sets[1:]:
-        if one.width != other.store.width:
-            raise StoreError(f"{other.store.path} has D={other.store.width}, {one.path} D={one.width}: use one tower")
-        if one.tower and other.store.tower and (found := differences(one.tower, other.store.tower)):
-            raise StoreError(f"{other.store.path} and {one.path} are of different towers ({'; '.join(found)}): use one")
+        check_same_tower(other.store.made_with, first.made_with, "use one tower")
 
 
 class _Parts:

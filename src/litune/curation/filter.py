@@ -18,11 +18,12 @@ from litune.curation import captions as text
 from litune.curation.facts import gather, read_facts
 from litune.curation.languages import check_languages, identify
 from litune.curation.rules import Pool, Rule, apply, dropped
-from litune.curation.source import SourcePairs, is_store, read_source, write_store
+from litune.curation.source import SourcePairs, read_source, write_store
 from litune.devices import processor_cores
 from litune.errors import ConfigError, DataError, OutputExistsError
 from litune.files import check_file, clear_output, write_json
 from litune.pairs.reference import names_of
+from litune.pairs.stores import is_store
 from litune.pairs.write import check_table, write_pairs, write_table
 from litune.progress import say, track
 from litune.store.store import MANIFEST
@@ -253,7 +254,7 @@ def _cosines(config: FilterConfig, source: SourcePairs, pool: Pool, rows: np.nda
     assert source.store is not None
     assert source.rows is not None
     model = load(config.agree, device=config.device)
-    check_store(config.agree, model, source.store.path, source.store.width, source.store.tower)
+    check_store(config.agree, model, source.store.made_with)
     cosines = np.empty(len(rows), np.float32)
     with track("scoring agreement", "captions", len(rows)) as task:
         for start in range(0, len(rows), block):

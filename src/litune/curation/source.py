@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 from litune.config import ReadingConfig
 from litune.errors import DataError, nearest
 from litune.pairs.pairs import Pairs, read_files, say_pairs, select_captions
-from litune.store.store import MANIFEST, FeatureStore, StoreWriter
+from litune.pairs.stores import is_store
+from litune.store.store import FeatureStore, StoreWriter
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,6 @@ class SourcePairs:
     pairs: Pairs
     store: FeatureStore | None = None
     rows: np.ndarray | None = None
-
-
-def is_store(where: Path | str) -> bool:
-    """Whether an address is the folder of a feature store."""
-    return (Path(where) / MANIFEST).exists() or (Path(where) / "img_emb").is_dir()
 
 
 def read_source(config: ReadingConfig) -> SourcePairs:

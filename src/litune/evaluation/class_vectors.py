@@ -46,14 +46,14 @@ def package_json(name: str) -> Any:
 
 def class_names(key: str, lang: str = "en") -> list[str]:
     """The class names of a set, in the set's order."""
-    found: list[str] = package_json(f"{lang}_classnames.json")[key]
-    return found
+    names: list[str] = package_json(f"{lang}_classnames.json")[key]
+    return names
 
 
 def dataset_templates(key: str | None, lang: str = "en") -> tuple[str, ...]:
     """The templates of a set, each with one {}; ImageNet's where the package has none for it."""
     known = package_json(f"{lang}_zeroshot_classification_templates.json")
-    return tuple(_braced(one) for one in known[key if key in known else DEFAULT])
+    return tuple(_braced(template) for template in known[key if key in known else DEFAULT])
 
 
 def babel_languages() -> list[str]:
@@ -70,7 +70,7 @@ def babel(lang: str) -> tuple[list[int], list[str], tuple[str, ...]]:
         raise ConfigError(f"babel-imagenet has no language {lang!r} ({nearest(lang.upper(), babel_languages())})")
     numbers, names = package_json("babel_imagenet.json")[lang.upper()]
     prompts = package_json("nllb_dist13b_prompts.json")[lang.upper()]
-    return list(numbers), list(names), tuple(" ".join(_braced(one).split()) for one in prompts)
+    return list(numbers), list(names), tuple(" ".join(_braced(prompt).split()) for prompt in prompts)
 
 
 def _braced(template: str) -> str:
@@ -109,7 +109,7 @@ class ClassVectors:
         self, names: Sequence[str], templates: Sequence[str], *, canonical: bool = True
     ) -> Float[Tensor, "C D"]:
         """One vector of length one for each of C names; `canonical`: names and templates are written so."""
-        templates = tuple(prompted_template(one, canonical) for one in templates)
+        templates = tuple(prompted_template(template, canonical) for template in templates)
         written = [prompted_name(name, canonical) for name in names]
         new = [name for name in dict.fromkeys(written) if (name, templates) not in self._known]
         if new:

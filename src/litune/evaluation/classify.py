@@ -8,6 +8,7 @@ from litune.config import ClassifyConfig, command
 from litune.errors import ConfigError
 from litune.files import check_file, write_json
 from litune.model.run_folder import load
+from litune.pairs.pairs import pictures_at
 from litune.text.alike import find_alike
 
 
@@ -37,9 +38,10 @@ def classify(config: ClassifyConfig) -> list[Classified]:
     model = load(config.run, image_tower=config.image_tower, device=config.device)
     classifier = model.zero_shot(config.labels, config.templates)
     found = []
-    for image, row in zip(config.images, classifier(config.images).tolist(), strict=True):
+    images = [picture for address in config.images for picture in pictures_at(str(address))]
+    for image, row in zip(images, classifier(images).tolist(), strict=True):
         order = sorted(zip(config.labels, row, strict=True), key=lambda pair: -pair[1])
-        found.append(Classified(str(image), dict(order)))
+        found.append(Classified(image, dict(order)))
     if config.json:
         write_json(config.json, {"images": [asdict(one) for one in found], "templates": classifier.templates})
     return found

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from litune.errors import DataError, StoreError
+from litune.errors import DataError
+from litune.image.tower import MadeWith, check_same_tower
 from litune.progress import track
 from litune.store.store import FeatureStore
 
@@ -49,11 +50,9 @@ def overlap(
     names = [str(i) for i in range(len(hashes))] if keys is None else list(keys)
     if len(names) != len(hashes) or (features is not None and len(features) != len(hashes)):
         raise DataError("contamination needs one hash, one key and one row of features for each image")
-    if features is not None and features.shape[1] != tuned.width:
-        raise StoreError(
-            f"{tuned.path} has features of width {tuned.width}, the evaluation's have {features.shape[1]}: near "
-            "duplicates are found by features of one tower"
-        )
+    if features is not None:
+        evaluated = MadeWith("the evaluation", None, features.shape[1])
+        check_same_tower(tuned.made_with, evaluated, "near duplicates are found by features of one tower")
     rows = np.arange(len(tuned)) if rows is None else rows
     known = "sha256" in tuned.metadata.column_names
     exact = _same_bytes(tuned, rows, hashes) if known else {}

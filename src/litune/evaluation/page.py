@@ -236,9 +236,9 @@ def surest(rows: np.ndarray, sure: np.ndarray, labels: np.ndarray, most: int) ->
 
 def _retrieved(result: Result) -> list[dict[str, Any]]:
     """Some captions whose image was found first, and some for which it was not found."""
-    if result.found is None or result.owner is None:
+    if result.best_images is None or result.owner is None:
         return []
-    own = result.found == result.owner[:, None]
+    own = result.best_images == result.owner[:, None]
     random = np.random.default_rng(0)
     groups = []
     for title, chosen in (
@@ -253,9 +253,9 @@ def _retrieved(result: Result) -> list[dict[str, Any]]:
 
 def _query(result: Result, i: int) -> dict[str, Any]:
     """A caption, the five images found for it, and its own where that is not among them."""
-    assert result.found is not None
+    assert result.best_images is not None
     assert result.owner is not None
-    own, ranked = int(result.owner[i]), result.found[i].tolist()
+    own, ranked = int(result.owner[i]), result.best_images[i].tolist()
     images = []
     for rank, image in enumerate(ranked, 1):
         alt = f"number {rank}: {result.keys[image]}" + (", the caption’s own" if image == own else "")

@@ -98,9 +98,9 @@ def plain(report: Report) -> dict[str, Any]:
         "format": FORMAT,
         "runs": {run: [_plain(entry) for entry in entries.values()] for run, entries in report.runs.items()},
         "differences": [
-            {name: getattr(one, name) for name in ("task", "figure", "run", "base")}
-            | {"difference": one.value, "interval": [one.low, one.high], "clear": one.clear}
-            for one in report.differences
+            {name: getattr(difference, name) for name in ("task", "figure", "run", "base")}
+            | {"difference": difference.value, "interval": [difference.low, difference.high], "clear": difference.clear}
+            for difference in report.differences
         ],
         "examples_differ": report.not_paired,
         "intervals": INTERVALS,
@@ -111,9 +111,9 @@ def plain(report: Report) -> dict[str, Any]:
 def _plain(entry: Entry) -> dict[str, Any]:
     result = entry.result
     shown = {
-        name: {"value": one.value, "chance": one.chance, "examples": one.examples}
-        | ({} if one.low is None else {"interval": [one.low, one.high]})
-        for name, one in entry.figures.items()
+        name: {"value": figure.value, "chance": figure.chance, "examples": figure.examples}
+        | ({} if figure.low is None else {"interval": [figure.low, figure.high]})
+        for name, figure in entry.figures.items()
     }
     return {
         "task": result.task,
@@ -141,18 +141,18 @@ def markdown(report: Report) -> str:
     known = any(published_percent(report, *column) for column in columns)
     parts = ["# Evaluation", "In percent." + (" Below one's own runs, what others have printed." if known else "")]
     parts += [_summary(report, columns[i : i + ACROSS]) for i in range(0, len(columns), ACROSS)]
-    parts += [f"{task}: {one}." for task, one in notes(report)]
+    parts += [f"{task}: {note}." for task, note in notes(report)]
     if report.differences:
         lines = [["task", "figure", "run", "difference in points", "95% interval", ""]]
-        for one in report.differences:
+        for difference in report.differences:
             lines.append(
                 [
-                    one.task,
-                    words(one.figure),
-                    f"{one.run} − {one.base}",
-                    points(one.value),
-                    f"{points(one.low)} to {points(one.high)}",
-                    "clear" if one.clear else "can't be told apart",
+                    difference.task,
+                    words(difference.figure),
+                    f"{difference.run} − {difference.base}",
+                    points(difference.value),
+                    f"{points(difference.low)} to {points(difference.high)}",
+                    "clear" if difference.clear else "can't be told apart",
                 ]
             )
         parts += ["## Runs compared, example by example", _grid(lines)]
@@ -187,7 +187,7 @@ def _summary(report: Report, columns: list[tuple[str, str]]) -> str:
             lines.append([system, *("" if value is None else f"{value:.1f}" for value in values)])
     firsts = [next(iter(report.entries(task).values())).figures.get(figure) for task, figure in columns]
     lines.append(
-        ["chance", *("" if one is None or one.chance is None else f"{100 * one.chance:.1f}" for one in firsts)]
+        ["chance", *("" if first is None or first.chance is None else f"{100 * first.chance:.1f}" for first in firsts)]
     )
     return _grid(lines)
 
@@ -196,9 +196,9 @@ def _all_figures(report: Report) -> list[list[str]]:
     lines = [["task", "run", "figure", "value (95% interval)", "chance", "examples"]]
     for task in report.tasks:
         for run, entry in report.entries(task).items():
-            for name, one in entry.figures.items():
-                chance = "" if one.chance is None else f"{100 * one.chance:.1f}"
-                lines.append([task, run, words(name), percent(one), chance, f"{one.examples:,}"])
+            for name, figure in entry.figures.items():
+                chance = "" if figure.chance is None else f"{100 * figure.chance:.1f}"
+                lines.append([task, run, words(name), percent(figure), chance, f"{figure.examples:,}"])
             for name in ("ridge", "linear", "knn"):
                 if learned := entry.result.extras.get(name):
                     low, high = (100 * end for end in learned["interval"])

@@ -38,19 +38,19 @@ class Result:
     """Per image [B]: the path of its file, "" where there is none."""
     hashes: list[str]
     """Per image [B]: sha256 of its file, "" where unknown."""
-    class_names: list[str]
+    class_names: list[str] = field(default_factory=list)
     """The class names [C] of a classification, as shown to people."""
-    labels: np.ndarray | None
+    labels: np.ndarray | None = None
     """Each image's own class [B], in a classification."""
-    predicted: np.ndarray | None
+    predicted: np.ndarray | None = None
     """The predicted classes [B], in a classification."""
-    confidence: np.ndarray | None
+    confidence: np.ndarray | None = None
     """The softmax probability [B] of the predicted class at the model's temperature, in a classification."""
-    captions: list[str]
+    captions: list[str] = field(default_factory=list)
     """The captions [N] of a retrieval."""
-    owner: np.ndarray | None
+    owner: np.ndarray | None = None
     """The image of each caption [N], in a retrieval."""
-    found: np.ndarray | None
+    best_images: np.ndarray | None = None
     """The highest-scoring images of each caption [N, 5], best first, in a retrieval."""
     lang: str = ""
     """The language of this row of a per-language table, or ""."""

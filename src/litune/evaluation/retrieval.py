@@ -28,13 +28,13 @@ class Ranks:
     """The ranks of N captions and B images in each other's order.
 
     `of_images` [N]: how many other images score at least as high with a caption as its own. `of_captions` [B]: how many
-    other images' captions score at least as high with an image as the best of its own. `found` [N, 5]: the images with
-    the highest scores for each caption, best first.
+    other images' captions score at least as high with an image as the best of its own. `best_images` [N, 5]: the images
+    with the highest scores for each caption, best first.
     """
 
     of_images: np.ndarray
     of_captions: np.ndarray
-    found: np.ndarray
+    best_images: np.ndarray
 
     def hits(self, ks: Sequence[int]) -> dict[str, np.ndarray]:
         """Whether each caption, or image, is found among the first k, by the figure's name."""

@@ -1,14 +1,13 @@
-"""Zero-shot classification: accuracy from scores."""
+"""Zero-shot classification: each image's outcome among the classes, and accuracies."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from litune.errors import DataError
@@ -18,30 +17,6 @@ DEFINITION = (
     "class, then averaged over the classes; top5: the own class is among the five highest. Ties count against the "
     "model."
 )
-
-
-def accuracy(scores: Float[Tensor, "B C"], labels: Int[Tensor, " B"]) -> dict[str, Any]:
-    """Accuracy, mean per-class accuracy and, above five classes, top-5, as shares of one."""
-    rank, labels = ahead_of_own(scores, labels).cpu(), labels.cpu()
-    hits = (rank == 0).double()
-    classes = scores.shape[1]
-    count = torch.bincount(labels, minlength=classes)
-    per_class = torch.zeros(classes, dtype=torch.float64).scatter_add_(0, labels, hits)
-    present = count > 0
-    figures: dict[str, Any] = {
-        "accuracy": float(hits.mean()),
-        "mean_per_class": float((per_class[present] / count[present]).mean()),
-    }
-    if classes > 5:
-        figures["top5"] = float((rank < 5).double().mean())
-    return figures | {"chance": 1 / classes, "images": len(labels), "classes": classes}
-
-
-def ahead_of_own(scores: Float[Tensor, "B C"], labels: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
-    """How many wrong classes score at least as high as the own one: 0 is a hit. Raises `DataError` for NaN."""
-    if not scores.isfinite().all():
-        raise DataError("some scores are not finite: no accuracy can be told from them")
-    return (scores >= scores.gather(1, labels.to(scores.device)[:, None])).sum(1) - 1
 
 
 @dataclass(frozen=True)
@@ -99,3 +74,32 @@ def classify(
         confidence[part] = (scale * scores).softmax(1).gather(1, chosen[:, None])[:, 0]
         done = part.stop
     return Outcomes(ahead.numpy(), predicted.numpy(), confidence.numpy())
+
+
+@dataclass(frozen=True)
+class Accuracies:
+    """Figures of a classification, as shares of one, with what each is the mean of.
+
+    `examples`: each image's outcome [B], 0 or 1, by figure. `groups`: the class of each image [B], for figures that are
+    means of the classes' means.
+    """
+
+    values: dict[str, float]
+    examples: dict[str, np.ndarray]
+    groups: dict[str, np.ndarray]
+
+
+def accuracies(outcomes: Outcomes, labels: np.ndarray, classes: int, *, single: bool = True) -> Accuracies:
+    """Accuracy, mean per-class accuracy and, above five classes, top-5 accuracy of B images with these labels [B].
+
+    Without `single` (an image may have several right classes) there is no mean over classes.
+    """
+    hits = outcomes.hits.astype(np.float64)
+    values, examples, groups = {"accuracy": float(hits.mean())}, {"accuracy": hits}, {}
+    if single:
+        values["mean_per_class"] = float(np.mean([hits[labels == label].mean() for label in np.unique(labels)]))
+        examples["mean_per_class"], groups["mean_per_class"] = hits, labels
+    if classes > 5:
+        examples["top5"] = (outcomes.ahead < 5).astype(np.float64)
+        values["top5"] = float(examples["top5"].mean())
+    return Accuracies(values, examples, groups)

@@ -17,13 +17,22 @@ from litune.image.onnx import onnx_tower
 from litune.image.open_clip import open_clip_tower
 from litune.image.python import python_tower
 from litune.image.timm import timm_tower
-from litune.image.tower import ImageTower, differences, is_convolutional, weights_hash
+from litune.image.tower import (
+    ImageTower,
+    MadeWith,
+    check_same_tower,
+    differences,
+    is_convolutional,
+    weights_hash,
+)
 from litune.image.vit import vit_tower
 
 __all__ = [
     "KINDS",
     "PACKAGED",
     "ImageTower",
+    "MadeWith",
+    "check_same_tower",
     "differences",
     "is_convolutional",
     "load_image_tower",

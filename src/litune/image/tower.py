@@ -6,7 +6,8 @@ Locked means no gradients and `eval()` mode: no dropout, no drop-path, frozen ba
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from litune.devices import send
-from litune.errors import TowerError
+from litune.errors import LituneError, StoreError, TowerError
 from litune.image.pictures import ImageTransform, Preprocess
 from litune.towers.locking import eval_locked, lock
 from litune.towers.specs import reason
@@ -147,6 +148,46 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
         elif a != b:
             clauses.append(f"{part} {str(a)[:12]} and {str(b)[:12]}")
     return clauses
+
+
+@dataclass(frozen=True)
+class MadeWith:
+    """Which image tower something was made with, as far as it is known: a store, or what a run needs."""
+
+    name: str
+    """What it is called in a message."""
+    tower: dict[str, Any] | None
+    """The tower's provenance."""
+    width: int | None = None
+    """The width of the features."""
+
+
+def check_same_tower(
+    made: MadeWith,
+    other: MadeWith,
+    remedy: str = "",
+    *,
+    strict: bool = False,
+    also: Sequence[str] = (),
+    error: type[LituneError] = StoreError,
+) -> None:
+    """Raise `error`, naming both sides, what differs and the remedy, unless both were made with the same image tower.
+
+    With `strict` an unknown tower is another one than a known one; otherwise it is the same if the widths are. `also`
+    are further differences.
+    """
+    known = made.tower is not None and other.tower is not None
+    clauses = differences(made.tower or {}, other.tower or {}) if known or strict else []
+    then = f": {remedy}" if remedy else ""
+    if clauses := [*clauses, *also]:
+        specs = [(side.tower or {}).get("spec", "unknown") for side in (made, other)]
+        as_other = f" as {other.name}" if other.name else ""
+        raise error(
+            f"{made.name} was made with the image tower {specs[0]}, not with {specs[1]}{as_other} "
+            f"({'; '.join(clauses)}){then}"
+        )
+    if None not in (made.width, other.width) and made.width != other.width:
+        raise error(f"{made.name} has features of width {made.width}, {other.name} of {other.width}{then}")
 
 
 def is_convolutional(tower: ImageTower | None) -> bool:

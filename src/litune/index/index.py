@@ -23,7 +23,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -38,6 +38,7 @@ from torch import Tensor
 from litune.devices import free_memory, send
 from litune.errors import DataError, StoreError
 from litune.files import atomic
+from litune.image.tower import check_same_tower
 from litune.index.cells import BLOCK, Cells, blocks, make_cells, usual_cells
 from litune.index.codes import Codes, open_codes, write_codes
 from litune.index.exact import SHARE, best_of, block_rows, top_positions
@@ -409,15 +410,8 @@ class Index:
         known = {store.path.resolve() for store in self.stores}
         if more.path.resolve() in known:
             raise StoreError(f"{more.path} is in the index already")
-        for name, own, other in (
-            ("width", self.store.width, more.width),
-            ("weights", _weights(self.store), _weights(more)),
-        ):
-            if own != other:
-                raise StoreError(
-                    f"{more.path} has features of {name} {other}, the index of {self.store.path} those of {own}: "
-                    "embed with the same image tower"
-                )
+        indexed = replace(self.store.made_with, name=f"the index of {self.store.path}")
+        check_same_tower(more.made_with, indexed, "embed with the same image tower", strict=True)
         if self.cells is not None:
             assigned = [self.cells.assign(more.features(rows)) for rows in blocks(np.arange(len(more)))]
             self.cells, self.codes = self.cells.with_rows(np.concatenate([self.cells.cell, *assigned])), None

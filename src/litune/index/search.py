@@ -34,7 +34,7 @@ def search(config: SearchConfig) -> list[Found] | list[FoundCaption]:
     check_file(config.json, "--json", config.overwrite)
     store = FeatureStore(config.store)
     model = load(config.run, image_tower=config.image_tower, device=config.device)
-    check_store(config.run, model, config.store, store.width, store.tower)
+    check_store(config.run, model, store.made_with)
     index = Index(store)
     say_changes(index)
     if config.index == "approximate" and index.cells is None:

@@ -69,7 +69,7 @@ def _onnx(model: LiT, config: ExportConfig, out: Path) -> dict[str, Any]:
     store = None
     if config.store is not None:
         store = FeatureStore(config.store)
-        check_store(config.run, model, store.path, store.width, store.tower)
+        check_store(config.run, model, store.made_with)
     return export_onnx(model, out, int8=config.int8, store=store, split=config.split)
 
 
@@ -78,7 +78,7 @@ def _web(model: LiT, config: ExportConfig, out: Path) -> dict[str, Any]:
 
     assert config.images is not None
     store = FeatureStore(config.images)
-    check_store(config.run, model, store.path, store.width, store.tower)
+    check_store(config.run, model, store.made_with)
     return export_web(
         model,
         out,

@@ -27,9 +27,15 @@ from torch import Tensor
 
 from litune import distributed
 from litune.devices import pick_device
-from litune.errors import RunError, StoreError, TowerError
+from litune.errors import RunError, TowerError
 from litune.files import atomic, read_json, write_json
-from litune.image.registry import ImageTower, differences, load_image_tower, with_random_weights
+from litune.image.registry import (
+    ImageTower,
+    MadeWith,
+    check_same_tower,
+    load_image_tower,
+    with_random_weights,
+)
 from litune.model.heads import make_head
 from litune.model.lit import LiT
 from litune.sharding import is_shared, own_part, whole_tensor
@@ -212,7 +218,11 @@ def _model_of(folder: Path, build: Callable[[dict[str, Any]], TextTower]) -> LiT
 def _tuned_tower(provenance: dict[str, Any]) -> ImageTower:
     """The architecture of an image tower whose weights a run has trained and keeps."""
     tower = load_image_tower(with_random_weights(provenance["spec"]))
-    check_tower("the run", provenance, tower.provenance | {"weights": provenance["weights"]})
+    _check_tower(
+        provenance,
+        tower.provenance | {"weights": provenance["weights"]},
+        "take the libraries' versions that its manifest.json names",
+    )
     tower.provenance = provenance
     return tower
 
@@ -239,30 +249,21 @@ def image_tower_finder(model: LiT, spec: str | None) -> Callable[[], ImageTower]
 
     def find() -> ImageTower:
         tower = find_image_tower(wanted)
-        check_tower("the run", provenance, tower.provenance)
+        if provenance is not None:
+            _check_tower(provenance, tower.provenance, "name the run's own tower with --image-tower")
         return tower
 
     return find
 
 
-def check_tower(what: str, known: dict[str, Any] | None, tower: dict[str, Any]) -> None:
-    """Raise `TowerError` naming both sides where `what` was made with another tower than this."""
-    if known is None:
-        return
-    found = differences(known, tower)
-    if found:
-        raise TowerError(
-            f"{what} was made with the image tower {known['spec']}, not with {tower['spec']}: {'; '.join(found)}"
-        )
+def _check_tower(known: dict[str, Any], tower: dict[str, Any], remedy: str) -> None:
+    """Raise `TowerError` where this is not the tower that a run was made with."""
+    check_same_tower(MadeWith("the run", known), MadeWith("", tower), remedy, error=TowerError)
 
 
-def check_store(run: Path, model: LiT, store_path: Path, width: int, tower: dict[str, Any] | None) -> None:
+def check_store(run: Path, model: LiT, store: MadeWith) -> None:
     """Raise `StoreError` naming both sides where a store's features are not those the run was tuned on."""
-    known = model.image_provenance
-    if known is not None and tower is not None and (found := differences(known, tower)):
-        raise StoreError(
-            f"{store_path} was made with the image tower {tower['spec']}, the run {run} was tuned on {known['spec']}: "
-            f"{'; '.join(found)}; embed the images with {f'run:{run}' if model.image_tuned else known['spec']}"
-        )
-    if width != model.image_width:
-        raise StoreError(f"{store_path} has features of width {width}, the run {run} needs {model.image_width}")
+    tower = model.image_provenance
+    spec = f"run:{run}" if model.image_tuned else (tower or {}).get("spec", "the run's image tower")
+    needed = MadeWith(f"the run {run}", tower, model.image_width)
+    check_same_tower(store, needed, f"embed the images with {spec}")

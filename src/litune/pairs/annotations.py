@@ -35,20 +35,30 @@ def annotation_source(files: Sequence[str], options: Options) -> SampleSource:
 
     def read() -> Iterator[Sample | Damage]:
         for file in files:
-            content = _load(file)
-            kind = "Karpathy's" if _is_karpathy(content) else "COCO's"
+            kind, samples = read_annotations(file, options, split_of(PurePosixPath(file).stem) * (len(files) > 1))
             kinds[kind] = kinds.get(kind, 0) + 1
-            if kind == "COCO's":
-                yield from _read_coco(
-                    file, content, options, split_of(PurePosixPath(file).stem) if len(files) > 1 else ""
-                )
-            else:
-                yield from _read_karpathy(file, content, options)
+            names = [sample.path for sample in samples if isinstance(sample, Sample)]
+            base = image_base(file, options.images, names) if names else ""
+            for sample in samples:
+                if isinstance(sample, Sample):
+                    sample.path = join(base, sample.path)
+                yield sample
 
     def about(_: int) -> str:
         return f"{' and '.join(kinds)} captions in {', '.join(PurePosixPath(file).name for file in files)}"
 
     return SampleSource(about, read(), name=files[0])
+
+
+def read_annotations(file: str, options: Options, split: str = "") -> tuple[str, list[Sample | Damage]]:
+    """Whose annotations these are, and each image with its captions; its path is its name in the file.
+
+    COCO's say no split, and get the one that is given. Raises `DataError` where the file is neither.
+    """
+    content = _load(file)
+    if _is_karpathy(content):
+        return "Karpathy's", list(_read_karpathy(file, content, options))
+    return "COCO's", list(_read_coco(file, content, options, split))
 
 
 def _load(file: str) -> dict[str, Any]:
@@ -81,10 +91,6 @@ def _read_coco(file: str, content: dict[str, Any], options: Options, split: str)
             captions[annotation["image_id"]].append(annotation["caption"])
         else:
             yield Damage(f"annotation {i + 1} of {short}", "it has no image_id and caption")
-    names = [
-        image["file_name"] for image in images if isinstance(image, dict) and isinstance(image.get("file_name"), str)
-    ]
-    base = image_base(file, options.images, names) if names else ""
     ids: set[Any] = set()
     for i, image in enumerate(images):
         where = f"image {i + 1} of {short}"
@@ -102,7 +108,7 @@ def _read_coco(file: str, content: dict[str, Any], options: Options, split: str)
         yield Sample(
             f"{where} ({image['file_name']})",
             image["file_name"],
-            join(base, image["file_name"]),
+            image["file_name"],
             texts,
             "",
             split,
@@ -113,18 +119,15 @@ def _read_coco(file: str, content: dict[str, Any], options: Options, split: str)
 
 
 def _read_karpathy(file: str, content: dict[str, Any], options: Options) -> Iterator[Sample | Damage]:
-    rows: list[tuple[str, str, dict[str, Any]]] = []
     for i, image in enumerate(content["images"]):
         where = f"image {i + 1} of {PurePosixPath(file).name}"
         if not isinstance(image, dict) or not isinstance(image.get("filename"), str):
             yield Damage(where, "it has no filename")
             continue
         folder = image.get("filepath")
-        rows.append((where, f"{folder}/{image['filename']}" if isinstance(folder, str) else image["filename"], image))
-    base = image_base(file, options.images, [name for _, name, _ in rows]) if rows else ""
-    for where, name, image in rows:
+        name = f"{folder}/{image['filename']}" if isinstance(folder, str) and folder else image["filename"]
         sentences = image.get("sentences")
         raw = [s.get("raw") if isinstance(s, dict) else s for s in sentences] if isinstance(sentences, list) else None
         split = image.get("split")
         extra = {column: image[column] for column in options.kept if column in image}
-        yield Sample(f"{where} ({name})", name, join(base, name), {"sentences": raw}, "", split or "", extra=extra)
+        yield Sample(f"{where} ({name})", name, name, {"sentences": raw}, "", split or "", extra=extra)

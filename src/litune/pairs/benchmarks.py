@@ -6,34 +6,36 @@ Parquet files or arrays, and are read one at a time.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
 import re
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
-from pathlib import Path
+from functools import cache, cached_property
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
+import pyarrow.compute as pc
 
 from litune.errors import DataError, nearest
 from litune.pairs.address import is_url
+from litune.pairs.annotations import read_annotations
 from litune.pairs.cifar import Pixels, pixels_in, read_batch, read_pixels
-from litune.pairs.pairs import class_folders, image_files, read_pairs
-from litune.pairs.reference import Member, PictureCell, parse
-from litune.pairs.sample import CAPTION_COLUMNS, IMAGE_SUFFIXES
-from litune.pairs.tables import IMAGE_COLUMNS
+from litune.pairs.columns import class_names, parquet_source, picture_column, picture_paths, read_schema
+from litune.pairs.pairs import Pairs, class_folders, collect, image_files, read_pairs, select_captions
+from litune.pairs.reference import BROKEN, Member, PictureCell, first_line, parse
+from litune.pairs.sample import CAPTION_COLUMNS, Damage, Options, Sample, SampleSource
+from litune.pairs.tables import column_names, image_base, join
+from litune.pairs.tars import tar_source
 
 TEST_SPLITS = ("test", "val", "validation", "valid")
 """The names under which people keep the images that a figure is taken on, in the order in which they are looked for."""
 LABEL_COLUMNS = ("label", "fine_label", "labels", "class", "class_name", "category", "target")
 LANG_COLUMNS = ("lang", "language", "langs", "languages")
+MAX_DAMAGED = 0.01
+"""The share of a set's captions that may be damaged, as elsewhere when nothing is said."""
 BESIDE = ("train", *TEST_SPLITS, "mappings", "annotations", "Annotations")
 """Folders in a set's folder that are not the set itself."""
 WNID = re.compile(r"^(n\d{8})(?=[_.\-]|$)")
@@ -43,27 +45,54 @@ Kind = Literal["classification", "retrieval"]
 
 @dataclass(frozen=True)
 class EvalSet:
-    """B images and what they show, in a fixed order.
+    """B pairs and, for classification, what they show, in a fixed order.
 
     `classes` are the set's own names of its classes (folder names, WordNet ids, numbers as text, …), `labels` [B] the
-    positions of the images' classes among them; both are empty for retrieval. `captions` and `langs` have a list for
-    each image.
+    positions of the images' classes among them; both are empty for retrieval.
     """
 
     path: Path
-    layout: str
-    keys: list[str]
-    pictures: list[str]
-    """Where the pictures' bytes are: references (`litune.pairs.reference`)."""
+    pairs: Pairs
     classes: list[str] = field(default_factory=list)
     labels: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    captions: list[list[str]] = field(default_factory=list)
-    langs: list[list[str]] = field(default_factory=list)
     templates: tuple[str, ...] = ()
     """The set's own templates, where its files have some."""
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.pairs)
+
+    @property
+    def layout(self) -> str:
+        """What the set was read from, for messages."""
+        return self.pairs.source
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """The images' names."""
+        return list(self.pairs.table["key"].to_pylist())
+
+    @cached_property
+    def pictures(self) -> list[str]:
+        """Where the pictures' bytes are: references (`litune.pairs.reference`)."""
+        return list(self.pairs.table["path"].to_pylist())
+
+    @cached_property
+    def captions(self) -> list[list[str]]:
+        """A list for each image."""
+        return list(self.pairs.table["captions"].to_pylist())
+
+    @cached_property
+    def langs(self) -> list[list[str]]:
+        """The languages of each image's captions; no lists where they are not known."""
+        table = self.pairs.table
+        return list(table["langs"].to_pylist()) if "langs" in table.column_names else []
+
+    @property
+    def languages(self) -> list[str]:
+        """The languages of the captions, sorted."""
+        if "langs" not in self.pairs.table.column_names:
+            return []
+        return sorted(filter(None, pc.unique(pc.list_flatten(self.pairs.table["langs"])).to_pylist()))
 
     def fingerprint(self) -> str:
         """A hash over the images' names and sizes, in order; what they show does not count."""
@@ -74,37 +103,35 @@ class EvalSet:
 
     def subset(self, rows: Sequence[int] | np.ndarray) -> EvalSet:
         """The images at these rows."""
-        rows = [int(row) for row in rows]
-
-        def take(values: Sequence[Any]) -> list[Any]:
-            return [values[row] for row in rows] if values else []
-
+        rows = np.asarray(rows, np.int64)
         return replace(
             self,
-            keys=take(self.keys),
-            pictures=take(self.pictures),
+            pairs=replace(self.pairs, table=self.pairs.table.take(pa.array(rows))),
             labels=self.labels[rows] if len(self.labels) else self.labels,
-            captions=take(self.captions),
-            langs=take(self.langs),
         )
 
     def in_language(self, lang: str) -> EvalSet:
         """Only the captions in this language, and the images that have some. Raises `DataError` where none has."""
-        kept = [[c for c, one in zip(*pair, strict=True) if one == lang] for pair in self._with_langs()]
-        if not any(kept):
+        if lang not in self.languages:
             known = nearest(lang, self.languages) if self.languages else "it has no column of languages"
             raise DataError(f"{self.path} has no captions in {lang!r} ({known})")
-        found = replace(self, captions=kept, langs=[[lang] * len(one) for one in kept])
-        return found.subset([row for row, one in enumerate(kept) if one])
+        table = select_captions(self.pairs.table, "langs", [lang])
+        with_captions = np.flatnonzero(pc.list_value_length(table["captions"]).to_numpy())
+        return replace(self, pairs=replace(self.pairs, table=table)).subset(with_captions)
 
-    @property
-    def languages(self) -> list[str]:
-        """The languages of the captions, sorted."""
-        return sorted({one for langs in self.langs for one in langs if one})
 
-    def _with_langs(self) -> list[tuple[list[str], list[str]]]:
-        langs = self.langs or [[""] * len(one) for one in self.captions]
-        return list(zip(self.captions, langs, strict=True))
+def pairs_of(
+    source: str,
+    keys: Sequence[str],
+    pictures: Sequence[str],
+    captions: Sequence[Sequence[str]] | None = None,
+    langs: Sequence[Sequence[str]] = (),
+) -> Pairs:
+    """Pairs out of B names, references and, where there are some, captions with their languages."""
+    lists = pa.list_(pa.string())
+    columns = {"key": pa.array(keys, pa.string()), "path": pa.array(pictures, pa.string())}
+    columns["captions"] = pa.array([[]] * len(keys) if captions is None else captions, lists)
+    return Pairs(pa.table(columns | ({"langs": pa.array(langs, lists)} if langs else {})), source)
 
 
 def _stamps(references: Sequence[str]) -> Iterator[str]:
@@ -143,7 +170,8 @@ def read_set(
 
     Layouts: class folders; a flat folder of nXXXXXXXX_name.jpg; CIFAR's Python batches; the folders of DTD and Oxford
     Pets; CLIP_benchmark's webdataset shards; Parquet as the Hugging Face hub serves it; COCO and Karpathy JSON; lines
-    of image,caption; tables (.csv, .tsv, .jsonl). Raises `DataError` where it is none of them, or damaged.
+    of image,caption; tables (.csv, .tsv, .jsonl); and what else `read_pairs` reads, if it has classes or captions.
+    Raises `DataError` where it is none of them, or damaged.
     """
     if not path.exists():
         raise DataError(f"there is no evaluation set at {path}")
@@ -167,11 +195,11 @@ def _checked(found: EvalSet, kind: Kind) -> EvalSet:
     if kind == "classification" and len(found.labels) != len(found):
         raise DataError(f"{found.path} says no classes of its images ({found.layout})")
     if kind == "retrieval":
-        without = [row for row, captions in enumerate(found.captions) if not captions]
-        if not found.captions or len(without) == len(found):
+        with_captions = np.flatnonzero(pc.list_value_length(found.pairs.table["captions"]).to_numpy())
+        if not len(with_captions):
             raise DataError(f"{found.path} has no captions of its images ({found.layout})")
-        if without:
-            found = found.subset(np.setdiff1d(np.arange(len(found)), without))
+        if len(with_captions) < len(found):
+            found = found.subset(with_captions)
     return found
 
 
@@ -189,6 +217,28 @@ class _Source:
         """The first of the splits asked for that is among these names."""
         return next((split for split in self.splits if split in names), None)
 
+    def options(self, **settings: Any) -> Options:
+        """How the readers of all pairs are asked to read the set."""
+        return Options(images=self.images, **settings)
+
+    def described(self, samples: Sequence[Sample], layout: str) -> EvalSet:
+        """The set of images with captions. Raises `DataError` where more than a few captions are damaged."""
+        for sample in samples:
+            sample.texts = {name: cell for name, cell in sample.texts.items() if cell not in (None, "", [])}
+        source = SampleSource(lambda _: layout, iter(samples), str(self.path))
+        return EvalSet(self.path, collect(source, self.options(), MAX_DAMAGED))
+
+    def labelled(self, keys: Sequence[str], pictures: Sequence[str], labels: Sequence[str], layout: str) -> EvalSet:
+        """The set of images with the names of their classes, which are sorted."""
+        classes = sorted(set(labels))
+        return EvalSet(self.path, pairs_of(layout, keys, pictures), classes, _positions(labels, classes))
+
+
+def _positions(labels: Sequence[str], classes: Sequence[str]) -> np.ndarray:
+    """The positions [B] of the labels among the classes."""
+    place = {name: i for i, name in enumerate(classes)}
+    return np.array([place[label] for label in labels], np.int64)
+
 
 # Webdataset shards ---------------------------------------------------------------------------------------------------
 
@@ -205,42 +255,31 @@ def _read_shards(source: _Source) -> EvalSet | None:
     count = "".join(_lines(folder / "nshards.txt"))
     if not count.isdecimal():
         raise DataError(f"{folder / 'nshards.txt'} is {count!r}, expected the number of shards")
-    keys, pictures, texts = [], [], []
-    for number in range(int(count)):
-        shard = folder / f"{number}.tar"
-        for name, picture, text in _read_shard(shard, "txt" if source.kind == "retrieval" else "cls"):
-            keys.append(f"{shard.name}/{name}")
-            pictures.append(picture)
-            texts.append(text)
+    wanted = "txt" if source.kind == "retrieval" else "cls"
+    samples = [sample for i in range(int(count)) for sample in _read_shard(source, folder / f"{i}.tar", wanted)]
     layout = f"{int(count):,} webdataset shards in {folder}"
     if source.kind == "retrieval":
-        captions = [[line.strip() for line in text.splitlines() if line.strip()] for text in texts]
-        return EvalSet(root, layout, keys, pictures, captions=captions)
+        for sample in samples:
+            sample.texts["txt"] = [line for line in sample.texts["txt"].splitlines() if line.strip()]
+        return source.described(samples, layout)
     templates = tuple(t.replace("{c}", "{}") for t in _lines(root / "zeroshot_classification_templates.txt"))
-    classes, labels = _numbered(root, [text.strip() for text in texts], _lines(root / "classnames.txt"))
-    return EvalSet(root, layout, keys, pictures, classes, labels, templates=templates)
+    classes, labels = _numbered(root, [sample.label for sample in samples], _lines(root / "classnames.txt"))
+    pairs = pairs_of(layout, [sample.key for sample in samples], [sample.path for sample in samples])
+    return EvalSet(root, pairs, classes, labels, templates)
 
 
-def _read_shard(shard: Path, label: str) -> list[tuple[str, str, str]]:
-    """The pictures of a tar file with what is beside each under the same name."""
-    pictures: dict[str, str] = {}
-    texts: dict[str, str] = {}
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                name, _, extension = member.name.partition(".")
-                if f".{extension.lower()}" in IMAGE_SUFFIXES:
-                    pictures[name] = str(Member(str(shard), member.offset_data, member.size, member.name))
-                elif extension == label and (content := tar.extractfile(member)) is not None:
-                    texts[name] = content.read().decode("utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{shard} is missing: nshards.txt beside it says that it is there") from None
-    except (tarfile.TarError, UnicodeDecodeError) as why:
-        raise DataError(f"{shard} is damaged ({why}): fetch it again") from None
-    without = pictures.keys() - texts.keys()
-    if without:
-        raise DataError(f"{shard}: {min(without)} has no .{label} beside its picture")
-    return [(name, picture, texts[name]) for name, picture in pictures.items()]
+def _read_shard(source: _Source, shard: Path, wanted: str) -> Iterator[Sample]:
+    """The pictures of a tar file, each with the class or the captions beside it."""
+    if not shard.is_file():
+        raise DataError(f"{shard} is missing: nshards.txt beside it says that it is there")
+    for sample in tar_source([str(shard)], source.options(caption_columns=["txt"])).samples:
+        if isinstance(sample, Damage):
+            raise DataError(f"{shard} is damaged ({sample.key}: {sample.reason}): fetch it again")
+        name = sample.key.removeprefix(f"{shard.stem}/")
+        if not isinstance(sample.texts["txt"] if wanted == "txt" else sample.label, str):
+            raise DataError(f"{shard}: {name} has no .{wanted} beside its picture, or one that is not UTF-8")
+        sample.key = f"{shard.name}/{name}"
+        yield sample
 
 
 def _lines(file: Path) -> list[str]:
@@ -255,8 +294,7 @@ def _numbered(where: Path, labels: Sequence[Any], names: Sequence[str]) -> tuple
     values = [str(label) for label in labels]
     if not all(value.isdecimal() for value in values):
         classes = sorted(set(values))
-        place = {name: i for i, name in enumerate(classes)}
-        return classes, np.array([place[value] for value in values], np.int64)
+        return classes, _positions(values, classes)
     numbers = np.array([int(value) for value in values], np.int64)
     if not names:
         found = np.unique(numbers)
@@ -294,7 +332,8 @@ def _read_cifar(source: _Source) -> EvalSet | None:
         one.decode() if isinstance(one, bytes) else one
         for one in meta["fine_label_names" if hundred else "label_names"]
     ]
-    return EvalSet(source.path, f"CIFAR's batches in {folder}", keys, pictures, classes, np.array(labels, np.int64))
+    pairs = pairs_of(f"CIFAR's batches in {folder}", keys, pictures)
+    return EvalSet(source.path, pairs, classes, np.array(labels, np.int64))
 
 
 # Parquet -------------------------------------------------------------------------------------------------------------
@@ -305,53 +344,56 @@ def _read_parquet(source: _Source) -> EvalSet | None:
     files = _parquet_files(source)
     if not files:
         return None
-    schema = pa.parquet.read_schema(files[0])
-    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    column = _image_column(files[0], schema, features)
-    if column is None or pa.types.is_string(schema.field(column).type):
+    try:
+        schema = read_schema(str(files[0]))
+    except BROKEN as why:
+        raise DataError(f"{files[0]} is damaged ({first_line(why)}): fetch it again") from None
+    picture = picture_column(schema, None)
+    if picture is None:
         return None  # a table of paths
-    named = [name for name, one in features.items() if isinstance(one, dict) and one.get("_type") == "ClassLabel"]
-    wanted = (source.label,) if source.label else (*LABEL_COLUMNS, *named)
+    names = class_names(schema)
     text = source.kind == "retrieval"
-    label = next((one for one in (CAPTION_COLUMNS if text else wanted) if one in schema.names), None)
-    if label is None:
+    usual = CAPTION_COLUMNS if text else (source.label,) if source.label else (*LABEL_COLUMNS, *names)
+    column = next((name for name in usual if name in schema.names), None)
+    if column is None:
         what = f"captions ({', '.join(CAPTION_COLUMNS)})" if text else "classes"
         raise DataError(f"{files[0]} has no column of {what} among {', '.join(schema.names)}")
-    lang = next((one for one in LANG_COLUMNS if one in schema.names), None)
-    split = "split" if "split" in schema.names else None
-    keys: list[str] = []
-    pictures: list[str] = []
-    labels: list[Any] = []
-    langs: list[Any] = []
-    found_splits: list[Any] = []
-    for file in files:
-        try:
-            whole = pa.parquet.ParquetFile(file)
-            columns = [one for one in (label, lang, split) if one] + _path_columns(schema, column)
-            table = whole.read(columns=columns)
-            counts = [whole.metadata.row_group(g).num_rows for g in range(whole.num_row_groups)]
-        except (pa.ArrowInvalid, OSError) as why:
-            raise DataError(f"{file} is damaged ({str(why).splitlines()[0]}): fetch it again") from None
-        cells = [str(PictureCell(str(file), g, row, column)) for g, count in enumerate(counts) for row in range(count)]
-        paths = _image_paths(table, column)
-        pictures += cells
-        keys += [f"{file.stem}/{row:06d}" + (f"/{path}" if path else "") for row, path in enumerate(paths)]
-        labels += table[label].to_pylist()
-        langs += table[lang].to_pylist() if lang else []
-        found_splits += table[split].to_pylist() if split else []
+    options = source.options(
+        image_column=picture,
+        lang_column=next((name for name in LANG_COLUMNS if name in schema.names), "lang"),
+        without_picture=True,
+        **({"caption_columns": [column]} if text else {"label_column": column}),
+    )
+    samples = [sample for file in files for sample in _read_rows(file, picture, options)]
+    if "split" in schema.names:
+        chosen = source.split_of({sample.split for sample in samples})
+        samples = [sample for sample in samples if chosen in (None, sample.split)]
     layout = f"{len(files):,} Parquet files"
     if text:
-        captions = [one if isinstance(one, list) else [one] for one in labels]
-        spread = [
-            one if isinstance(one, list) else [one or ""] * len(c) for one, c in zip(langs, captions, strict=bool(lang))
-        ]
-        found = EvalSet(source.path, layout, keys, pictures, captions=captions, langs=spread)
-    else:
-        names = features.get(label, {}).get("names", [])
-        classes, numbers = _numbered(files[0], labels, names)
-        found = EvalSet(source.path, layout, keys, pictures, classes, numbers)
-    chosen = source.split_of(set(found_splits))
-    return found.subset([row for row, one in enumerate(found_splits) if one == chosen]) if chosen else found
+        return source.described(samples, layout)
+    pairs = pairs_of(layout, [sample.key for sample in samples], [sample.path for sample in samples])
+    return EvalSet(source.path, pairs, *_named(files[0], [sample.label for sample in samples], names.get(column, [])))
+
+
+def _read_rows(file: Path, picture: str, options: Options) -> Iterator[Sample]:
+    """The rows of a Parquet file, called by its name, their numbers and the names of their pictures."""
+    samples = list(parquet_source([str(file)], options).samples)
+    for sample in samples:
+        if isinstance(sample, Damage):
+            raise DataError(f"{file} is damaged ({sample.reason}): fetch it again")
+    for row, (sample, path) in enumerate(zip(samples, picture_paths(str(file), picture), strict=True)):
+        assert isinstance(sample, Sample)
+        sample.key = f"{file.stem}/{row:06d}" + (f"/{path}" if path else "")
+        yield sample
+
+
+def _named(where: Path, labels: Sequence[str | None], classes: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """Classes and labels out of names, in the order of `classes` where that is known."""
+    known = set(classes) if classes else set(labels) - {None}
+    if strange := [row for row, label in enumerate(labels) if label not in known]:
+        raise DataError(f"{where} has no class, or one that is none of its {len(known):,}, for image {strange[0] + 1}")
+    names = [label for label in labels if label is not None]
+    return (list(classes), _positions(names, classes)) if classes else _numbered(where, names, [])
 
 
 def _parquet_files(source: _Source) -> list[Path]:
@@ -368,26 +410,6 @@ def _parquet_files(source: _Source) -> list[Path]:
     return sorted(set(here) - set(others))
 
 
-def _image_column(file: Path, schema: pa.Schema, features: dict[str, Any]) -> str | None:
-    marked = [name for name, one in features.items() if isinstance(one, dict) and one.get("_type") == "Image"]
-    structs = [f.name for f in schema if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
-    usual = [name for name in (*IMAGE_COLUMNS, "jpg", "png") if name in schema.names]
-    return next(iter([*marked, *structs, *usual]), None)
-
-
-def _path_columns(schema: pa.Schema, column: str) -> list[str]:
-    kind = schema.field(column).type
-    if pa.types.is_struct(kind):
-        return [f"{column}.path"] if kind.get_field_index("path") >= 0 else []
-    return []
-
-
-def _image_paths(table: pa.Table, column: str) -> list[str]:
-    if column not in table.column_names:
-        return [""] * table.num_rows
-    return [str(one.get("path") or "") if one else "" for one in table[column].to_pylist()]
-
-
 # JSON and lines of captions ------------------------------------------------------------------------------------------
 
 
@@ -398,26 +420,17 @@ def _read_karpathy(source: _Source) -> EvalSet | None:
     file = _json_file(source)
     if file is None:
         return None
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        images = content["images"]
-        if "annotations" in content:
-            rows = {one["id"]: (str(one["file_name"]), list[str]()) for one in images}
-            for one in content["annotations"]:
-                rows[one["image_id"]][1].append(one["caption"])
-            found = list(rows.values())
-        else:
-            chosen = source.split_of({one["split"] for one in images})
-            if chosen is None:
-                raise DataError(f"{file} has no images of the split {' or '.join(source.splits)}")
-            found = [
-                (str(Path(one.get("filepath", "")) / one["filename"]), [s["raw"] for s in one["sentences"]])
-                for one in images
-                if one["split"] == chosen
-            ]
-    except (ValueError, KeyError, TypeError) as why:
-        raise DataError(f"{file} is not COCO's or Karpathy's JSON ({type(why).__name__}: {why})") from None
-    return _with_files(source, f"the captions in {file.name}", found)
+    _, samples = read_annotations(str(file), source.options())
+    images = [sample for sample in samples if isinstance(sample, Sample)]
+    if len(images) < len(samples):
+        damage = next(sample for sample in samples if isinstance(sample, Damage))
+        raise DataError(f"{file} is not COCO's or Karpathy's JSON ({damage.key}: {damage.reason})")
+    if splits := {image.split for image in images} - {""}:
+        chosen = source.split_of(splits)
+        if chosen is None:
+            raise DataError(f"{file} has no images of the split {' or '.join(source.splits)}")
+        images = [image for image in images if image.split == chosen]
+    return _with_files(source, file, images)
 
 
 def _json_file(source: _Source) -> Path | None:
@@ -445,22 +458,25 @@ def _read_lines(source: _Source) -> EvalSet | None:
         if not comma:
             raise DataError(f"{file}: {line[:60]!r} is not image,caption")
         captions.setdefault(image.strip(), []).append(caption.strip().strip('"'))
-    return _with_files(source, f"the captions in {file.name}", list(captions.items()))
+    images = [Sample(image, image, image, {"caption": texts}) for image, texts in captions.items()]
+    return _with_files(source, file, images)
 
 
-def _with_files(source: _Source, layout: str, found: list[tuple[str, list[str]]]) -> EvalSet:
-    """A set of images that are named in a list, in the folder where they are."""
-    root = source.path.parent if source.path.is_file() else source.path
-    inside = sorted(p for p in root.iterdir() if p.is_dir())
-    for base in [source.images] if source.images else [root, *inside, *(p for one in inside for p in one.glob("*/"))]:
-        for name in ((lambda key: key), (lambda key: Path(key).name)):
-            if found and (base / name(found[0][0])).is_file():
-                files = [str(base / name(key)) for key, _ in found]
-                return EvalSet(
-                    source.path, layout, [k for k, _ in found], files, captions=[[*map(str.strip, c)] for _, c in found]
-                )
-    first = found[0][0] if found else "none"
-    raise DataError(f"{source.path} has {layout}, but no folder in it has their images (the first: {first})")
+def _with_files(source: _Source, file: Path, images: list[Sample]) -> EvalSet:
+    """A set of images that a file names, in the folder where they are, by their paths or their names alone."""
+    paths = [image.path for image in images]
+    for names in (paths, [PurePosixPath(path).name for path in paths]) if paths else ():
+        try:
+            base = image_base(str(file), source.images, names)
+        except DataError:
+            continue
+        for image, name in zip(images, names, strict=True):
+            image.path = join(base, name)
+        return source.described(images, f"the captions in {file.name}")
+    first = images[0].path if images else "none"
+    raise DataError(
+        f"{source.path} has the captions in {file.name}, but no folder in it has their images (the first: {first})"
+    )
 
 
 # Tables --------------------------------------------------------------------------------------------------------------
@@ -473,13 +489,13 @@ def _read_table(source: _Source) -> EvalSet | None:
         [source.path] if source.path.is_file() else [f for f in sorted(source.path.iterdir()) if f.suffix in tables[:4]]
     )
     usual = LABEL_COLUMNS if source.kind == "classification" else CAPTION_COLUMNS
-    files = [f for f in files if f.suffix in tables and {source.label, *usual} & {*_columns(f)}]
+    files = [f for f in files if f.suffix in tables and {source.label, *usual} & {*column_names(str(f))}]
     if not files:
         return None
     if len(files) > 1:
         names = ", ".join(f.name for f in files)
         raise DataError(f"{source.path} has several tables ({names}): keep the one to evaluate on")
-    columns = _columns(files[0])
+    columns = column_names(str(files[0]))
     lang = next((one for one in LANG_COLUMNS if one in columns), "lang")
     wanted: tuple[str, ...] = ()
     if source.kind == "classification":
@@ -494,28 +510,15 @@ def _read_table(source: _Source) -> EvalSet | None:
         if chosen is None:
             raise DataError(f"{files[0]} has no images of the split {' or '.join(source.splits)}")
         table = table.filter(pa.compute.equal(table["split"], chosen))
-    keys, captions = table["key"].to_pylist(), table["captions"].to_pylist()
-    pictures = table["path"].to_pylist()
+    pairs = replace(pairs, table=table)
     if source.kind == "retrieval":
-        langs = table["langs"].to_pylist() if "langs" in table.column_names else []
-        return EvalSet(source.path, pairs.source, keys, pictures, captions=captions, langs=langs)
-    several = next((key for key, one in zip(keys, captions, strict=True) if len({*one}) > 1), None)
+        return EvalSet(source.path, pairs)
+    keys, labels = table["key"].to_pylist(), table["captions"].to_pylist()
+    several = next((key for key, names in zip(keys, labels, strict=True) if len({*names}) > 1), None)
     if several is not None:
         raise DataError(f"{files[0]}: the image {several} has more than one class")
-    classes, labels = _numbered(files[0], [one[0] for one in captions], [])
-    return EvalSet(source.path, pairs.source, keys, pictures, classes, labels)
-
-
-def _columns(file: Path) -> list[str]:
-    if file.suffix == ".parquet":
-        return list(pa.parquet.read_schema(file).names)
-    with open(file, encoding="utf-8-sig", newline="") as lines:
-        if file.suffix in (".jsonl", ".ndjson"):
-            try:
-                return list(json.loads(lines.readline() or "{}"))
-            except (ValueError, TypeError):
-                return []
-        return next(csv.reader(lines, delimiter="," if file.suffix == ".csv" else "\t"), [])
+    without_captions = pairs_of(pairs.source, keys, table["path"].to_pylist())
+    return EvalSet(source.path, without_captions, *_numbered(files[0], [names[0] for names in labels], []))
 
 
 # Folders -------------------------------------------------------------------------------------------------------------
@@ -538,9 +541,7 @@ def _read_listed(source: _Source) -> EvalSet | None:
             files, what = [str(root / "images" / f"{key}.jpg") for key in keys], f"Oxford Pets' {split} list in {root}"
         else:
             continue
-        classes = sorted(set(names))
-        place = {name: i for i, name in enumerate(classes)}
-        return EvalSet(source.path, what, keys, files, classes, np.array([place[name] for name in names], np.int64))
+        return source.labelled(keys, files, names, what)
     return None
 
 
@@ -551,12 +552,9 @@ def _read_flat(source: _Source) -> EvalSet | None:
     for folder in _folders(source):
         files = image_files(folder)
         if files and all(WNID.match(file.name) for file in files):
-            names = [file.name[:9] for file in files]
-            classes = sorted(set(names))
-            place = {name: i for i, name in enumerate(classes)}
-            labels = np.array([place[name] for name in names], np.int64)
-            keys, references = [file.name for file in files], [*map(str, files)]
-            return EvalSet(source.path, f"images named by WordNet id in {folder}", keys, references, classes, labels)
+            names = [file.name for file in files]
+            ids = [name[:9] for name in names]
+            return source.labelled(names, [*map(str, files)], ids, f"images named by WordNet id in {folder}")
     return None
 
 
@@ -566,13 +564,17 @@ def _read_tree(source: _Source) -> EvalSet | None:
         return None
     for folder in _folders(source):
         if any(image_files(one) for one in folder.iterdir() if one.is_dir() and not one.name.startswith(".")):
-            tree = class_folders(folder)
-            files = [file for images in tree.values() for file in images]
-            labels = np.repeat(np.arange(len(tree)), [len(images) for images in tree.values()])
-            keys = [f"{file.parent.name}/{file.name}" for file in files]
-            references = [*map(str, files)]
-            return EvalSet(source.path, f"class folders in {folder}", keys, references, list(tree), labels)
+            return class_tree(source.path, folder)
     return None
+
+
+def class_tree(path: Path, folder: Path) -> EvalSet:
+    """The set at `path`, whose images are in one folder per class in `folder`. Raises `DataError` where none are."""
+    tree = class_folders(folder)
+    files = [file for images in tree.values() for file in images]
+    labels = np.repeat(np.arange(len(tree)), [len(images) for images in tree.values()])
+    keys = [f"{file.parent.name}/{file.name}" for file in files]
+    return EvalSet(path, pairs_of(f"class folders in {folder}", keys, [*map(str, files)]), list(tree), labels)
 
 
 def _folders(source: _Source) -> list[Path]:
@@ -588,6 +590,29 @@ def _folders(source: _Source) -> list[Path]:
     return found
 
 
+# What else there is --------------------------------------------------------------------------------------------------
+
+
+def _read_other(source: _Source) -> EvalSet | None:
+    """Any other pairs with classes, or with captions that are no class names: shards, Arrow, texts beside pictures."""
+    try:
+        pairs = read_pairs(source.path, images=source.images)
+    except DataError:
+        return None
+    table, columns = pairs.table, pairs.table.column_names
+    if "split" in columns:
+        table = table.filter(pc.equal(table["split"], source.split_of(set(table["split"].to_pylist())) or ""))
+    if not len(table) or ("split" not in columns and source.splits[0] == "train"):
+        return None  # the images to be tested on are none to learn from
+    if source.kind == "retrieval":
+        return EvalSet(source.path, replace(pairs, table=table)) if pairs.captions and "label" not in columns else None
+    labels = table["label"].to_pylist() if "label" in columns else [""]
+    if not all(labels):
+        return None
+    without_captions = pairs_of(pairs.source, table["key"].to_pylist(), table["path"].to_pylist())
+    return EvalSet(source.path, without_captions, *_numbered(source.path, labels, []))
+
+
 READERS: tuple[Callable[[_Source], EvalSet | None], ...] = (
     _read_shards,
     _read_cifar,
@@ -598,4 +623,5 @@ READERS: tuple[Callable[[_Source], EvalSet | None], ...] = (
     _read_listed,
     _read_flat,
     _read_tree,
+    _read_other,
 )

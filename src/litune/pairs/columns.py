@@ -42,10 +42,25 @@ PICTURES = [*IMAGE_COLUMNS, "image_bytes", "bytes", *(suffix[1:] for suffix in s
 def holds_pictures(file: str) -> bool:
     """Whether a Parquet file has a column of pictures' bytes; False if it can't be read."""
     try:
-        with open_file(file) as opened:
-            return picture_column(pa.parquet.read_schema(opened), None) is not None
+        return picture_column(read_schema(file), None) is not None
     except BROKEN:
         return False
+
+
+def read_schema(file: str) -> pa.Schema:
+    """The columns of a Parquet file, with what its metadata says of them. Raises one of `BROKEN`."""
+    with open_file(file) as opened:
+        return pa.parquet.read_schema(opened)
+
+
+def picture_paths(file: str, column: str) -> list[str]:
+    """For each row the path beside its picture's bytes in a column of structs; empty where there is none."""
+    with open_file(file) as opened, pa.parquet.ParquetFile(opened) as parquet:
+        kind = parquet.schema_arrow.field(column).type
+        if not pa.types.is_struct(kind) or kind.get_field_index("path") < 0:
+            return [""] * int(parquet.metadata.num_rows)
+        cells = parquet.read(columns=[f"{column}.path"])[column].to_pylist()
+    return [str(cell["path"] or "") if cell else "" for cell in cells]
 
 
 def picture_column(schema: pa.Schema, wanted: str | None) -> str | None:
@@ -149,6 +164,7 @@ def _read_file(file: str, name: str, split: str, options: Options, absent: list[
                 rest = parquet.read_row_group(group, columns=columns.read)
                 rest.validate(full=True)
                 missing = _without_picture_in(parquet, group, columns.picture)
+                missing &= not options.without_picture
                 for start in range(0, len(missing), ROWS):
                     position = (group, start, before + start)
                     missing_part = missing[start : start + ROWS]
@@ -201,8 +217,9 @@ class _Columns:
         self.split = optional_column(file, names, options.split_column, "split")
         self.lang = optional_column(file, names, options.lang_column, "lang")
         self.kept = [name for name in options.kept if name in names]
-        self.classes = _class_names(schema)
-        self.label = next((name for name in ("label", "labels", *self.classes) if name in names), None)
+        self.classes = class_names(schema)
+        usual = ("label", "labels", *self.classes) if options.label_column is None else (options.label_column,)
+        self.label = next((name for name in usual if name in names), None)
         self.key = next((name for name in ("key", "__key__") if name in names), None)
         wanted_names = [*self.captions, self.split, self.lang, self.label, self.key, *self.kept]
         self.read = [name for name in dict.fromkeys(wanted_names) if name is not None]
@@ -248,8 +265,8 @@ class _Columns:
         return None if value is None or isinstance(value, (list, dict)) else str(value)
 
 
-def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
-    """The class names in Hugging Face's metadata, by column."""
+def class_names(schema: pa.Schema) -> dict[str, list[str]]:
+    """The class names in Hugging Face's metadata, in the order of their numbers, by column."""
     try:
         metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = metadata.get("info", {}).get("features", {})

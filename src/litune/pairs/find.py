@@ -30,10 +30,21 @@ from litune.pairs.tables import TABLE_SUFFIXES, table_source
 from litune.pairs.tars import tar_source
 
 NOT_HERE = "has Arrow data, which is read on this machine alone: copy it, or write it as Parquet"
+PAIRS_SUFFIXES = (*TABLE_SUFFIXES, ".tar", ".arrow", ".json", ".txt")
 _ROWS = re.compile(rb"\s*\[\s*\{")
 MOST_LISTS = 10
 """A folder with more .json files than this has one beside each image, not a table."""
 MISSING = "give a folder of images, a table of captions, webdataset shards or Parquet files"
+
+
+def holds_pairs(address: str) -> bool:
+    """Whether an address is that of pairs, and not that of one picture: a folder, shards, a table."""
+    path = PurePosixPath(address)
+    if "::" in address:
+        return False  # a picture in a file of many
+    if path.suffix.lower() in PAIRS_SUFFIXES:
+        return True
+    return not is_picture(path.name) and not is_file(address) if is_url(address) else Path(local(address)).is_dir()
 
 
 def find_source(address: str, options: Options) -> SampleSource:

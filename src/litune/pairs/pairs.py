@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from litune.config import EmbedConfig, ReadingConfig
 from litune.errors import DataError, nearest
-from litune.pairs.find import find_source
+from litune.pairs.find import find_source, holds_pairs
 from litune.pairs.folders import class_folders, image_files
 from litune.pairs.sample import CAPTION_COLUMNS, Damage, Options, Sample, SampleSource
 from litune.pairs.tables import join
@@ -89,8 +89,16 @@ def read_pairs(
     share `max_damaged` of the captions, or of the files that hold them, can't be used.
     """
     options = Options(images, image_column, caption_columns, split_column, lang_column, keep)
-    pairs = _collect(find_source(str(source), options), options, max_damaged)
+    pairs = collect(find_source(str(source), options), options, max_damaged)
     return _select(pairs, split, lang)
+
+
+def pictures_at(address: str) -> list[str]:
+    """The references of the pictures at an address: one picture's own, or those of the pairs that are there.
+
+    Raises `DataError` where there are none.
+    """
+    return list(read_pairs(address).table["path"].to_pylist()) if holds_pairs(address) else [address]
 
 
 def read_files(config: ReadingConfig | EmbedConfig, keep: Sequence[str] = ()) -> Pairs:
@@ -117,8 +125,8 @@ def say_pairs(pairs: Pairs) -> None:
         say(f"skipped {len(pairs.damaged):,} inputs that can't be used, first {first.key}: {first.reason}")
 
 
-def _collect(source: SampleSource, options: Options, max_damaged: float) -> Pairs:
-    """All samples of a source as a table, with a list of the damaged ones. Raises `DataError` for too many of them."""
+def collect(source: SampleSource, options: Options, max_damaged: float) -> Pairs:
+    """All samples of a source as pairs, in order, without the damaged ones. Raises `DataError` for too many of them."""
     columns = _PairColumns(options)
     damaged: list[Damage] = []
     for sample in source.samples:

@@ -70,6 +70,10 @@ class Options:
     split_column: str = "split"
     lang_column: str = "lang"
     keep: Sequence[str] = ()
+    label_column: str | None = None
+    """The column of classes beside pictures in a column; None for the first that is usual."""
+    without_picture: bool = False
+    """Whether a row without a picture is a sample as well, damaged when its picture is read."""
 
     @property
     def several_fields(self) -> bool:

@@ -16,9 +16,9 @@ from litune.pairs.sample import Damage, Options, Sample, SampleSource
 ROWS = 10_000
 
 
-def is_store(folder: Path) -> bool:
-    """Whether a folder has features and metadata in the layout of clip-retrieval and litune."""
-    return (folder / "metadata").is_dir() and (folder / "img_emb").is_dir()
+def is_store(address: Path | str) -> bool:
+    """Whether an address is a folder of features, as clip-retrieval and litune write it."""
+    return (Path(address) / "store.json").is_file() or (Path(address) / "img_emb").is_dir()
 
 
 def store_source(folder: Path, options: Options) -> SampleSource:

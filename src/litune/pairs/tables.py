@@ -131,6 +131,14 @@ def _columns(file: str, names: list[str], options: Options) -> tuple[str, list[s
     )
 
 
+def column_names(file: str) -> list[str]:
+    """The columns of a table's first row; none where there is no row, or the file is no table."""
+    try:
+        return next((list(line[1]) for line in read_lines(file) if not isinstance(line, Damage)), [])
+    except DataError:
+        return []
+
+
 def read_lines(file: str) -> Iterator[Line]:
     """The rows of a table, one by one. Raises `DataError` where the file is not a table."""
     suffix = PurePosixPath(file).suffix.lower()
@@ -306,6 +314,9 @@ def image_base(file: str, images: Path | str | None, keys: Sequence[str]) -> str
             candidates += [folder for folder in _folders_in(above) if folder != here]
         candidates.append(above)
         hits = {base: sum(exists(base, key) for key in sample) for base in candidates}
+        if not any(hits.values()) and not is_url(here):
+            candidates = [deeper for folder in candidates[:-1] for deeper in _folders_in(folder)] or candidates
+            hits = {base: sum(exists(base, key) for key in sample) for base in candidates}
     except OSError as why:
         raise DataError(first_line(why)) from None
     best = max(candidates, key=lambda base: hits[base])

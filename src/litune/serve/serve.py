@@ -66,7 +66,7 @@ def open_images(run: Path, path: Path, model: LiT, how: str) -> Index:
     """The index of the images that are served. Raises `StoreError` where they are of another tower than the run."""
     index = Index(path)
     say_changes(index)
-    check_store(run, model, path, index.store.width, index.store.tower)
+    check_store(run, model, index.store.made_with)
     if how == "approximate" and index.cells is None:
         raise StoreError(f"{path} has no index: build one with  litune search {run} {path} QUERY --index approximate")
     return index

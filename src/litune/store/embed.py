@@ -11,7 +11,7 @@ from litune.config import EmbedConfig, command
 from litune.devices import pick_device
 from litune.errors import LituneError, OutputExistsError, StoreError
 from litune.files import clear_output
-from litune.image.registry import differences
+from litune.image.tower import MadeWith, check_same_tower
 from litune.model.run_folder import find_image_tower
 from litune.pairs.pairs import Pairs, read_files, say_pairs
 from litune.progress import say
@@ -63,17 +63,14 @@ def _check_output(out: Path, manifest: dict[str, Any], *, overwrite: bool) -> No
 
 def _check_same(out: Path, there: dict[str, Any], manifest: dict[str, Any]) -> None:
     """Raise unless the store at `out` is an unfinished one of this tower and these pairs."""
-    found = differences(there.get("tower") or {}, manifest["tower"])
-    for part in ("precision", "runtime", "device"):
-        one = (there.get("tower") or {}).get(part)
-        if one not in (None, manifest["tower"][part]) and not there.get("complete"):
-            found.append(f"{part} {one} and {manifest['tower'][part]}")
-    if found:
-        one, other = (there.get("tower") or {}).get("spec"), manifest["tower"]["spec"]
-        raise StoreError(
-            f"{out} was made with {one}, not with {other} ({'; '.join(found)}): "
-            "choose another --out or give --overwrite"
-        )
+    tower: dict[str, Any] = there.get("tower") or {}
+    also = [
+        f"{part} {tower[part]} and {manifest['tower'][part]}"
+        for part in ("precision", "runtime", "device")
+        if not there.get("complete") and tower.get(part) not in (None, manifest["tower"][part])
+    ]
+    begun, now = MadeWith(str(out), there.get("tower")), MadeWith("", manifest["tower"])
+    check_same_tower(begun, now, "choose another --out or give --overwrite", strict=True, also=also)
     if there.get("complete"):
         raise OutputExistsError(
             f"{out} is finished ({there['rows']:,} images, {_tower_name(there)}): use it, choose another --out, "

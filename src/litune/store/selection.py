@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from litune.config import TuneConfig
 from litune.errors import ConfigError, StoreError, nearest
-from litune.image.registry import differences
+from litune.image.tower import check_same_tower
 from litune.progress import say
 from litune.store.captions import Captions, blocks, hash_digests, integers, join_texts, offsets_of
 from litune.store.text_shards import Images, read_texts
@@ -494,16 +494,9 @@ def check_one_tower(stores: Sequence[FeatureStore]) -> None:
     for number, store in enumerate(stores):
         if store.path.resolve() in [other.path.resolve() for other in stores[:number]]:
             raise StoreError(f"{store.path} is given twice: give each store once, and weigh it with --mix")
-        if store.width != first.width:
-            raise StoreError(
-                f"{store.path} has features of width {store.width}, {first.path} of {first.width}: stores that are "
-                "tuned on together must be of one image tower"
-            )
-        if store.tower and first.tower and (found := differences(first.tower, store.tower)):
-            raise StoreError(
-                f"{store.path} was made with the image tower {store.tower['spec']}, {first.path} with "
-                f"{first.tower['spec']} ({'; '.join(found)}): stores that are tuned on together must be of one tower"
-            )
+        check_same_tower(
+            store.made_with, first.made_with, "stores that are tuned on together must be of one image tower"
+        )
 
 
 def check_range(numbers: np.ndarray, count: int, what: str) -> None:

@@ -31,6 +31,7 @@ import pyarrow.parquet
 
 from litune.errors import DataError, StoreError
 from litune.files import atomic, read_json, sweep_temporaries, write_json, write_text
+from litune.image.tower import MadeWith
 from litune.pairs.pairs import Damage
 from litune.store.captions import Captions, join_texts, offsets_of
 from litune.store.selection import Selection, check_range, select
@@ -117,6 +118,11 @@ class FeatureStore:
         """The provenance of the tower that made the features; None where it is unknown."""
         tower: dict[str, Any] | None = self.manifest.get("tower")
         return tower
+
+    @property
+    def made_with(self) -> MadeWith:
+        """The tower and the width of the features, for `litune.image.tower.check_same_tower`."""
+        return MadeWith(str(self.path), self.tower, self.width)
 
     @cached_property
     def metadata(self) -> pa.Table:
@@ -322,6 +328,7 @@ class StoreWriter:
             self._truncate_damage()
         else:
             path.mkdir(parents=True, exist_ok=True)
+            sweep_temporaries(path)
             write_json(path / MANIFEST, self.manifest)
 
     @property

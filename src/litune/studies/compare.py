@@ -14,7 +14,7 @@ import torch
 from litune.config import CompareConfig, EvalConfig, TuneConfig, command, to_json
 from litune.errors import LituneError, OutputExistsError, RunError, StoreError
 from litune.evaluation.evaluate import evaluate
-from litune.files import read_json, sweep_temporaries, write_json, write_text
+from litune.files import holds_nothing, read_json, sweep_temporaries, write_json, write_text
 from litune.model.run_folder import CONFIG, MANIFEST
 from litune.progress import say
 from litune.store.store import FeatureStore
@@ -59,7 +59,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 def check_output(plan: Plan, config: CompareConfig) -> None:
     """Raise where the output is not a comparison, or holds runs of other settings that may not be overwritten."""
     out = config.out
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / TABLE).exists()):
+    if out.is_file() or (out.is_dir() and not holds_nothing(out) and not (out / TABLE).exists()):
         raise OutputExistsError(f"{out} is there and holds no comparison of litune: choose another --out")
     for run in plan.runs:
         changed = changed_at(run.tune)

@@ -37,16 +37,16 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     `OutputExistsError` where the file of `config.json` is there, and what loading it raises.
     """
     check_file(config.json, "--json", config.overwrite)
-    found = _find(config.what, config.max_tokens)
+    facts = _find(config.what, config.max_tokens)
     if config.text_tower is not None:
-        if found["kind"] not in ("image tower", "feature store"):
-            raise DataError(f"--text-tower goes with an image tower or a store; {config.what} is a {found['kind']}")
+        if facts["kind"] not in ("image tower", "feature store"):
+            raise DataError(f"--text-tower goes with an image tower or a store; {config.what} is a {facts['kind']}")
         text = _text_tower(config.text_tower, config.max_tokens)
-        found |= {"text_tower": describe_text(config.text_tower, text)}
-        found |= {"tuning": _plan(found, text, config)}
+        facts |= {"text_tower": describe_text(config.text_tower, text)}
+        facts |= {"tuning": _plan(facts, text, config)}
     if config.json is not None:
-        write_json(config.json, found)
-    return found
+        write_json(config.json, facts)
+    return facts
 
 
 def _find(what: str, max_tokens: int) -> dict[str, Any]:
@@ -167,8 +167,8 @@ def _last_metrics(run: Path) -> dict[str, Any] | None:
         lines = (run / METRICS).read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
-    found = [json.loads(line) for line in lines if '"val"' in line]
-    return found[-1] if found else None
+    evaluations = [json.loads(line) for line in lines if '"val"' in line]
+    return evaluations[-1] if evaluations else None
 
 
 def describe_store(store: FeatureStore) -> dict[str, Any]:
@@ -212,16 +212,16 @@ def describe_npz(file: Path) -> dict[str, Any]:
     }
 
 
-def _plan(found: dict[str, Any], text: TextTower, config: InspectConfig) -> dict[str, Any]:
+def _plan(facts: dict[str, Any], text: TextTower, config: InspectConfig) -> dict[str, Any]:
     """What tuning this pair would train, store and need in memory, with the default heads and AdamW."""
-    width = found["width"]
-    images = config.images or found.get("images")
+    width = facts["width"]
+    images = config.images or facts.get("images")
     head = make_head("linear", text.width, width)
     tuned = sum(p.numel() for part in (text, head) for p in part.parameters()) + 1
     features = 4 * width * config.batch_size
     return {
         "tuned_parameters": tuned,
-        "locked_parameters": found.get("parameters"),
+        "locked_parameters": facts.get("parameters"),
         "dim": width,
         "bytes_of_weights_gradients_and_moments": PER_TUNED * tuned,
         "bytes_of_the_batch": 4 * features,  # of both sides, and their gradients

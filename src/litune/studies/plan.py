@@ -144,7 +144,7 @@ def make_rows(outline: Outline, file: Path) -> Iterator[Row]:
         if not isinstance(title, str) or not isinstance(measures, dict):
             raise ConfigError(f"{file}: row {title!r}: its name must be text and its eval a table")
         classes = outline.eval.get("classes", {}), measures.get("classes", {})
-        if not all(isinstance(one, dict) for one in classes):
+        if not all(isinstance(paths, dict) for paths in classes):
             raise ConfigError(f"{file}: row {title!r}: eval.classes must be a table: a name and a path for each set")
         measures = spelled(outline.eval) | spelled(measures) | {"classes": classes[0] | classes[1]}
         for values in itertools.product(*grid.values()):

@@ -82,12 +82,12 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
     tokenizer = make_tokenizer(text_spec(settings[0]), settings[0], [])
     tower = make_text_tower(spec, vocab_size=tokenizer.vocab_size, max_tokens=config.max_tokens)
     texts = Texts(tower.to(pick_device(config.device)).eval(), tokenizer)
-    found = [probe_store(config, one, texts) for one in settings]
-    found.sort(key=lambda one: -one.facts["figures"][HEADLINE])
+    probed = [probe_store(config, of_store, texts) for of_store in settings]
+    probed.sort(key=lambda store: -store.facts["figures"][HEADLINE])
     results = {
         "text_tower": config.text_tower,
-        "stores": [one.facts | against(found[0], one) for one in found],
-        "comparable": len({one.keys for one in found}) == 1,
+        "stores": [store.facts | against(probed[0], store) for store in probed],
+        "comparable": len({store.keys for store in probed}) == 1,
         "definitions": DEFINITIONS | {"interval": INTERVALS},
     }
     if config.json is not None:
@@ -123,7 +123,7 @@ class Texts:
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """Raw vectors [N, W] of N captions."""
         device = next((p.device for p in self.tower.parameters()), torch.device("cpu"))
-        new = sorted((one for one in dict.fromkeys(captions) if one not in self.known), key=len)
+        new = sorted((caption for caption in dict.fromkeys(captions) if caption not in self.known), key=len)
         if new:
             vectors = []
             with track("encoding", "captions", len(new)) as task:
@@ -135,7 +135,7 @@ class Texts:
                         vectors.append(self.tower(packed.to(device)).float())
                     task.advance(len(part))
             self.known |= dict(zip(new, torch.cat(vectors).cpu(), strict=True))
-        return torch.stack([self.known[one] for one in captions])
+        return torch.stack([self.known[caption] for caption in captions])
 
 
 def probe_store(config: ProbeConfig, settings: TuneConfig, texts: Texts) -> Probed:
@@ -198,15 +198,15 @@ def measure(learned: Pairs, measured: Pairs, seed: int) -> dict[str, np.ndarray]
     image_mean, text_mean = learned.images.mean(0), learned.texts.mean(0)
     anchor_images, anchor_texts = F.normalize(learned.images - image_mean), F.normalize(learned.texts - text_mean)
     images, texts = F.normalize(measured.images - image_mean), F.normalize(measured.texts - text_mean)
-    found = {"neighbours": mutual_neighbours(images, means(texts, measured.owner, len(images)))}
+    outcomes = {"neighbours": mutual_neighbours(images, means(texts, measured.owner, len(images)))}
     anchors = means(anchor_texts, learned.owner, len(anchor_images))
     by_anchors = image_ranks(relative(images, anchor_images), relative(texts, anchors), measured.owner)
     strength = best_strength(anchor_texts, anchor_images, learned.owner, seed)
     matrix = ridge_map(anchor_texts, anchor_images[learned.owner], strength)
     by_map = image_ranks(images, F.normalize(texts @ matrix), measured.owner)
     for name, ranks in (("anchors", by_anchors), ("linear", by_map)):
-        found |= {f"{name} recall@{k}": (ranks < k).astype(float) for k in KS}
-    return found
+        outcomes |= {f"{name} recall@{k}": (ranks < k).astype(float) for k in KS}
+    return outcomes
 
 
 def means(texts: Tensor, owner: Tensor, images: int) -> Tensor:
@@ -266,27 +266,27 @@ def tuning_time(train: Selection, settings: TuneConfig) -> dict[str, Any]:
     }
 
 
-def against(best: Probed, one: Probed) -> dict[str, Any]:
+def against(best: Probed, probed: Probed) -> dict[str, Any]:
     """The paired difference of the headline figure to the most promising store's, where both have the same images."""
-    if one is best or one.keys != best.keys:
+    if probed is best or probed.keys != best.keys:
         return {}
-    return {"to_the_first": paired(one.outcomes, best.outcomes)}
+    return {"to_the_first": paired(probed.outcomes, best.outcomes)}
 
 
 def table(results: dict[str, Any]) -> str:
     """The results as a Markdown table, the most promising store first, with what its figures mean."""
     names = [name for name in results["stores"][0]["figures"] if name in COLUMNS]
     lines = [["", HEADLINE, "to the first", *(COLUMNS[n] for n in names if n != HEADLINE), "1M images", "tuning"]]
-    for one in results["stores"]:
-        shown = {name: percent(one["figures"][name], *one["intervals"][name]) for name in names}
-        how_long = f"{duration(one['tuning']['seconds'])} at {one['tuning']['pairs_per_second']:,.0f} pairs/s"
+    for store in results["stores"]:
+        shown = {name: percent(store["figures"][name], *store["intervals"][name]) for name in names}
+        how_long = f"{duration(store['tuning']['seconds'])} at {store['tuning']['pairs_per_second']:,.0f} pairs/s"
         lines.append(
             [
-                f"{Path(one['store']).name} ({one['tower']}, {one['width']})",
+                f"{Path(store['store']).name} ({store['tower']}, {store['width']})",
                 shown.pop(HEADLINE),
-                difference(one.get("to_the_first")),
+                difference(store.get("to_the_first")),
                 *shown.values(),
-                f"{one['storage']['bytes_per_million'] / 1e9:.1f} GB",
+                f"{store['storage']['bytes_per_million'] / 1e9:.1f} GB",
                 how_long,
             ]
         )
@@ -313,15 +313,15 @@ def percent(share: float, low: float, high: float) -> str:
     return f"{100 * share:.1f} ({100 * low:.1f}–{100 * high:.1f})"
 
 
-def difference(found: dict[str, float] | None) -> str:
+def difference(interval: dict[str, float] | None) -> str:
     """A paired difference in points with its interval.
 
     >>> difference({"difference": -0.1, "low": -0.12, "high": -0.08})
     '−10.0 (−12.0 to −8.0)'
     """
-    if found is None:
+    if interval is None:
         return ""
-    return f"{points(found['difference'])} ({points(found['low'])} to {points(found['high'])})"
+    return f"{points(interval['difference'])} ({points(interval['low'])} to {points(interval['high'])})"
 
 
 def points(share: float) -> str:

@@ -8,14 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from litune.config import QuickstartConfig, command, to_json
 from litune.errors import OutputExistsError, RunError, StoreError
 from litune.evaluation.evaluate import evaluate
-from litune.evaluation.zero_shot import accuracy
+from litune.evaluation.zero_shot import accuracies, classify
 from litune.files import read_json, write_json
 from litune.index.gallery import write_page, write_sheet
 from litune.index.index import nearest_images
@@ -127,8 +127,11 @@ def _zero_shot(model: LiT, store: FeatureStore, held_out: list[Emoji]) -> dict[s
     classes = list(emoji_pairs.CLASSES)
     features = model.encode_features(store.features([row[e.key] for e in shown]))
     classifier = model.zero_shot(classes)
-    labels = torch.tensor([classes.index(e.kind or "") for e in shown])
-    figures = accuracy(classifier.scores(features), labels)
+    labels = np.array([classes.index(e.kind or "") for e in shown])
+    figures: dict[str, Any] = dict(
+        accuracies(classify([features], classifier.weights, list(labels[:, None])), labels, len(classes)).values
+    )
+    figures |= {"chance": 1 / len(classes), "images": len(labels), "classes": len(classes)}
     probabilities = classifier.probabilities(features)
     firsts = [next(i for i, e in enumerate(shown) if e.kind == c) for c in classes if c in {o.kind for o in shown}]
     examples = [

@@ -140,7 +140,11 @@ def _merges(pieces: list[tuple[str, float, int]]) -> list[tuple[str, str]]:
 
 
 def _read(model: bytes, name: str) -> _Model:
-    """The few fields of sentencepiece_model.proto that count; field numbers are those of that file."""
+    """The few fields of sentencepiece_model.proto that count; field numbers are those of that file.
+
+    Read here, since the library's own protobuf module and transformers' copy of it can't be in one process: each
+    registers that file's name, and whichever comes second fails. It would also ask use-m3 for protobuf.
+    """
     found = _Model()
     try:
         for number, value in _fields(model):

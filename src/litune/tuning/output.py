@@ -7,7 +7,7 @@ from typing import Any
 
 from litune.config import TuneConfig, to_json
 from litune.errors import OutputExistsError, RunError
-from litune.files import clear_output, read_json, write_json
+from litune.files import clear_output, holds_nothing, read_json, write_json
 from litune.model.run_folder import CONFIG, MANIFEST
 
 
@@ -29,7 +29,7 @@ def can_go_on(config: TuneConfig) -> bool:
             f"{out} holds an unfinished run of another config ({sides}): give the same, choose another --out, "
             "or give --overwrite"
         )
-    if before is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if before is None and out.exists() and (not out.is_dir() or not holds_nothing(out)):
         clear_output(out, False, "run", config.overwrite)
     return False
 

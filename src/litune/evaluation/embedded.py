@@ -17,11 +17,16 @@ from torch import Tensor
 from litune import distributed
 from litune.config import EmbedConfig
 from litune.errors import DataError, StoreError
+from litune.evaluation.task import Task
+from litune.image.registry import differences
 from litune.model.lit import LiT
-from litune.pairs.benchmarks import EvalSet
+from litune.model.run_folder import check_store
+from litune.pairs.benchmarks import EvalSet, Kind, pairs_of
 from litune.pairs.pairs import Pairs
+from litune.progress import say
 from litune.store.build import build_store, check_processes, read_manifest
-from litune.store.store import FeatureStore
+from litune.store.selection import Selection
+from litune.store.store import DAMAGE, MANIFEST, FeatureStore
 
 ROWS = 4096  # images that are scored at once
 
@@ -39,12 +44,14 @@ class Embedded:
     """[B] SHA-256 of the picture files."""
     damaged: int
 
-    def of(self, wanted: np.ndarray) -> Embedded:
+    def take(self, positions: np.ndarray) -> Embedded:
+        """Only the images at these positions among them."""
+        hashes = [self.hashes[i] for i in positions.tolist()]
+        return replace(self, rows=self.rows[positions], places=self.places[positions], hashes=hashes)
+
+    def of(self, rows: np.ndarray) -> Embedded:
         """Only the images at these rows of the set."""
-        kept = np.flatnonzero(np.isin(self.rows, wanted))
-        return replace(
-            self, rows=self.rows[kept], places=self.places[kept], hashes=[self.hashes[i] for i in kept.tolist()]
-        )
+        return self.take(np.flatnonzero(np.isin(self.rows, rows)))
 
     def raw(self) -> np.ndarray:
         """The tower's features [B, W], float32."""
@@ -102,39 +109,68 @@ def _check_begun(place: Path, manifest: dict[str, Any]) -> None:
 
 def _check_damage(damaged: int, images: int, max_damaged: float, place: Path) -> None:
     if damaged > max_damaged * images:
+        with open(place / DAMAGE, encoding="utf-8") as lines:
+            first = json.loads(lines.readline())
         raise DataError(
-            f"{damaged:,} of {images:,} images can't be read (at most {max_damaged:.1%} may): "
-            f"{place / 'damaged.jsonl'} names them; mend them and remove that folder, or raise --max-damaged"
+            f"{damaged:,} of {images:,} images can't be read (at most {max_damaged:.1%} may), as {first['key']}: "
+            f"{first['reason']}; {place / DAMAGE} names them; mend them and remove that folder, or raise --max-damaged"
         )
 
 
 # A feature store as a set --------------------------------------------------------------------------------------------
 
 
-def stored_set(path: Path, kind: str, split: str | None = None, lang: Sequence[str] = ()) -> tuple[EvalSet, Embedded]:
+def open_set(task: Task, path: Path, run: Path, model: LiT) -> tuple[EvalSet, Embedded | None]:
+    """A task's set, and where it is a feature store, its features (see `open_store`)."""
+    if not (path / MANIFEST).is_file():
+        return task.read(path), None
+    return open_store(path, task.kind, run, model, lang=(task.lang,) if task.lang else ())
+
+
+def open_store(
+    path: Path, kind: Kind, run: Path, model: LiT, *, split: str | None = None, lang: Sequence[str] = ()
+) -> tuple[EvalSet, Embedded | None]:
+    """A feature store as an evaluation set, with its features.
+
+    None stands for features of another tower than the one that the run has tuned: its pictures are to be embedded anew.
+    Raises `StoreError` for another tower than the one that a run was tuned on.
+    """
+    images, embedded = stored_set(path, kind, split, lang)
+    tower = embedded.store.tower
+    if model.image_tuned and (tower is None or differences(model.image_provenance or {}, tower)):
+        say(f"{path} has the features of another tower: encoding its pictures with that of {run}")
+        return images, None
+    check_store(run, model, embedded.store.made_with)
+    return images, embedded
+
+
+def stored_set(path: Path, kind: Kind, split: str | None = None, lang: Sequence[str] = ()) -> tuple[EvalSet, Embedded]:
     """A feature store as an evaluation set, by its column `label` or its captions, with its features as they are."""
     store = FeatureStore(path)
-    table = store.metadata
-    layout = f"the feature store {path}" + (f", split {split}" if split else "")
-    pairs = store.select(split, lang) if kind == "retrieval" else None
-    rows = np.arange(len(store)) if pairs is None else pairs.rows
-    if pairs is None and "label" not in table.column_names:
-        raise DataError(f"{path} has no classes: embed a tree with one folder of images per class")
-    if pairs is None and split is not None:
-        raise DataError(f"{path} has classes: a split is of captions")
-    chosen = table.take(pa.array(rows))
-    pictures = chosen["image_path"].cast(pa.string()).to_pylist()
-    hashes = chosen["sha256"].to_pylist() if "sha256" in chosen.column_names else [""] * len(rows)
-    found = EvalSet(path, layout, chosen["key"].to_pylist(), pictures)
-    if pairs is None:
-        names = sorted(set(table["label"].to_pylist()))
-        place = {name: i for i, name in enumerate(names)}
-        labels = np.array([place[one] for one in table["label"].to_pylist()], np.int64)
-        found = replace(found, classes=names, labels=labels)
+    if kind == "classification":
+        if "label" not in store.column_names:
+            raise DataError(f"{path} has no classes: embed a tree with one folder of images per class")
+        if split is not None:
+            raise DataError(f"{path} has classes: a split is of captions")
+        pairs, rows = None, np.arange(len(store))
     else:
-        ends = np.cumsum(pairs.counts)[:-1]
-        captions = [list(part) for part in np.split(np.array(pairs.captions, object), ends)]
-        langs = [list(part) for part in np.split(np.array(pairs.langs, object), ends)] if pairs.langs else []
-        found = replace(found, captions=captions, langs=langs)
-    damaged = int(store.manifest.get("damaged", 0))
-    return found, Embedded(store, np.arange(len(rows)), rows, hashes, damaged)
+        pairs = store.select(split, lang)
+        rows = pairs.rows
+    chosen = store.metadata.take(pa.array(rows))
+    layout = f"the feature store {path}" + (f", split {split}" if split else "")
+    pictures = chosen["image_path"].cast(pa.string()).to_pylist()
+    keys = chosen["key"].to_pylist()
+    if pairs is None:
+        classes, labels = np.unique(np.array(chosen["label"].to_pylist(), object), return_inverse=True)
+        images = EvalSet(path, pairs_of(layout, keys, pictures), classes.tolist(), labels)
+    else:
+        captions, langs = _by_image(pairs.captions, pairs), _by_image(pairs.langs or [], pairs)
+        images = EvalSet(path, pairs_of(layout, keys, pictures, captions, langs))
+    hashes = chosen["sha256"].to_pylist() if "sha256" in chosen.column_names else [""] * len(rows)
+    return images, Embedded(store, np.arange(len(rows)), rows, hashes, int(store.manifest.get("damaged", 0)))
+
+
+def _by_image(values: list[str], pairs: Selection) -> list[list[str]]:
+    """Captions, or their languages, as a list for each image; no lists where there are none."""
+    ends = np.cumsum(pairs.counts)[:-1]
+    return [part.tolist() for part in np.split(np.array(values, object), ends)] if values else []
