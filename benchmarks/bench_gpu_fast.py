@@ -30,8 +30,8 @@ import litune
 from litune.image.registry import ImageTower
 from litune.image.runtimes import build, images_per_second
 
-WARM_UP = 4
-"""Steps before pairs are counted: the first ones compile, and find how much fits into memory."""
+WARM_UP = 2
+"""Steps before pairs are counted: the first ones allocate memory and build kernels."""
 TOP = 10
 COMPARED = 32
 """Queries that the processor answers, too."""
@@ -97,6 +97,7 @@ def tune_at_each_size(task: Task, shape: Shape) -> None:
     tower = write_text_tower(task, shape)
     square = products_rate([(task.sizes.square,) * 3], task.device)
     task.add(matmul_teraflops=square / 1e12)
+    lengths: Tensor | None = None
     for batch, steps in task.sizes.steps.items():
         forget_memory(task.device)
         if task.device == "cuda":
@@ -106,7 +107,8 @@ def tune_at_each_size(task: Task, shape: Shape) -> None:
         settings["learning_rate"] = 1e-4  # gentle, for weights that are random
         model = tune(out, **settings, duration=f"{WARM_UP + steps}steps", device=task.device)
         figures = rate_of_steps(out, batch) | {"steps": steps, **peak_memory(task.device)}
-        lengths = torch.as_tensor(model.tokenizer(captions).lengths).double()
+        if lengths is None:
+            lengths = torch.as_tensor(model.tokenizer(captions).lengths).double()
         flops = figures["pairs_per_second"] * flops_per_text(model.text, lengths, shape)
         del model
         forget_memory(task.device)

@@ -31,8 +31,8 @@ class Sizes:
     vit_b: str = "timm:vit_base_patch16_224?init=random"
     dim: int = 768
     run_steps: int = 24
-    pairs: int = 131072
-    steps: dict[int, int] = field(default_factory=lambda: {16384: 24, 65536: 10})
+    pairs: int = 65536
+    steps: dict[int, int] = field(default_factory=lambda: {16384: 12, 65536: 3})
     """Measured steps by batch size."""
     square: int = 8192
     compiled: bool = True

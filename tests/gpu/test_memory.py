@@ -5,12 +5,20 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from tests.gpu.conftest import World
 from tests.gpu.test_tune import log_of
 from tests.pretend_cuda import pretend
 
+from litune.config import TuneConfig
+from litune.text.registry import VitTextTower
+from litune.text.tokenizers import Tokens
+from litune.tuning.memory import choose_micro
 from litune.tuning.tune import tune
+
+CUDA = torch.device("cuda")
 
 
 def test_micro_batches_that_fit(
@@ -27,6 +35,27 @@ def test_micro_batches_that_fit(
     assert "--micro-batch" in capsys.readouterr().err
     losses = [[line["loss"] for line in log_of(tmp_path / name)] for name in ("roomy", "tight")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_large_gradients_do_not_hide_what_a_text_takes() -> None:
+    """Those of a wide tower are larger than all activations of a trial's texts."""
+    lengths = np.full(4096, 5)
+    tokens = Tokens(np.random.default_rng(0).integers(0, 20, lengths.sum()), lengths)
+    with pretend(memory=int(1.5e8)) as gpu:
+        tower = VitTextTower("1024-1-1024-8", 20, 5).to("cuda")
+
+        def encode(count: int) -> torch.Tensor:
+            features: torch.Tensor = tower(tower.pack(tokens.take(np.arange(count)), CUDA).to(CUDA))
+            return features
+
+        before = gpu.allocated
+        chosen = choose_micro(TuneConfig(store=Path(), text_tower="", out=Path()), len(tokens), encode, None, 0).texts
+        assert 64 < chosen < len(tokens)
+        tower.zero_grad()
+        torch.cuda.reset_peak_memory_stats()
+        encode(chosen).sum().backward()
+        share = (torch.cuda.max_memory_allocated() - before) / (gpu.memory - before)
+        assert 0.5 < share < 0.9
 
 
 @pytest.mark.parametrize("side", ["texts", "images"])

@@ -13,6 +13,7 @@ from tests.gpu.test_tune import towers
 from tests.pretend_cuda import pretend
 
 from litune.config import TuneConfig
+from litune.text import packing
 from litune.tuning import run as module
 from litune.tuning.tune import tune
 
@@ -35,6 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "whitening, heads": {"image_map": "whiten", "image_head": "mlp", "text_head": "gated"},
     "micro-batches": {"micro_batch": 2},
     "locked text tower": {"locking": "LL"},
+    "texts in a line": {},
     "lion": {"optimizer": "lion"},
     "adafactor": {"optimizer": "adafactor"},
     "unlocked image tower": {"locking": "UU"},
@@ -43,13 +45,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(("tower", "settings"), [
-    *(("bert", settings) for settings in SETTINGS), ("vit", "plain"), ("T5EncoderModel", "plain"),
-    ("ModernBertModel", "plain"),
+    *(("bert", settings) for settings in SETTINGS), ("vit", "plain"), ("vit", "texts in a line"),
+    ("T5EncoderModel", "plain"), ("ModernBertModel", "plain"),
 ])  # fmt: skip
 def test_no_step_waits(
     tower: str, settings: str, towers: dict[str, str], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "LOG_LINES", 1)
+    if settings == "texts in a line":
+        monkeypatch.setattr(packing, "FLASH_FROM", 0)
     usual = {"precision": "bfloat16", "evaluations": 0, "device": "cuda"}
     config = world.config(tmp_path, towers[tower], **(usual | SETTINGS[settings]))
     few, many = counted(config, 2), counted(config, 4)

@@ -44,12 +44,12 @@ def test_store_run_and_pair(
     known = litune.inspect(str(run))
     assert known["kind"] == "run"
     assert known["locked"] == ["image tower"]
-    assert known["parts"]["image head"] == 0
+    assert known["parts"]["image head"] == 49 * 32  # to the narrower tower's width, with a bias
     assert known["last"]["step"] == 2
     file = tmp_path / "pair.json"
     main(["inspect", str(store.path), "--text-tower", f"hf:{tiny_bert}", "--images", "1000", "--json", str(file)])
     tuning = json.loads(file.read_text())["tuning"]
-    # The run's parameters: the tower, its head and the temperature.
+    # The run's parameters: the tower, the heads and the temperature.
     assert tuning["tuned_parameters"] == known["parameters"]
     assert tuning["bytes_stored"] == 1000 * 2 * store.width
     assert tuning["bytes_of_weights_gradients_and_moments"] == 16 * known["parameters"]

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from litune.text import fused
 from litune.text.registry import make_text_tower, parse_text_spec
 from litune.text.tokenizers import Tokens
-from litune.towers.compiling import SWITCH
 
 ROUNDING = 2.0**-8
 """The largest relative error of rounding to bfloat16, and as much again for the float32 behind it."""
@@ -246,7 +245,7 @@ def test_the_tower_and_its_gradient_are_transformers_own(
     tiny_bert: Path, monkeypatch: pytest.MonkeyPatch, fresh: None, switch: str
 ) -> None:
     """With the compiled functions and without, in bfloat16, against float32 of transformers."""
-    monkeypatch.setenv(SWITCH, switch)
+    monkeypatch.setenv(fused.SWITCH, switch)
     switched_off = fused.library() is None
     assert switched_off == (switch == "0")
     tower = make_text_tower(parse_text_spec(f"hf:{tiny_bert}"), vocab_size=60, max_tokens=32, dropout=0.0)

@@ -60,6 +60,25 @@ def test_first_fit_overfills_no_row() -> None:
     assert used.max() == 1
 
 
+@pytest.mark.parametrize("width", [1, 7, 32, 48])
+def test_first_fit_is_that_of_one_text_at_a_time(width: int) -> None:
+    random = np.random.default_rng(width)
+    for count in (0, 1, 2, 30, 300):
+        lengths = random.integers(1, random.integers(1, width, endpoint=True), count, endpoint=True)
+        first, rows = first_fit(lengths, width)
+        open_rows: list[tuple[int, int]] = []  # free places and the row's number, the one that was left last at the end
+        for text in np.argsort(-lengths, kind="stable"):
+            fitting = [one for one in open_rows if one[0] >= lengths[text]]
+            if not fitting:
+                fitting = [(width, len(open_rows))]
+                open_rows.append(fitting[0])
+            free, row = next(one for one in reversed(fitting) if one[0] == min(fitting)[0])
+            assert first[text] == row * width + width - free
+            open_rows.remove((free, row))
+            open_rows.append((free - int(lengths[text]), row))
+        assert rows == len(open_rows)
+
+
 def test_attention_and_its_gradient_are_those_of_each_text_alone() -> None:
     torch.manual_seed(0)
     lengths = [5, 16, 1, 9, 9, 30]

@@ -245,7 +245,7 @@ def tuning_time(train: Selection, settings: TuneConfig) -> dict[str, Any]:
     train_unlocked(model)
     pairs = 0
     with closing(run.inputs(0)) as coming:
-        run.step(next(coming))  # the first one compiles and allocates
+        run.step(next(coming))  # the first one allocates and builds kernels
         began = time.monotonic()
         for inputs in coming:
             run.step(inputs)

@@ -10,14 +10,15 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from litune.text import fused
 from litune.text.dropout import dropout
-from litune.text.packing import Line, Rows, attention, flash_fits, through
+from litune.text.packing import Line, Rows, attention, flash_pays, through
 
 ROBERTA_LIKE = {"roberta", "xlm-roberta", "camembert"}
 """Kinds of BERT whose positions start after the id of the padding token."""
@@ -94,15 +95,18 @@ def in_c(packed: Rows) -> bool:
     return isinstance(packed, Line) and packed.ids.device.type == "cpu"
 
 
-def reads_line(model: Any, device: torch.device, bfloat16: bool) -> bool:
-    """Whether this model has an attention kernel for concatenated texts on this device (see `Line`)."""
+def reads_line(model: Any, lengths: Int[np.ndarray, " N"], device: torch.device, bfloat16: bool) -> bool:
+    """Whether this model should read texts of these lengths concatenated on this device (see `Line`).
+
+    On a CPU that is whether `litune.text.fused` can run its layers, on a GPU whether `flash_attention` pays.
+    """
     config, weights = model.config, model.embeddings.LayerNorm.weight.dtype
     depth, rest = divmod(config.hidden_size, config.num_attention_heads)
     if device.type == "cpu":
         even = rest == 0 and depth % fused.LANES == 0 and config.intermediate_size % fused.LANES == 0
         fits = config.hidden_act == "gelu" and even and weights == torch.float32
         return bfloat16 and fits and fused.library() is not None
-    return flash_fits(device, depth, torch.bfloat16 if bfloat16 else weights)
+    return flash_pays(lengths, device, depth, torch.bfloat16 if bfloat16 else weights)
 
 
 def _linear(x: Tensor, *layers: nn.Linear) -> Tensor:

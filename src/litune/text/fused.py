@@ -28,8 +28,9 @@ from torch.autograd import Function
 from litune.files import cache_folder
 from litune.progress import say
 from litune.text.dropout import draw_seed
-from litune.towers.compiling import SWITCH
 
+SWITCH = "LITUNE_COMPILE"
+"""Environment variable; 0 does without fused.c."""
 SOURCE = Path(__file__).with_name("fused.c")
 FLAGS = (
     "-Wno-psabi",  # vectors wider than the CPU's registers go through memory: harmless, all callers are in this file

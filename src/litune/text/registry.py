@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,7 @@ from litune.text.packing import (
     Rows,
     attention,
     by_length,
-    flash_fits,
+    flash_pays,
     in_line,
     in_rows,
     pool,
@@ -41,13 +40,9 @@ from litune.text.packing import (
 )
 from litune.text.tokenizers import Layout, Tokens
 from litune.text.vocabulary import TunedRows
-from litune.towers.compiling import compile_modules
 from litune.towers.quiet import quiet_transformers
 from litune.towers.specs import reason
 from litune.towers.vit import VIT_SIZES, check_vit_size, vit_size
-
-COMPILED_FROM = 2**55
-"""The operations of a training run from which compiling pays: about a minute or two of a large GPU."""
 
 
 class TextTower(nn.Module):
@@ -62,7 +57,6 @@ class TextTower(nn.Module):
     pooling: str
     max_positions: int
     architecture: dict[str, Any]
-    _compiled = False
     shared = False
     """Whether each rank holds only its rows of the parameters (see `litune.sharding`)."""
 
@@ -72,12 +66,11 @@ class TextTower(nn.Module):
         This is all of a forward pass's work for the CPU, so that a loader thread can do it. `bfloat16` is an argument
         because autocast's state is per thread.
         """
-        line = self.reads_line(device, bfloat16)
-        rows = in_line(tokens) if line else in_rows(tokens)
+        rows = in_line(tokens) if self.reads_line(tokens, device, bfloat16) else in_rows(tokens)
         return with_places(rows) if self.pooling == "mean" and device.type != "cpu" else rows
 
-    def reads_line(self, device: torch.device, bfloat16: bool) -> bool:
-        """Whether `pack` should put texts in one line for `device`, not in rows."""
+    def reads_line(self, tokens: Tokens, device: torch.device, bfloat16: bool) -> bool:
+        """Whether `pack` should put these texts in one line for `device`, not in rows."""
         return False
 
     def forward(self, packed: Packed) -> Float[Tensor, "N W"]:
@@ -86,34 +79,8 @@ class TextTower(nn.Module):
 
     @property
     def layers(self) -> list[nn.Module]:
-        """The layers in order, each called as a module: the units of sharding and compilation."""
+        """The layers in order, each called as a module: the units of sharding."""
         return []
-
-    def compile_layers(self, packed: Packed, tokens: float, *, bfloat16: bool) -> bool:
-        """Compile the layers for training if that pays for `tokens` tokens; returns whether they are compiled.
-
-        It pays on CUDA, where elementwise operators between two matrix products are bound by memory, and for layers
-        that read packed texts: they share their code, which is compiled once for each token count that recurs (see
-        `recurring`), and once for all other counts. `packed` is a micro-batch as in training, on the tower's device,
-        for a trial forward and backward pass. Gradients are cleared afterwards.
-        """
-        operations = 6 * tokens * sum(parameter.numel() for layer in self.layers for parameter in layer.parameters())
-        if not isinstance(packed, Rows) or packed.ids.device.type != "cuda" or operations < COMPILED_FROM:
-            return False
-
-        def forward_and_backward() -> None:
-            with torch.autocast(packed.ids.device.type, torch.bfloat16, enabled=bfloat16):
-                vectors = self(packed)
-            if vectors.requires_grad:
-                vectors.sum().backward()
-
-        self._compiled = compile_modules(self.layers, forward_and_backward, "the text tower")
-        self.zero_grad()
-        return self._compiled
-
-    def compiled_in_training(self) -> AbstractContextManager[Any]:
-        """The context to run the layers in: compiled in training, eager in evaluation, where batch shapes vary."""
-        return nullcontext() if self.training or not self._compiled else torch.compiler.set_stance("force_eager")
 
     def set_gradient_checkpointing(self) -> None:
         """Keep only the layers' inputs for the backward pass and recompute the rest there, with the same dropout."""
@@ -159,9 +126,9 @@ class HfTextTower(TextTower):
         """N texts as `forward` reads them (see `TextTower.pack`)."""
         return super().pack(tokens, device, bfloat16=bfloat16) if self._packs else by_length(tokens)
 
-    def reads_line(self, device: torch.device, bfloat16: bool) -> bool:
-        """Whether `pack` should put texts in one line for `device`, not in rows."""
-        return reads_line(self.model, device, bfloat16)
+    def reads_line(self, tokens: Tokens, device: torch.device, bfloat16: bool) -> bool:
+        """Whether `pack` should put these texts in one line for `device`, not in rows."""
+        return reads_line(self.model, tokens.lengths, device, bfloat16)
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -173,8 +140,7 @@ class HfTextTower(TextTower):
     def forward(self, packed: Packed) -> Float[Tensor, "N W"]:
         """Pooled float32 vectors [N, width]."""
         if isinstance(packed, Rows):
-            with self.compiled_in_training():
-                return pool(bert_encode(self.model, packed), packed, self.pooling)
+            return pool(bert_encode(self.model, packed), packed, self.pooling)
         # One call per length: works for architectures that know nothing of packing, without padding.
         assert isinstance(packed, Groups)
         vectors, calls = [], list(packed.ids)
@@ -249,10 +215,11 @@ class VitTextTower(TextTower):
             for bias in (block.up.bias, block.down.bias):  # type: ignore[union-attr]
                 nn.init.normal_(bias, std=1e-6)  # type: ignore[arg-type]
 
-    def reads_line(self, device: torch.device, bfloat16: bool) -> bool:
-        """Whether `pack` should put texts in one line for `device`, not in rows."""
+    def reads_line(self, tokens: Tokens, device: torch.device, bfloat16: bool) -> bool:
+        """Whether `pack` should put these texts in one line for `device`, not in rows."""
         weight, heads = self.position_embedding, vit_size(self.architecture["size"])[3]
-        return flash_fits(device, self.width // heads, torch.bfloat16 if bfloat16 else weight.dtype)
+        dtype = torch.bfloat16 if bfloat16 else weight.dtype
+        return flash_pays(tokens.lengths, device, self.width // heads, dtype)
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -267,8 +234,7 @@ class VitTextTower(TextTower):
             positions = positions + self.second_position_embedding
         # Not positions[…]: the gradient of indexing with many equal indices is slow on a GPU.
         x = self.token_embedding(packed.ids) + F.embedding(packed.positions, positions)
-        with self.compiled_in_training():
-            x = through(self.blocks, x, packed)
+        x = through(self.blocks, x, packed)
         return pool(self.norm(x), packed, self.pooling)
 
     def token_table(self) -> nn.Embedding:

@@ -40,8 +40,11 @@ def choose_micro(config: TuneConfig, most: int, texts: Trial, images: Trial | No
 
 
 def _fitting(encode: Trial, most: int, reserved: int) -> int:
-    """How many rows fit into the memory that is free, forward and backward, by two measured trials."""
+    """How many rows fit into the memory that is free, forward and backward, by two trials after a first one."""
     try:
+        # The first takes the memory of the parameters' gradients. They can be larger than a trial's activations, which
+        # are given up while gradients are made, and would hide them.
+        _peak(encode, min(TRIAL, most))
         small, large = _peak(encode, min(TRIAL, most)), _peak(encode, min(2 * TRIAL, most))
     except torch.OutOfMemoryError:
         return max(1, min(TRIAL, most) // 8)

@@ -37,7 +37,6 @@ from litune.tuning.pixels import PixelLoader
 from litune.tuning.setup import (
     batch_size,
     choose_tuned,
-    compile_layers,
     kept_texts,
     measure_micro,
     runs_layers,
@@ -147,8 +146,6 @@ class Tuning:
             deterministic(self.device, strict=not self.model.image_tuned and runs_layers(self)),
             tf32_products(self.device, self.bfloat16),
         ):
-            if self.device.type == "cuda" and self.shards is None:
-                compile_layers(self)  # in here, since what is compiled is compiled for these two settings
             self._take_steps(log, task, interrupted, checkpoints)
         self.finish()
         if interrupted():  # in the last step: the run is whole, what was to follow it is not to begin

@@ -169,15 +169,6 @@ def runs_layers(run: Tuning) -> bool:
     return isinstance(run.model.text.pack(run.tokens.take(np.zeros(1, int)), run.device), Rows)
 
 
-def compile_layers(run: Tuning) -> None:
-    """Compile the text tower's layers, where it pays in this run."""
-    rows = min(run.micro.texts, -(-run.size // distributed.world_size()))
-    tokens = sample_of(run, rows)
-    packed = run.model.text.pack(tokens, run.device, bfloat16=run.bfloat16).to(run.device)
-    total = run.steps * rows * float(tokens.lengths.mean())
-    run.model.text.compile_layers(packed, total, bfloat16=run.bfloat16)
-
-
 def measure_micro(run: Tuning) -> Micro:
     """How much passes through the towers at once; on a GPU it is measured, and said."""
     if run.device.type != "cuda":
