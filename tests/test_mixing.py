@@ -61,6 +61,7 @@ def config(tiny_bert: Path, tmp_path: Path) -> TuneConfig:
     return TuneConfig(
         store=tmp_path / "large", more_stores=(tmp_path / "small",), text_tower=f"hf:{tiny_bert}", out=tmp_path / "run",
         duration="9steps", batch_size=10, evaluations=0, image_map="none", precision="float32", device="cpu",
+        start="random",
     )  # fmt: skip
 
 

@@ -41,10 +41,11 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 # Batches of 7 of 18 pairs, some with equal captions, so that masks count and ranks have 4 and 3 pairs.
 COMMON = {
     "lang": ["en"], "duration": "28pairs", "batch_size": 7, "evaluations": 2, "learning_rate": 1e-3,
-    "precision": "float32", "dropout": 0.0, "device": "cpu",
+    "precision": "float32", "dropout": 0.0, "device": "cpu", "start": "random",
 }  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
     "softmax": {},
+    "fitted": {"start": "fit", "logit_scale": 0.0, "learning_rate": 1e-5},
     "sigmoid": {"loss": "sigmoid", "logit_bias": -2.0},
     "cached": {"micro_batch": 2, "optimizer": "adafactor"},
     "sharded": {"shard": True, "micro_batch": 2, "clip_norm": 0.05},
@@ -271,6 +272,7 @@ def test_tune_killed_on_two_and_gone_on_with_one(place: Path, capsys: pytest.Cap
 def test_sharded_killed_and_gone_on(place: Path) -> None:
     """Shared states are whole in a checkpoint: two ranks go on from their own, one from theirs, as if undisturbed."""
     command = ["-m", "litune", "tune", "store", "--text-tower", "hf:bert", "--lang", "en", "--duration", "120pairs"]
+    command += ["--start", "random"]
     command += ["--batch-size", "6", "--evaluations", "1", "--precision", "float32", "--device", "cpu"]
     command += ["--dropout", "0", "--checkpoint-seconds", "0"]
     torch.set_num_threads(1)

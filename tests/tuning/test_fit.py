@@ -181,3 +181,18 @@ def test_the_scale_has_the_lowest_loss() -> None:
     maps = cca(Moments(sums), 0.0, 0.0).weighted(0.0, 0.0)
     assert HeldOutPairs(images, images, owner).scale(maps) == SCALES[-1]
     assert HeldOutPairs(images, images + 2 * random.normal(size=images.shape), owner).scale(maps) < 16
+
+
+def test_pairs_without_anything_in_common(tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Equal features give no direction: a fit says so in a line, and tuning begins at random."""
+    store = random_store(tmp_path / "store", 1, 4)
+    features = store.path / "img_emb" / "img_emb_0000.npy"
+    one = random_store(tmp_path / "equal", 30, 4)
+    np.save(one.path / "img_emb" / features.name, np.ones((30, 4), np.float16))
+    tower = {"text_tower": f"hf:{tiny_bert}", "holdout": 0.0, "device": "cpu"}
+    with pytest.raises(ConfigError, match="nothing in common that varies"):
+        litune.fit(one.path, out=tmp_path / "fit", **tower)
+    litune.tune(one.path, out=tmp_path / "run", duration="2steps", evaluations=0, **tower)
+    assert "heads begin at random" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="contrastive tuning needs two or more"):
+        litune.fit(store.path, out=tmp_path / "lone", **tower)

@@ -139,6 +139,8 @@ def _why_not(config: TuneConfig, spec: TextSpec) -> str | None:
         return "needs a locked image tower, whose features are stored"
     if config.text_head != "linear" or config.image_head not in ("auto", "linear", "none"):
         return "makes linear heads: leave out --text-head, and let --image-head be linear or none"
+    if config.image_negatives:
+        return "gives images a head, which --image-negatives can't have"
     if config.shard:
         return "can't be computed with --shard"
     return None

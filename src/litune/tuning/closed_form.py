@@ -122,7 +122,7 @@ def cca(moments: Moments, image_shrinkage: float, text_shrinkage: float) -> Cano
     squares, vectors = np.linalg.eigh(whitened.T @ whitened)
     correlations = np.sqrt(np.maximum(squares[::-1], 0))
     rank = int((correlations > max(FLOOR, NEGLIGIBLE * correlations[0])).sum())
-    vectors = vectors[:, ::-1][:, : min(rank, *whitened.shape)]
+    vectors = _signed(vectors[:, ::-1][:, : min(rank, *whitened.shape)])
     image = (image_basis * image_scale) @ (whitened @ vectors)
     return CanonicalDirections(moments, image, (text_basis * text_scale) @ vectors, correlations[: vectors.shape[1]])
 
@@ -139,6 +139,13 @@ def procrustes(moments: Moments) -> LinearMaps:
     """The rotations of both sides under which they covary most, without scaling anything (Schönemann 1966)."""
     image, _, text = np.linalg.svd(moments.cross, full_matrices=False)
     return LinearMaps(moments.image_mean, moments.text_mean, image, text.T)
+
+
+def _signed(vectors: Matrix) -> Matrix:
+    """The columns, each with the sign that makes its largest entry positive: libraries and rounding choose any."""
+    largest = np.abs(vectors).argmax(axis=0)
+    signed: Matrix = vectors * np.sign(vectors[largest, np.arange(vectors.shape[1])])
+    return signed
 
 
 def _inverse_roots(variances: np.ndarray, shrinkage: float) -> np.ndarray:

@@ -25,6 +25,7 @@ from litune.errors import ConfigError
 from litune.evaluation.retrieval import retrieval
 from litune.image.tower import weights_hash
 from litune.model.lit import LiT
+from litune.progress import say
 from litune.store.selection import Selection
 from litune.store.text_vectors import TextVectors
 from litune.text.registry import TextTower
@@ -109,12 +110,18 @@ def for_tuning(config: TuneConfig) -> Options:
 def start_heads(model: LiT, train: Selection, config: TuneConfig, options: Options) -> dict[str, Any]:
     """Set the model's heads and temperature from a fit to the pairs; returns what was chosen.
 
-    Raises `ConfigError` for a --dim that a fit can't have.
+    Raises `ConfigError` for a --dim that a fit can't have, and where --start fit is asked for and there is nothing to fit.
     """
     model.eval()
     bfloat16 = pick_bfloat16(config.precision, model.logit_scale.device)
     fitted = fit_maps(text_vectors(model, _at_most(train, options.most, config.seed), bfloat16), options, config.seed)
     directions = fitted.maps.text.shape[1]
+    if directions == 0:
+        nothing = "image features and texts have nothing in common that varies (are they all equal?)"
+        if config.start == "fit":
+            raise ConfigError(f"{nothing}: there is nothing to fit")
+        say(f"{nothing}: heads begin at random")
+        return {}
     if config.dim is not None and directions < config.dim:
         raise ConfigError(
             f"--dim {config.dim} is more than the {directions} directions that these pairs and towers have: "
