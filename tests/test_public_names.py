@@ -12,7 +12,8 @@ def test_all_names_are_there_and_no_more() -> None:
     assert litune.__all__ == [
         "FeatureStore", "ImageTower", "ImageTransform", "Index", "LiT", "LituneError", "classify", "compare",
         "dedup_data", "embed", "eval", "export", "fetch_data", "filter_data", "fit", "import_", "inspect",
-        "inspect_data", "load", "probe", "push", "quickstart", "search", "sigmoid_loss", "softmax_loss", "tune", "__version__",
+        "inspect_data", "load", "probe", "push", "quickstart", "search", "sigmoid_loss", "softmax_loss", "tune",
+        "__version__",
     ]  # fmt: skip
     for name in litune.__all__:
         assert getattr(litune, name) is not None

@@ -110,7 +110,7 @@ def for_tuning(config: TuneConfig) -> Options:
 def start_heads(model: LiT, train: Selection, config: TuneConfig, options: Options) -> dict[str, Any]:
     """Set the model's heads and temperature from a fit to the pairs; returns what was chosen.
 
-    Raises `ConfigError` for a --dim that a fit can't have, and where --start fit is asked for and there is nothing to fit.
+    Raises `ConfigError` for a --dim that a fit can't have, and, with --start fit, where there is nothing to fit.
     """
     model.eval()
     bfloat16 = pick_bfloat16(config.precision, model.logit_scale.device)
