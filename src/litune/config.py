@@ -286,8 +286,8 @@ class TuneConfig(Checked):
     longer."""
     optimizer: Literal["adamw", "adafactor", "lion"] = "adamw"
     """adamw; adafactor as in "Scaling Vision Transformers"; lion, with about a tenth of adamw's learning rate."""
-    learning_rate: Limit = 1e-3
-    """The peak learning rate."""
+    learning_rate: Limit | None = None
+    """The peak learning rate: by default 1e-3, from a fit 5e-4."""
     head_rate: Rate = 1.0
     """The learning rate of the heads, as a multiple of --learning-rate. On a thousand pairs, a lower rate with
     --head-rate 10 overfits less."""

@@ -29,6 +29,7 @@ from litune.text.use_m3 import use_tokenizer
 
 CPU = torch.device("cpu")
 PAPER_TOKENS, FITTED_TOKENS = 16, 32
+PAPER_RATE, FITTED_RATE = 1e-3, 5e-4
 LOG_10 = math.log(10)
 """The paper's start of the temperature."""
 
@@ -117,18 +118,6 @@ def starts_fitted(config: TuneConfig, spec: TextSpec) -> bool:
     return config.start != "random" and not why
 
 
-def with_tokens(config: TuneConfig, spec: TextSpec) -> TuneConfig:
-    """The config with the tokens of a caption that are read by default: a frozen tower is to see whole captions."""
-    if config.max_tokens is not None:
-        return config
-    return dataclasses.replace(config, max_tokens=FITTED_TOKENS if starts_fitted(config, spec) else PAPER_TOKENS)
-
-
-def read_tokens(config: TuneConfig) -> int:
-    """How many tokens of a caption are read, at most, by a config that has gone through `with_tokens`."""
-    return config.max_tokens or PAPER_TOKENS
-
-
 def _why_not(config: TuneConfig, spec: TextSpec) -> str | None:
     """Why tuning can't start from a fit; None where it can."""
     if spec.kind == "run" and config.locking != "LL":
@@ -144,6 +133,27 @@ def _why_not(config: TuneConfig, spec: TextSpec) -> str | None:
     if config.shard:
         return "can't be computed with --shard"
     return None
+
+
+def with_defaults(config: TuneConfig, spec: TextSpec) -> TuneConfig:
+    """The config with what its defaults are for its start: the learning rate, and the tokens of a caption.
+
+    A fit is not to be unlearned at once, and a frozen tower is to see whole captions.
+    """
+    tokens, rate = (FITTED_TOKENS, FITTED_RATE) if starts_fitted(config, spec) else (PAPER_TOKENS, PAPER_RATE)
+    return dataclasses.replace(
+        config, max_tokens=config.max_tokens or tokens, learning_rate=config.learning_rate or rate
+    )
+
+
+def read_tokens(config: TuneConfig) -> int:
+    """How many tokens of a caption are read, at most; the paper's, of a config without `with_defaults`."""
+    return config.max_tokens or PAPER_TOKENS
+
+
+def peak_rate(config: TuneConfig) -> float:
+    """The peak learning rate; the paper's, of a config without `with_defaults`."""
+    return config.learning_rate or PAPER_RATE
 
 
 def make_model(

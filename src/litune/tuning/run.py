@@ -19,6 +19,7 @@ from litune.devices import deterministic, keep_freed_memory, pick_bfloat16, proc
 from litune.errors import RunError
 from litune.files import replace_folder
 from litune.image.registry import is_convolutional
+from litune.model.build import peak_rate
 from litune.model.lit import LiT
 from litune.model.run_folder import MANIFEST, STATE, save_model
 from litune.progress import Task, say, track
@@ -270,7 +271,7 @@ class Tuning:
         if self.model.logit_bias is not None:
             values["bias"] = self.model.logit_bias
         values["first_bad"] = take.first_bad
-        return Reading(number, values, {"learning_rate": self.config.learning_rate * share} | sources)
+        return Reading(number, values, {"learning_rate": peak_rate(self.config) * share} | sources)
 
     def _not_finite(self, step: int, loss: float, norm: float) -> None:
         """Skip a step, if that is asked for and does not happen again and again; else stop with its step and keys."""

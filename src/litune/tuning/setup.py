@@ -16,6 +16,7 @@ from litune import distributed
 from litune.config import TuneConfig, parse_rates
 from litune.devices import send
 from litune.errors import ConfigError
+from litune.model.build import peak_rate
 from litune.model.lit import LiT
 from litune.progress import say
 from litune.schedules import parse_duration, rate_share
@@ -105,7 +106,7 @@ def choose_tuned(config: TuneConfig, model: LiT, tokens: Tokens | LaterTokens) -
     own_rows = {f"text.{name}": rows for name, rows in shards.own.items()} if shards else {}
     groups = parameter_groups(
         ((name, own_rows.get(name, parameter)) for name, parameter in model.named_parameters()),
-        learning_rate=config.learning_rate,
+        learning_rate=peak_rate(config),
         weight_decay=config.weight_decay,
         rates=rates,
     )

@@ -18,6 +18,7 @@ from litune.config import TuneConfig
 from litune.errors import RunError
 from litune.files import read_json, replace_folder, sweep_temporaries
 from litune.image.registry import weights_hash
+from litune.model.build import peak_rate
 from litune.model.run_folder import MANIFEST, STATE, load_tensors, model_state, save_tensors
 from litune.progress import say
 from litune.sharding import FACTS, find_state, load_state, save_state
@@ -200,6 +201,7 @@ def manifest(run: Tuning) -> dict[str, Any]:
         "tuned_parameters": run.tuned.parameters,
         "steps": done,
         "batch_size": run.size,
+        "learning_rate": peak_rate(run.config),
         "pairs_seen": done * run.size,
         "seconds": round(run.progress.seconds, 1),
         "precision": "bfloat16" if run.bfloat16 else "float32",

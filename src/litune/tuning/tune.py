@@ -7,7 +7,7 @@ import torch
 from litune import distributed
 from litune.config import TuneConfig, command
 from litune.devices import pick_device
-from litune.model.build import make_model, make_tokenizer, started_from, starts_fitted, text_spec, with_tokens
+from litune.model.build import make_model, make_tokenizer, started_from, starts_fitted, text_spec, with_defaults
 from litune.model.card import write_card
 from litune.model.lit import LiT
 from litune.model.run_folder import MANIFEST, STATE, image_tower_finder, load
@@ -39,7 +39,7 @@ def tune(config: TuneConfig, on_log: OnLog | None = None) -> LiT:
     train, val = choose_mixture(stores, config)
     with distributed.claimed(config.out):
         goes_on = distributed.from_main(lambda: can_go_on(config))
-        asked, config = config, with_tokens(config, spec)
+        asked, config = config, with_defaults(config, spec)
         device = pick_device(config.device)
         torch.manual_seed(config.seed)
         start = started_from(spec, config)
