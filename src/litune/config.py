@@ -291,9 +291,9 @@ class TuneConfig(Checked):
     head_rate: Rate = 1.0
     """The learning rate of the heads, as a multiple of --learning-rate. On a thousand pairs, a lower rate with
     --head-rate 10 overfits less."""
-    temperature_rate: Rate = 30.0
-    """The learning rate of the temperature and bias, as a multiple of --learning-rate; 1 in the paper's long runs,
-    but in some hundred steps the temperature could not leave its start."""
+    temperature_rate: Rate | None = None
+    """The learning rate of the temperature and bias, as a multiple of --learning-rate: by default 30, since in some
+    hundred steps the temperature could not leave its start else, from a fit, which has chosen it, 3; 1 in the paper."""
     rates: tuple[str, ...] = ()
     """Learning rates by name, as PATTERN=MULTIPLE: text.*=0.1, image.*blocks.11.*=0.01; 0 locks. The first pattern
     that matches a parameter's name (* ? [0-5]) counts. Names begin with text., text_head., image. or image_head."""

@@ -30,6 +30,7 @@ from litune.text.use_m3 import use_tokenizer
 CPU = torch.device("cpu")
 PAPER_TOKENS, FITTED_TOKENS = 16, 32
 PAPER_RATE, FITTED_RATE = 1e-3, 5e-4
+TEMPERATURE_RATE, FITTED_TEMPERATURE_RATE = 30.0, 3.0
 LOG_10 = math.log(10)
 """The paper's start of the temperature."""
 
@@ -136,14 +137,17 @@ def _why_not(config: TuneConfig, spec: TextSpec) -> str | None:
 
 
 def with_defaults(config: TuneConfig, spec: TextSpec) -> TuneConfig:
-    """The config with what its defaults are for its start: the learning rate, and the tokens of a caption.
+    """The config with what its defaults are for its start: the learning rates, and the tokens of a caption.
 
-    A fit is not to be unlearned at once, and a frozen tower is to see whole captions.
+    A fit is not to be unlearned at once, its temperature was chosen, and a frozen tower is to see whole captions.
     """
-    tokens, rate = (FITTED_TOKENS, FITTED_RATE) if starts_fitted(config, spec) else (PAPER_TOKENS, PAPER_RATE)
-    return dataclasses.replace(
-        config, max_tokens=config.max_tokens or tokens, learning_rate=config.learning_rate or rate
-    )
+    fitted = starts_fitted(config, spec)
+    defaults: dict[str, Any] = {
+        "max_tokens": FITTED_TOKENS if fitted else PAPER_TOKENS,
+        "learning_rate": FITTED_RATE if fitted else PAPER_RATE,
+        "temperature_rate": FITTED_TEMPERATURE_RATE if fitted else TEMPERATURE_RATE,
+    }
+    return dataclasses.replace(config, **{k: v for k, v in defaults.items() if getattr(config, k) is None})
 
 
 def read_tokens(config: TuneConfig) -> int:

@@ -16,7 +16,7 @@ from litune import distributed
 from litune.config import TuneConfig, parse_rates
 from litune.devices import send
 from litune.errors import ConfigError
-from litune.model.build import peak_rate
+from litune.model.build import TEMPERATURE_RATE, peak_rate
 from litune.model.lit import LiT
 from litune.progress import say
 from litune.schedules import parse_duration, rate_share
@@ -130,7 +130,7 @@ def rates_of(config: TuneConfig, named: dict[str, nn.Parameter]) -> list[tuple[s
         ("image.*", config.image_rate),
         ("text_head.*", config.head_rate),
         ("image_head.*", config.head_rate),
-        ("logit_*", config.temperature_rate),
+        ("logit_*", TEMPERATURE_RATE if config.temperature_rate is None else config.temperature_rate),
     ]
 
 
