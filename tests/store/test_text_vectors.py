@@ -71,3 +71,17 @@ def test_a_store_that_cannot_be_written_to_is_read_all_the_same(
     vectors.encode(pairs, encode)
     assert np.array_equal(vectors.take(pairs.caption_array), encode(pairs.captions))
     assert "texts are encoded for this run alone" in capsys.readouterr().err
+
+
+def test_two_commands_at_once_never_mix_their_texts(tmp_path: Path) -> None:
+    """Both begin without the other's texts: each has its own vectors, and a third finds right ones or none."""
+    pairs = random_store(tmp_path / "store", 12, 4).select()
+    halves = [pairs.subset(np.arange(6)), pairs.subset(np.arange(6, 12))]
+    both = [TextVectors(pairs.store.path, "tower") for _ in halves]
+    for vectors, half in zip(both, halves, strict=True):
+        vectors.encode(half, encode)
+    for vectors, half in zip(both, halves, strict=True):
+        assert np.array_equal(vectors.take(half.caption_array), encode(half.captions))
+    third = TextVectors(pairs.store.path, "tower")
+    third.encode(pairs, encode)
+    assert np.array_equal(third.take(pairs.caption_array), encode(pairs.captions))

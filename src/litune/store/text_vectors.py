@@ -1,9 +1,10 @@
 """Vectors of a store's captions from a text tower that is locked: encoded once, and kept beside the features.
 
-    STORE/text_emb/FINGERPRINT/part-0.hashes.npy, part-0.npy    what texts, by their hash; their vectors
+    STORE/text_emb/FINGERPRINT/part-0.npy    rows of two fields: a text's hash, and its vector
 
 Every distinct text is there once, for all commands that read this tower. A part is written when its texts are encoded:
-an interrupted pass goes on with the next one.
+an interrupted pass goes on with the next one. Two commands at once may write the same part, and the later one's stays:
+what is lost is encoded again.
 """
 
 from __future__ import annotations
@@ -46,8 +47,9 @@ class TextVectors:
     def _open(self, number: int) -> None:
         file = self.folder / f"part-{number}.npy"
         try:
-            hashes, vectors = np.load(file.with_suffix(".hashes.npy")), np.load(file, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as why:
+            rows = np.load(file, mmap_mode="r")
+            hashes, vectors = np.array(rows["hash"]), rows["vector"]
+        except (OSError, ValueError, EOFError, IndexError) as why:
             raise StoreError(f"{file} is damaged ({why}): remove {self.folder}, texts are encoded again") from None
         self.hashes = np.concatenate([self.hashes, hashes])
         self._parts.append(vectors)
@@ -76,18 +78,21 @@ class TextVectors:
 
     def add(self, hashes: Int[np.ndarray, " n"], vectors: Float[np.ndarray, "n W"]) -> None:
         """Keep the vectors of further texts."""
-        number = len(self._parts)
         if self._writable:
-            file = self.folder / f"part-{number}.npy"
+            rows = np.empty(len(hashes), [("hash", np.int64), ("vector", np.float32, vectors.shape[1:])])
+            rows["hash"], rows["vector"] = hashes, vectors
             try:
-                for path, values in ((file.with_suffix(".hashes.npy"), hashes), (file, vectors)):
-                    with atomic(path) as temporary, open(temporary, "wb") as out:
-                        np.save(out, values)
+                file = self.folder / f"part-{len(self._parts)}.npy"
+                with atomic(file) as temporary, open(temporary, "wb") as out:
+                    np.save(out, rows)
+                written = np.load(file, mmap_mode="r")
+                if np.array_equal(written["hash"], hashes):  # else another command has written there since
+                    vectors = written["vector"]
             except OSError as why:
                 say(f"{self.folder} can't be written ({why.strerror or why}): texts are encoded for this run alone")
                 self._writable = False
         self.hashes = np.concatenate([self.hashes, hashes])
-        self._parts.append(np.load(file, mmap_mode="r") if self._writable else vectors)
+        self._parts.append(vectors)
         self._sort()
 
     def encode(self, pairs: Selection, encode: Encode) -> None:
