@@ -97,6 +97,7 @@ def kill_when(process: subprocess.Popen[str], ready: Any) -> None:
     deadline = time.monotonic() + 120
     while not ready() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
+    assert process.poll() is None, process.communicate()[1]  # it has ended by itself
     ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     for killed in (process.pid, *map(int, ranks)):  # torchrun first: it would start or end the others
         os.kill(killed, signal.SIGKILL)
@@ -272,11 +273,10 @@ def test_tune_killed_on_two_and_gone_on_with_one(place: Path, capsys: pytest.Cap
 def test_sharded_killed_and_gone_on(place: Path) -> None:
     """Shared states are whole in a checkpoint: two ranks go on from their own, one from theirs, as if undisturbed."""
     command = ["-m", "litune", "tune", "store", "--text-tower", "hf:bert", "--lang", "en", "--duration", "120pairs"]
-    command += ["--start", "random"]
     command += ["--batch-size", "6", "--evaluations", "1", "--precision", "float32", "--device", "cpu"]
     command += ["--dropout", "0", "--checkpoint-seconds", "0"]
     torch.set_num_threads(1)
-    main([*command[2:], "--out", "straight"])
+    main([*command[2:], "--out", "straight", "--start", "random"])  # as with --shard
     for ranks in (1, 2):
         sharded = [*command, "--out", f"run-{ranks}", "--shard"]
         states = place / f"run-{ranks}"

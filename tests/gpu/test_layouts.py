@@ -102,7 +102,7 @@ def test_batches_of_a_run_may_differ(
 ) -> None:
     """The losses are those of the processor, to bfloat16's rounding."""
     layouts = between(world, monkeypatch)
-    usual = {"precision": "bfloat16", "duration": "6steps", "evaluations": 0}
+    usual = {"precision": "bfloat16", "duration": "6steps", "evaluations": 0, "start": "random"}
     config = world.config(tmp_path / "cuda", tiny_bert, device="cuda", **(usual | settings))
     with pretend():
         tune.run(config)
