@@ -30,6 +30,7 @@ from litune.store.selection import Selection
 from litune.store.text_vectors import TextVectors
 from litune.text.registry import TextTower
 from litune.text.tokenizers import Tokenizer
+from litune.text.vectors import encode_by_length
 from litune.tuning.closed_form import LinearMaps, Moments, Sums, cca, procrustes, ridge
 from litune.vectors import normalize
 
@@ -49,7 +50,6 @@ TUNE_MOST = 32_768
 """The most captions that a start of tuning is fitted to: further ones change little, and each is encoded for it."""
 HEAD_SIZE = 0.05
 """The root mean square of the heads' weights: as features are normalised it is free, but Adam's steps are not."""
-BATCH = 512
 BLOCK = 2048
 """Images that are summed up at once."""
 
@@ -154,19 +154,17 @@ def text_fingerprint(text: TextTower, tokenizer: Tokenizer, bfloat16: bool) -> s
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-@torch.no_grad()
 def encode(model: LiT, texts: list[str], *, bfloat16: bool) -> Float[np.ndarray, "N W"]:
-    """The text tower's raw vectors of N texts; texts of similar length share a batch."""
+    """The text tower's raw float32 vectors of N texts."""
     text, device = model.text, model.logit_scale.device
     tokens = model.tokenizer(texts)
-    order = np.argsort(tokens.lengths, kind="stable")
-    vectors = np.empty((len(order), text.width), np.float32)
-    for start in range(0, len(order), BATCH):
-        rows = order[start : start + BATCH]
+
+    def part(rows: np.ndarray) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-            packed = text.pack(tokens.take(rows), device, bfloat16=bfloat16).to(device)
-            vectors[rows] = text(packed).float().cpu().numpy()
-    return vectors
+            vectors: Tensor = text(text.pack(tokens.take(rows), device, bfloat16=bfloat16).to(device))
+        return vectors
+
+    return encode_by_length(tokens.lengths, part).numpy()
 
 
 def _at_most(train: Selection, most: int | None, seed: int) -> Selection:
@@ -193,22 +191,25 @@ def fit_maps(vectors: Vectors, options: Options, seed: int) -> Fitted:
     assert sums is not None
     assert others is not None
     unseen = HeldOutPairs.of(vectors.blocks(held_out))
-    chosen, maps = choose(Moments(sums), unseen, options)
+    chosen, maps, recall = choose(Moments(sums), unseen, options)
     scale = unseen.scale(maps)
-    facts = {"chosen_on_images": count, "recall": round(unseen.recall(maps), 4), "scale": round(scale, 2)}
+    facts = {"chosen_on_images": count, "recall": round(recall, 4), "scale": round(scale, 2)}
     return Fitted(_maps(Moments(sums + others), options.method, chosen), scale, _facts(options.method, chosen) | facts)
 
 
-def choose(moments: Moments, unseen: HeldOutPairs, options: Options) -> tuple[Settings, LinearMaps]:
-    """The settings with the highest recall on pairs that the moments don't have, one setting after the other."""
-    begin = _settings(options, UNSEEN)
-    best = (begin, _maps(moments, options.method, begin))
-    recall = unseen.recall(best[1])
+def choose(moments: Moments, unseen: HeldOutPairs, options: Options) -> tuple[Settings, LinearMaps, float]:
+    """The settings with the highest recall on pairs that the moments don't have, with their maps and that recall.
+
+    They are chosen one after the other.
+    """
+
+    def tried(settings: Settings) -> tuple[Settings, LinearMaps, float]:
+        maps = _maps(moments, options.method, settings)
+        return settings, maps, unseen.recall(maps)
+
+    best = tried(_settings(options, UNSEEN))
     for varied in _varied(options):
-        for settings in varied(best[0]):
-            maps = _maps(moments, options.method, settings)
-            if (found := unseen.recall(maps)) > recall:
-                recall, best = found, (settings, maps)
+        best = max([best, *map(tried, varied(best[0]))], key=lambda candidate: candidate[2])
     return best
 
 
