@@ -30,7 +30,8 @@ def _folder() -> Path:
 
 
 def wait_until_gone() -> None:
-    """Wait for what kill -9 has ended: it is the program of a process a moment later."""
+    """Wait for what kill -9 has ended: it is the program of a process a moment later, or not even begun."""
+    subprocess.run([quick_python(), "-c", ""], check=True)  # begun after all that were asked for before
     while any((_folder() / "running").iterdir()):
         time.sleep(0.01)
 

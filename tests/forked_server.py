@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import importlib
+import itertools
 import json
 import os
 import runpy
@@ -37,11 +38,13 @@ MODULES = (
 
 
 def read(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """A request and its standard files."""
+    """A request and its standard files; EOFError where the client is gone before it has said all."""
     length, files, *_ = socket.recv_fds(connection, 8, 3)
     left, parts = int.from_bytes(length, "big"), []
-    while left:
+    while left or not length:
         parts.append(connection.recv(left))
+        if not parts[-1]:
+            raise EOFError
         left -= len(parts[-1])
     return json.loads(b"".join(parts)), files
 
@@ -56,8 +59,8 @@ def descendants(process: int) -> list[int]:
 
 def keep(connection: socket.socket, program: int, running: Path) -> None:
     """Tell the client of a program, and wait for the end of either; `running` is there as long as the program."""
-    running.touch()
-    connection.sendall(f"{program}\n".encode())
+    with contextlib.suppress(OSError):  # the client may be gone already, which `select` sees
+        connection.sendall(f"{program}\n".encode())
     ended = os.pidfd_open(program)
     ready, _, _ = select.select([connection, ended], [], [])
     if ended not in ready:
@@ -110,18 +113,24 @@ def serve(address: str) -> Callable[[], Any]:
     listener.listen(16)
     print("ready", flush=True)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers
-    while True:
+    for number in itertools.count():
         connection, _ = listener.accept()
+        running = Path(address).with_name("running") / str(number)
+        running.touch()
         if os.fork():
             connection.close()
             continue
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         listener.close()
-        request, files = read(connection)
+        try:
+            request, files = read(connection)
+        except (EOFError, OSError):
+            running.unlink()
+            os._exit(0)
         if program := os.fork():
             for file in files:
                 os.close(file)
-            keep(connection, program, Path(address).with_name("running") / str(program))
+            keep(connection, program, running)
         connection.close()
         sys.executable = str(Path(address).with_name("python"))  # what it starts is forked as well
         return prepare(request, files, base)
