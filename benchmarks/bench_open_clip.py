@@ -29,6 +29,7 @@ class OpenClipSteps:
         image_tower: str = "vit_small_patch16_224",
         pretrained: bool = True,
         device: str = "cpu",
+        rate: float = 5e-4,
     ) -> None:
         """`folder` holds the text tower and its tokenizer; where it isn't `pretrained`, its weights are drawn."""
         from open_clip import ClipLoss, CustomTextCLIP
@@ -48,7 +49,7 @@ class OpenClipSteps:
             {"params": [p for n, p in named if _exempt(n, p)], "weight_decay": 0.0},
             {"params": [p for n, p in named if not _exempt(n, p)], "weight_decay": 0.2},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=5e-4, betas=(0.9, 0.98), eps=1e-6)
+        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), eps=1e-6)
         self.autocast = get_autocast("amp_bf16" if bfloat16 else "fp32", device_type=device)
         self.tokens = HFTokenizer(folder, context_length=context)(captions)
         self.pixels = torch.rand(batch_size, 3, 224, 224, device=device)
@@ -58,18 +59,22 @@ class OpenClipSteps:
         """Take a step; returns its seconds."""
         begin = time.perf_counter()
         rows = torch.arange(self.step * self.size, (self.step + 1) * self.size) % len(self.tokens)
+        self.take(self.pixels, self.tokens[rows].to(self.device))
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    def take(self, pixels: torch.Tensor, tokens: torch.Tensor) -> None:
+        """The step with these pictures [B, 3, H, W] and their texts' tokens [B, L]."""
         self.optimizer.zero_grad()
         with self.autocast():
-            losses = self.loss(**self.model(self.pixels, self.tokens[rows].to(self.device)), output_dict=True)
+            losses = self.loss(**self.model(pixels, tokens), output_dict=True)
             loss = sum(losses.values())
         loss.backward()
         self.optimizer.step()
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, math.log(100))
         self.step += 1
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - begin
 
 
 def _exempt(name: str, parameter: nn.Parameter) -> bool:

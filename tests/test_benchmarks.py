@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from tests.forked import quick_python
 
+from litune.store.store import FeatureStore
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -51,6 +53,19 @@ def test_loss_precision() -> None:
     assert [row["products"] for row in found] == ["float32", "TF32", "bfloat16"] * 2
     for exact, ten_bits, seven_bits in (found[:3], found[3:]):
         assert exact["to_texts"] < 1e-5 < ten_bits["to_texts"] < seven_bits["to_texts"] / 4 < 1e-2
+
+
+def test_time_to_quality(store: FeatureStore, tiny_bert: Path) -> None:
+    found = run(
+        "time_to_quality.py", str(store.path), "--text-tower", f"hf:{tiny_bert}", "--goal", "0", "2", "--peer-rate"
+    )
+    first, never = found["seconds_to"]["0"], found["seconds_to"]["2"]
+    assert 0 < first["fit"] < 60
+    assert 0 < first["tune"] < 60
+    assert never == {"fit": None, "tune": None, "open_clip": None}
+    seconds = [at for at, _ in found["curves"]["tune"]]
+    assert seconds == sorted(seconds)
+    assert not (store.path / "text_emb").exists()  # texts were encoded anew, elsewhere
 
 
 def test_tune_memory(tiny_bert: Path, captions: Path) -> None:

@@ -193,7 +193,7 @@ def make_model(
     own_space = config.locked and not fitted
     image_head = ("none" if own_space else "linear") if config.image_head == "auto" else config.image_head
     if fitted and image_head == "linear" and config.dim is None:
-        dim = min(image_width, text.width)
+        dim = max(1, min(image_width, text.width, len(train) - 1))  # the directions that so many images can have
     else:
         dim = shared_dim(config, image_head, image_width, text.width)
     image_map = config.image_map if config.locked else "none"

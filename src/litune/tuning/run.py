@@ -78,21 +78,21 @@ class Tuning:
         device: torch.device,
         on_log: OnLog | None = None,
         *,
-        fitted: bool = False,
+        fit: dict[str, Any] | None = None,
     ) -> None:
-        """`fitted`: whether its heads begin with those of a fit."""
+        """`fit`: where its heads begin with those of a fit, the settings that were chosen for it."""
         self.config, self.store, self.train, self.val, self.model = config, train.store, train, val, model
         self.device, self.bfloat16, self.on_log = device, pick_bfloat16(config.precision, device), on_log
         if device.type == "cpu":
             keep_freed_memory()
         # Libraries may draw and round otherwise on each machine: all ranks begin with what rank 0 has.
         distributed.broadcast_([t for t in (*model.parameters(), *model.buffers()) if not is_shared(t)])
-        self.tokens = tokens_of(train, model.tokenizer)
+        self.tokens, self.fit_settings = tokens_of(train, model.tokenizer), fit
         self.size = batch_size(config, len(train))
         self.sources = source_names([source.store for source in train.sources])
         self.batches = make_batches(train, config, self.size)
         self.steps, self.rate_share = schedule(
-            config, self.size, len(train), int(train.offsets[-1]) if fitted else None
+            config, self.size, len(train), None if fit is None else int(train.offsets[-1])
         )
         self.unlock = parse_unlock(config.unlock, "unlock")
         # Convolutions go backward in bfloat16 at half of float32's speed on CPUs.

@@ -65,6 +65,7 @@ class Checkpoints:
                 tensors[f"optimizer.{name}.{key}"] = _of_all_ranks(run, name, torch.as_tensor(value).detach())
         facts = dataclasses.asdict(run.progress) | {
             "last_evaluation": run.last_evaluation,
+            "fit": run.fit_settings,
             "about": about(run),
             "ranks": distributed.world_size(),
             "micro": dataclasses.asdict(run.micro),
@@ -143,6 +144,7 @@ def go_on(run: Tuning) -> None:
         _fill(run, tensors)
     run.progress = Progress(facts["step"], facts["seconds"], facts["best"])
     run.last_evaluation = facts["last_evaluation"]
+    run.fit_settings = facts.get("fit")
     if "micro" in facts:  # dropout's seeds follow from it
         run.micro = Micro(**facts["micro"])
     if distributed.is_main():
@@ -198,6 +200,7 @@ def manifest(run: Tuning) -> dict[str, Any]:
         "text_tower": run.config.text_tower,
         "locking": run.config.locking,
         **describe_pairs(run.config, run.train, run.val),
+        **({"fit": run.fit_settings} if run.fit_settings else {}),
         "tuned_parameters": run.tuned.parameters,
         "steps": done,
         "batch_size": run.size,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from litune import distributed
@@ -45,10 +47,11 @@ def tune(config: TuneConfig, on_log: OnLog | None = None) -> LiT:
         start = started_from(spec, config)
         tokenizer = make_tokenizer(spec, config, train.iterate_captions(), start)
         model = make_model(train, spec, tokenizer, config, start, device).to(device)
-        fitted = starts_fitted(config, spec)
-        if fitted and not (goes_on and (config.out / STATE).exists()):
-            distributed.from_main(lambda: start_heads(model, train, config, for_tuning(config)))
-        run = Tuning(config, train, val, model, device, on_log, fitted=fitted)
+        fit: dict[str, Any] | None = None
+        if starts_fitted(config, spec):
+            begun = goes_on and (config.out / STATE).exists()
+            fit = {} if begun else distributed.from_main(lambda: start_heads(model, train, config, for_tuning(config)))
+        run = Tuning(config, train, val, model, device, on_log, fit=fit)
         if not goes_on:
             distributed.from_main(lambda: prepare_run(asked))
         announce(run)
