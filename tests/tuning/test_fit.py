@@ -109,7 +109,7 @@ def test_tuning_starts_where_a_fit_ends(tune_config: TuneConfig, tmp_path: Path)
     still = {"learning_rate": 1e-12, "weight_decay": 0.0, "duration": "1steps", "max_tokens": 16}
     config = dataclasses.replace(tune_config, start="fit", **still)
     tuned = tune.run(config)
-    assert tuned.image_head.weight.shape[0] == min(tuned.image_width, tuned.text.width)
+    assert tuned.image_head.weight.shape[0] == 17 < min(tuned.image_width, tuned.text.width)  # 18 images
     random = tune.run(dataclasses.replace(config, start="random", out=tmp_path / "random"))
     assert random.image_head.state_dict() == {}
     place = tmp_path / "fit"
@@ -135,6 +135,8 @@ def test_an_interrupted_start_is_made_again(
     config = dataclasses.replace(tune_config, start="fit", checkpoint_seconds=0.0, duration="60pairs")
     tune.run(config)
     whole = load_file(config.out / "model.safetensors")
+    settings = json.loads((config.out / "manifest.json").read_text())["fit"]
+    assert settings["method"] == "cca"
     for name, step in (("early", 0), ("late", 4)):
         again = dataclasses.replace(config, out=tmp_path / name)
         if step:
@@ -145,6 +147,7 @@ def test_an_interrupted_start_is_made_again(
         tune.run(again)
         found = load_file(again.out / "model.safetensors")
         assert all(torch.equal(found[key], value) for key, value in whole.items())
+        assert json.loads((again.out / "manifest.json").read_text())["fit"] == settings
 
 
 def test_several_stores_are_fitted_together(fit_config: FitConfig, tmp_path: Path) -> None:
