@@ -113,9 +113,10 @@ def serve(address: str) -> Callable[[], Any]:
     listener.listen(16)
     print("ready", flush=True)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers
-    for number in itertools.count():
+    numbers = itertools.count()
+    while True:
         connection, _ = listener.accept()
-        running = Path(address).with_name("running") / str(number)
+        running = Path(address).with_name("running") / str(next(numbers))
         running.touch()
         if os.fork():
             connection.close()

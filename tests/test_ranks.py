@@ -41,7 +41,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 # Batches of 7 of 18 pairs, some with equal captions, so that masks count and ranks have 4 and 3 pairs.
 COMMON = {
     "lang": ["en"], "duration": "28pairs", "batch_size": 7, "evaluations": 2, "learning_rate": 1e-3,
-    "precision": "float32", "dropout": 0.0, "device": "cpu", "start": "random",
+    "precision": "float32", "dropout": 0.0, "feature_dropout": 0.0, "device": "cpu", "start": "random",
 }  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
     "softmax": {},

@@ -246,6 +246,9 @@ class TuneConfig(Checked):
     auto: what the tower itself declares, else the first token (vit: the last)."""
     dropout: Share | None = None
     """Dropout in the text tower; by default what its own configuration says."""
+    feature_dropout: BelowOne | None = None
+    """Dropout on the stored image features, once they are centered: by default none, from a fit 0.3, which keeps the
+    heads that it begins with from overfitting."""
 
     # Loss
     loss: Literal["softmax", "sigmoid"] = "softmax"

@@ -22,7 +22,7 @@ from litune.store.store import FeatureStore
 from litune.text.registry import parse_text_spec
 from litune.tuning.closed_form import Moments, Sums, cca
 from litune.tuning.fit import fit
-from litune.tuning.start import SCALES, HeldOutPairs, encode, set_heads
+from litune.tuning.start import FEW, SCALES, HeldOutPairs, encode, set_heads
 from litune.tuning.tune import tune
 from litune.vectors import normalize
 
@@ -128,6 +128,19 @@ def test_tuning_adds_to_the_fit(tune_config: TuneConfig) -> None:
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
 
 
+def test_features_are_dropped_in_steps_alone(tune_config: TuneConfig, tmp_path: Path) -> None:
+    """From a fit by default; what is evaluated has all of them."""
+    still = {"learning_rate": 1e-12, "weight_decay": 0.0, "duration": "1steps", "start": "fit", "dropout": 0.0}
+    losses, evaluated = [], []
+    for name, dropout in (("default", None), ("same", 0.3), ("none", 0.0)):
+        tune.run(dataclasses.replace(tune_config, **still, feature_dropout=dropout, out=tmp_path / name))
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses.append(lines[0]["loss"])
+        evaluated.append(lines[-1]["val"])
+    assert losses[0] == losses[1] > losses[2]
+    assert evaluated[0] == evaluated[1] == evaluated[2]
+
+
 def test_an_interrupted_start_is_made_again(
     tune_config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +185,19 @@ def test_what_stands_in_the_way(fit_config: FitConfig, tune_config: TuneConfig, 
         tune.run(dataclasses.replace(tune_config, start="fit", image_head="mlp"))
     with pytest.raises(ConfigError, match="--dim 1000 is more than the"):
         fit.run(dataclasses.replace(fit_config, dim=1000, out=tmp_path / "other"))
+
+
+@pytest.mark.parametrize(("images", "chosen_on"), [(150, None), (250, 5 * 25), (1600, 3 * 160)])
+def test_on_how_many_images_settings_are_chosen(
+    images: int, chosen_on: int | None, tiny_bert: Path, tmp_path: Path
+) -> None:
+    """On several tenths where a tenth is few; on none where it is next to nothing."""
+    random_store(tmp_path / "store", images, 12, captions=2)
+    litune.fit(tmp_path / "store", f"hf:{tiny_bert}", tmp_path / "run", holdout=0.0, device="cpu", max_tokens=16)
+    settings = json.loads((tmp_path / "run" / "manifest.json").read_text())["fit"]
+    assert settings.get("chosen_on_images") == chosen_on
+    if chosen_on is None:
+        assert settings["image_shrinkage"] == FEW[0]
 
 
 def test_the_scale_has_the_lowest_loss() -> None:

@@ -31,6 +31,7 @@ CPU = torch.device("cpu")
 PAPER_TOKENS, FITTED_TOKENS = 16, 32
 PAPER_RATE, FITTED_RATE = 1e-3, 5e-4
 TEMPERATURE_RATE, FITTED_TEMPERATURE_RATE = 30.0, 3.0
+FITTED_FEATURE_DROPOUT = 0.3
 LOG_10 = math.log(10)
 """The paper's start of the temperature."""
 
@@ -137,7 +138,7 @@ def _why_not(config: TuneConfig, spec: TextSpec) -> str | None:
 
 
 def with_defaults(config: TuneConfig, spec: TextSpec) -> TuneConfig:
-    """The config with what its defaults are for its start: the learning rates, and the tokens of a caption.
+    """The config with what its defaults are for its start: learning rates, a caption's tokens, dropout.
 
     A fit is not to be unlearned at once, its temperature was chosen, and a frozen tower is to see whole captions.
     """
@@ -146,6 +147,7 @@ def with_defaults(config: TuneConfig, spec: TextSpec) -> TuneConfig:
         "max_tokens": FITTED_TOKENS if fitted else PAPER_TOKENS,
         "learning_rate": FITTED_RATE if fitted else PAPER_RATE,
         "temperature_rate": FITTED_TEMPERATURE_RATE if fitted else TEMPERATURE_RATE,
+        "feature_dropout": FITTED_FEATURE_DROPOUT if fitted else 0.0,
     }
     return dataclasses.replace(config, **{k: v for k, v in defaults.items() if getattr(config, k) is None})
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from litune.devices import send
 from litune.errors import DataError, TowerError
@@ -86,9 +87,12 @@ class LiT(nn.Module):
         """Features of raw text tower output: through the head, normalised."""
         return normalize(wide(self.text_head(raw)))
 
-    def image_features(self, raw: Float[Tensor, "B W"]) -> Float[Tensor, "B D"]:
-        """Features of raw image tower output: through the fixed map and the head, normalised."""
-        mapped = wide(raw) - self.center
+    def image_features(self, raw: Float[Tensor, "B W"], dropout: float = 0.0) -> Float[Tensor, "B D"]:
+        """Features of raw image tower output: through the fixed map and the head, normalised.
+
+        `dropout` is the share of the centered values that are dropped, while tuning.
+        """
+        mapped = F.dropout(wide(raw) - self.center, dropout) if dropout else wide(raw) - self.center
         if self.whitening is not None:
             mapped = mapped @ self.whitening
         return normalize(wide(self.image_head(mapped)))

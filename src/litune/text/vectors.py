@@ -1,8 +1,4 @@
-"""Vectors of a locked text tower, computed once, as they are the same in every step.
-
-All texts are encoded before the first step, in an order that depends on their lengths alone: a resumed run gets the
-same vectors, to the last bit.
-"""
+"""Vectors of many texts, in an order that depends on their lengths alone: the same texts get the same vectors again."""
 
 from __future__ import annotations
 
@@ -12,8 +8,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-
-from litune.progress import track
 
 BATCH = 512
 
@@ -39,22 +33,3 @@ def encode_by_length(
             vectors[torch.from_numpy(rows)] = part
             advance(len(rows))
     return vectors
-
-
-class KeptTexts:
-    """The raw vectors of N captions from a locked text tower, in memory in float32, one per distinct text."""
-
-    def __init__(
-        self,
-        lengths: Int[np.ndarray, " U"],
-        numbers: Int[np.ndarray, " N"],
-        encode: Callable[[np.ndarray], Tensor],
-    ) -> None:
-        """Encode U distinct texts (see `encode_by_length`); `numbers` are the text of each caption."""
-        with track("encoding captions, once", "texts", len(lengths)) as task:
-            self.vectors = encode_by_length(lengths, encode, task.advance)
-        self.numbers = numbers
-
-    def __call__(self, captions: Int[np.ndarray, " n"]) -> Float[Tensor, "n W"]:
-        """The vectors of these captions, on the CPU."""
-        return self.vectors[torch.from_numpy(self.numbers[captions])]

@@ -8,7 +8,7 @@ does on a fast card.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -25,13 +25,16 @@ from litune.store.captions import BLOCK, TOKENIZED_MOST, LaterTokens, first_of_e
 from litune.store.selection import Selection
 from litune.text.packing import Packed
 from litune.text.tokenizers import Tokens
-from litune.text.vectors import KeptTexts
 from litune.tuning.batches import Batch, Batches
 from litune.tuning.losses import Ids, MoreImages
 
 T = TypeVar("T")
 AHEAD = 2
 """Steps whose inputs are made before they are asked for."""
+
+
+KeptTexts = Callable[[np.ndarray], Tensor]
+"""Gives the raw vectors [n, W] of the captions with these numbers."""
 
 
 @dataclass(frozen=True)

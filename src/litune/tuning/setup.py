@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,19 +25,17 @@ from litune.store.captions import TOKENIZED_MOST, LaterTokens, tokenize
 from litune.store.selection import Selection
 from litune.text.packing import Rows
 from litune.text.tokenizers import Tokenizer, Tokens
-from litune.text.vectors import KeptTexts
 from litune.towers.locking import lock
 from litune.tuning.batching import default_duration
 from litune.tuning.gradient_cache import still_statistics
-from litune.tuning.inputs import Micro
+from litune.tuning.inputs import KeptTexts, Micro
 from litune.tuning.memory import choose_micro
 from litune.tuning.optim import make_optimizer, parameter_groups, rate_of
+from litune.tuning.start import text_vectors
 
 if TYPE_CHECKING:
     from litune.tuning.run import Tuning
 
-KEPT_MOST = 2**32
-"""The most bytes of a locked text tower's vectors that are kept: beyond, texts are encoded anew in each step."""
 SAMPLE = 10_000
 """The captions whose lengths stand for all, where they are not tokenised before the first step."""
 
@@ -198,20 +196,11 @@ def measure_micro(run: Tuning) -> Micro:
 
 
 def kept_texts(run: Tuning) -> KeptTexts | None:
-    """Every caption's vector, encoded once, where the text tower is locked, there is room, and all may be drawn."""
-    model, tokens = run.model, run.tokens
-    locked = not any(parameter.requires_grad for parameter in model.text.parameters())
-    if not locked or not isinstance(tokens, Tokens):
+    """Every caption's vector, kept in the stores, where the text tower is locked and all may be drawn."""
+    locked = not any(parameter.requires_grad for parameter in run.model.text.parameters())
+    if not locked or run.steps * run.size < run.train.offsets[-1]:
         return None
-    captions: Any = run.train.caption_array.dictionary_encode()
-    if run.steps * run.size < len(captions) or 4 * len(captions.dictionary) * model.text.width > KEPT_MOST:
-        return None
-    _, first = np.unique(captions.indices.to_numpy(), return_index=True)
-
-    def encode(rows: np.ndarray) -> Tensor:
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bfloat16):
-            packed = model.text.pack(tokens.take(first[rows]), run.device, bfloat16=run.bfloat16)
-            vectors: Tensor = model.text(packed.to(run.device))
-        return vectors
-
-    return KeptTexts(tokens.lengths[first], captions.indices.to_numpy(), encode)
+    encode = partial(text_vectors, run.model, run.train, run.bfloat16)
+    if distributed.world_size() > 1:
+        distributed.from_main(lambda: encode() and None)  # which the other ranks then read
+    return encode().of_captions

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -34,18 +35,22 @@ from litune.text.vectors import encode_by_length
 from litune.tuning.closed_form import LinearMaps, Moments, Sums, cca, procrustes, ridge
 from litune.vectors import normalize
 
-IMAGE_SHRINKAGES = (0.5, 1.0, 2.0, 4.0, 8.0)
-TEXT_SHRINKAGES = (0.03, 0.1, 0.3, 1.0)
+IMAGE_SHRINKAGES = (0.5, 1.0, 2.0, 4.0, 8.0, 32.0)
+TEXT_SHRINKAGES = (0.03, 0.1, 0.3, 1.0, 3.0)
 POWERS = ((1.0, 0.0), (1.0, 0.5), (0.75, 0.75), (1.0, 1.0))
 """By which powers of their correlations directions are multiplied, on the images' side and on the texts'."""
 FOR_TUNING = ((1.0, 0.0),)
 """The same for a start of tuning: text vectors, which are tuned, begin with all directions alike."""
 UNSEEN = (2.0, 0.1, 1.0, 1.0)
-"""Where the choice begins, and what is taken where pairs are too few to choose on: shrinkages and powers."""
+"""Where the choice begins: shrinkages and powers."""
+FEW = (32.0, 1.0, 1.0, 1.0)
+"""What is taken where pairs are too few to choose on."""
 SCALES = tuple(float(scale) for scale in np.geomspace(4, 64, 17))
 SCALE = 20.0
 CHOOSE_SHARE, CHOOSE_MOST, CHOOSE_LEAST = 0.1, 500, 20
 """Of the images, what is held out to choose on."""
+FOLDS = 5
+"""How often at most, each time others, as long as CHOOSE_MOST are not exceeded."""
 TUNE_MOST = 32_768
 """The most captions that a start of tuning is fitted to: further ones change little, and each is encoded for it."""
 HEAD_SIZE = 0.05
@@ -91,13 +96,25 @@ class Vectors:
                 part = source.subset(np.arange(start, min(start + BLOCK, len(source))))
                 yield part.features(), texts.take(part.caption_array), part.counts
 
-    def sums(self, positions: np.ndarray) -> Sums | None:
-        """The sums over the images at these positions; None of no image."""
+    def of_captions(self, numbers: Int[np.ndarray, " n"]) -> Float[Tensor, "n W"]:
+        """The vectors of the captions with these numbers."""
+        starts = np.cumsum([0, *(int(source.offsets[-1]) for source in self.pairs.sources)])
+        owner = np.searchsorted(starts, numbers, side="right") - 1
+        order = np.argsort(owner, kind="stable")
+        parts = [
+            texts.take(source.take_captions(numbers[owner == place] - starts[place]))
+            for place, (source, texts) in enumerate(zip(self.pairs.sources, self.texts, strict=True))
+        ]
+        return torch.from_numpy(np.concatenate(parts)[np.argsort(order)])
+
+    def sums(self, positions: np.ndarray) -> Sums:
+        """The sums over the images at these positions, of which there is at least one."""
         total: Sums | None = None
         for images, texts, counts in self.blocks(positions):
             if total is None:
                 total = Sums(images.shape[1], texts.shape[1])
             total.add(images, texts, counts)
+        assert total is not None
         return total
 
 
@@ -177,39 +194,40 @@ def _at_most(train: Selection, most: int | None, seed: int) -> Selection:
 
 
 def fit_maps(vectors: Vectors, options: Options, seed: int) -> Fitted:
-    """Maps fitted to all pairs, with settings chosen on a part that is held out while they are chosen."""
+    """Maps fitted to all pairs, with settings chosen on parts that are held out while they are chosen."""
     images = len(vectors.pairs)
     count = min(CHOOSE_MOST, int(CHOOSE_SHARE * images))
     order = np.random.default_rng([seed, 1]).permutation(images)
     if count < CHOOSE_LEAST:
-        sums = vectors.sums(np.sort(order))
-        assert sums is not None
-        chosen = _settings(options, UNSEEN)
-        return Fitted(_maps(Moments(sums), options.method, chosen), SCALE, _facts(options.method, chosen))
-    held_out, rest = np.sort(order[:count]), np.sort(order[count:])
-    sums, others = vectors.sums(rest), vectors.sums(held_out)
-    assert sums is not None
-    assert others is not None
-    unseen = HeldOutPairs.of(vectors.blocks(held_out))
-    chosen, maps, recall = choose(Moments(sums), unseen, options)
-    scale = unseen.scale(maps)
-    facts = {"chosen_on_images": count, "recall": round(recall, 4), "scale": round(scale, 2)}
-    return Fitted(_maps(Moments(sums + others), options.method, chosen), scale, _facts(options.method, chosen) | facts)
+        chosen, all_pairs = _settings(options, FEW), Moments(vectors.sums(np.sort(order)))
+        return Fitted(_maps(all_pairs, options.method, chosen), SCALE, _facts(options.method, chosen))
+    folds = max(1, min(FOLDS, CHOOSE_MOST // count))
+    *held_out, rest = (np.sort(part) for part in np.split(order, count * np.arange(1, folds + 1)))
+    sums = [vectors.sums(part) for part in (*held_out, rest)]
+    trials = []
+    for fold, positions in enumerate(held_out):
+        others = reduce(operator.add, (part for number, part in enumerate(sums) if number != fold))
+        trials.append((Moments(others), HeldOutPairs.of(vectors.blocks(positions))))
+    chosen, recall = choose(trials, options)
+    scale = float(np.mean([unseen.scale(_maps(moments, options.method, chosen)) for moments, unseen in trials]))
+    facts = {"chosen_on_images": folds * count, "recall": round(recall, 4), "scale": round(scale, 2)}
+    all_pairs = Moments(reduce(operator.add, sums))
+    return Fitted(_maps(all_pairs, options.method, chosen), scale, _facts(options.method, chosen) | facts)
 
 
-def choose(moments: Moments, unseen: HeldOutPairs, options: Options) -> tuple[Settings, LinearMaps, float]:
-    """The settings with the highest recall on pairs that the moments don't have, with their maps and that recall.
+def choose(trials: list[tuple[Moments, HeldOutPairs]], options: Options) -> tuple[Settings, float]:
+    """The settings with the highest mean recall on pairs that the moments of each trial don't have, and that recall.
 
     They are chosen one after the other.
     """
 
-    def tried(settings: Settings) -> tuple[Settings, LinearMaps, float]:
-        maps = _maps(moments, options.method, settings)
-        return settings, maps, unseen.recall(maps)
+    def tried(settings: Settings) -> tuple[Settings, float]:
+        recalls = [unseen.recall(_maps(moments, options.method, settings)) for moments, unseen in trials]
+        return settings, float(np.mean(recalls))
 
     best = tried(_settings(options, UNSEEN))
     for varied in _varied(options):
-        best = max([best, *map(tried, varied(best[0]))], key=lambda candidate: candidate[2])
+        best = max([best, *map(tried, varied(best[0]))], key=lambda candidate: candidate[1])
     return best
 
 

@@ -106,16 +106,16 @@ class Step:
 
     def encode_images(self, pieces: Sequence[Piece], *, tuned: bool) -> Encoded:
         """Features [b, D] of the images, from stored vectors or, with an unlocked tower, from their pixels."""
-        model, tower = self.model, self.model.image
+        model, tower, dropout = self.model, self.model.image, self.config.feature_dropout or 0.0
 
         def encode(piece: Piece) -> Tensor:
             torch.manual_seed(piece.seed)
             if isinstance(piece.read, Tensor):
-                return model.image_features(piece.read)
+                return model.image_features(piece.read, dropout)
             assert tower is not None
             with torch.set_grad_enabled(tuned and torch.is_grad_enabled()):
                 raw = tower(send(torch.from_numpy(piece.read), self.device), bfloat16=self.image_bfloat16)
-            return model.image_features(raw)
+            return model.image_features(raw, dropout)
 
         modules: list[nn.Module] = [model.image_head]
         if not isinstance(pieces[0].read, Tensor):
