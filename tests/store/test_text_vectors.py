@@ -7,7 +7,6 @@ import pyarrow as pa
 import pytest
 from tests.conftest import random_store
 
-from litune.errors import StoreError
 from litune.store import text_vectors
 from litune.store.text_vectors import TextVectors
 
@@ -53,13 +52,21 @@ def test_an_interrupted_pass_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert np.array_equal(vectors.take(pairs.caption_array), encode(pairs.captions))
 
 
-def test_a_damaged_part_is_named(tmp_path: Path) -> None:
-    pairs = random_store(tmp_path / "store", 3, 4).select()
+def test_a_damaged_part_is_named_and_encoded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(text_vectors, "PART", 7)
+    pairs = random_store(tmp_path / "store", 10, 4, captions=3).select()
     vectors = TextVectors(pairs.store.path, "tower")
     vectors.encode(pairs, encode)
-    (vectors.folder / "part-0.npy").write_bytes(b"x")
-    with pytest.raises(StoreError, match=r"part-0.npy is damaged .*remove .*tower"):
-        TextVectors(pairs.store.path, "tower")
+    (vectors.folder / "part-1.npy").write_bytes(b"x")
+    again = TextVectors(pairs.store.path, "tower")
+    assert "part-1.npy is damaged" in capsys.readouterr().err
+    assert len(again.hashes) == 7
+    again.encode(pairs, encode)
+    whole = TextVectors(pairs.store.path, "tower")
+    whole.encode(pairs, lambda texts: pytest.fail("encoded again"))
+    assert np.array_equal(whole.take(pairs.caption_array), encode(pairs.captions))
 
 
 def test_a_store_that_cannot_be_written_to_is_read_all_the_same(

@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Int
 
-from litune.errors import StoreError
 from litune.files import atomic
 from litune.progress import say, track
 from litune.store.captions import hash_texts
@@ -35,24 +34,27 @@ class TextVectors:
     """The vectors of texts from one text tower, in a folder of a store, or in memory where it can't be written to."""
 
     def __init__(self, store: Path, fingerprint: str) -> None:
-        """Raises `StoreError` where what was kept is damaged."""
+        """A part that is damaged is said, and its texts are encoded again."""
         self.folder = store / FOLDER / fingerprint
         self.hashes: Int[np.ndarray, " U"] = np.zeros(0, np.int64)
         self._parts: list[np.ndarray] = []
         self._writable = True
-        while (self.folder / f"part-{len(self._parts)}.npy").exists():
-            self._open(len(self._parts))
+        while self._open(self.folder / f"part-{len(self._parts)}.npy"):
+            pass
         self._sort()
 
-    def _open(self, number: int) -> None:
-        file = self.folder / f"part-{number}.npy"
+    def _open(self, file: Path) -> bool:
+        if not file.exists():
+            return False
         try:
             rows = np.load(file, mmap_mode="r")
             hashes, vectors = np.array(rows["hash"]), rows["vector"]
         except (OSError, ValueError, EOFError, IndexError) as why:
-            raise StoreError(f"{file} is damaged ({why}): remove {self.folder}, texts are encoded again") from None
+            say(f"{file} is damaged ({why}): its texts are encoded again")
+            return False
         self.hashes = np.concatenate([self.hashes, hashes])
         self._parts.append(vectors)
+        return True
 
     def _sort(self) -> None:
         self._order = np.argsort(self.hashes, kind="stable")
