@@ -224,8 +224,10 @@ def test_damaged_metadata(tmp_path: Path) -> None:
         ("שלום עולם".encode(), "שלום עולם"),
         ("👩‍🚀 on the moon".encode(), "👩‍🚀 on the moon"),
         (b"\xef\xbb\xbfwith a mark", "with a mark"),
-        (b"Caf\xe9", "the caption is not UTF-8"),
-        (b" \n", "the caption is empty"),
+        ("Café".encode("utf-16"), "Café"),
+        (b"Caf\xe9", "Café"),
+        (b"Caf\xe9, \xc3\xa9, \xc3\xa9", "the caption is not UTF-8"),
+        (b"\xff\xd8\0\1", "the caption is not UTF-8"),
     ],
 )
 def test_captions(tmp_path: Path, text: bytes, expected: str) -> None:

@@ -24,7 +24,7 @@ from litune.curation import fetch_worker
 from litune.devices import processor_cores
 from litune.errors import ConfigError, DataError, MissingExtraError, OutputExistsError
 from litune.files import atomic, clear_output, read_json, sha256_file, write_json, write_text
-from litune.pairs.address import is_url, open_file
+from litune.pairs.address import is_url, open_text
 from litune.pairs.sample import CAPTION_COLUMNS, Damage, pick_column
 from litune.pairs.tables import read_lines
 from litune.progress import say, track
@@ -178,10 +178,10 @@ def _read_list(address: str) -> Iterator[tuple[str, dict[str, Any]] | Damage]:
         yield from read_lines(address)
         return
     try:
-        with open_file(address) as lines:
+        with open_text(address) as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield f"line {number}", {"url": line.decode("utf-8", "replace").strip()}
+                    yield f"line {number}", {"url": line.strip()}
     except OSError as why:
         raise DataError(f"{address} can't be read: {why.strerror or why}") from None
 

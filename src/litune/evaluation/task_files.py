@@ -11,6 +11,7 @@ import yaml
 from litune.errors import ConfigError, nearest
 from litune.evaluation.registry import TASKS, check_lang
 from litune.evaluation.task import Task
+from litune.files import read_text
 from litune.prompts import prompted_name
 
 YAML_KEYS = {
@@ -25,7 +26,7 @@ def read_tasks(file: Path) -> list[Task]:
     Raises `ConfigError` for what can't be read as a task, naming the nearest known key.
     """
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_text(file))
     except FileNotFoundError:
         raise ConfigError(
             f"there is no file {file}: --tasks takes names of tasks, or a YAML file that is there"

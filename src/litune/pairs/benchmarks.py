@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from litune.errors import DataError, nearest
+from litune.files import read_text
 from litune.pairs.address import is_url
 from litune.pairs.annotations import read_annotations
 from litune.pairs.cifar import Pixels, pixels_in, read_batch, read_pixels
@@ -259,8 +260,6 @@ def _read_shards(source: _Source) -> EvalSet | None:
     samples = [sample for i in range(int(count)) for sample in _read_shard(source, folder / f"{i}.tar", wanted)]
     layout = f"{int(count):,} webdataset shards in {folder}"
     if source.kind == "retrieval":
-        for sample in samples:
-            sample.texts["txt"] = [line for line in sample.texts["txt"].splitlines() if line.strip()]
         return source.described(samples, layout)
     templates = tuple(t.replace("{c}", "{}") for t in _lines(root / "zeroshot_classification_templates.txt"))
     classes, labels = _numbered(root, [sample.label for sample in samples], _lines(root / "classnames.txt"))
@@ -276,7 +275,7 @@ def _read_shard(source: _Source, shard: Path, wanted: str) -> Iterator[Sample]:
         if isinstance(sample, Damage):
             raise DataError(f"{shard} is damaged ({sample.key}: {sample.reason}): fetch it again")
         name = sample.key.removeprefix(f"{shard.stem}/")
-        if not isinstance(sample.texts["txt"] if wanted == "txt" else sample.label, str):
+        if not isinstance(sample.texts["txt"] if wanted == "txt" else sample.label, (str, list)):
             raise DataError(f"{shard}: {name} has no .{wanted} beside its picture, or one that is not UTF-8")
         sample.key = f"{shard.name}/{name}"
         yield sample
@@ -286,7 +285,7 @@ def _lines(file: Path) -> list[str]:
     """The lines of a text file that are not empty; none where it is not there."""
     if not file.is_file():
         return []
-    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.strip() for line in read_text(file).split("\n") if line.strip()]
 
 
 def _numbered(where: Path, labels: Sequence[Any], names: Sequence[str]) -> tuple[list[str], np.ndarray]:

@@ -21,6 +21,7 @@ from litune.pairs.address import folder_of, is_file, open_file
 from litune.pairs.reference import BROKEN, PictureCell, absolute, first_line, open_arrow
 from litune.pairs.sample import (
     CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
     IMAGE_SUFFIXES,
     Damage,
     Options,
@@ -31,7 +32,6 @@ from litune.pairs.sample import (
     pick_column,
     split_of,
 )
-from litune.pairs.tables import IMAGE_COLUMNS
 from litune.pairs.tars import short_names
 from litune.prompts import canonicalize
 
@@ -68,6 +68,7 @@ def picture_column(schema: pa.Schema, wanted: str | None) -> str | None:
     candidates = [field.name for field in schema if _binary(field.type) or _is_struct(field.type)]
     if wanted is not None:
         return wanted if wanted in candidates else None
+    candidates = [name for name in candidates if name.lower() not in CAPTION_COLUMNS]
     usual = [name for usual in PICTURES for name in candidates if name.lower() == usual]
     structs = [name for name in candidates if _is_struct(schema.field(name).type)]
     return next(iter([*usual, *structs, *(candidates if len(candidates) == 1 else [])]), None)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import re
-from codecs import BOM_UTF8
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 from litune.errors import DataError
+from litune.files import encoding_of
 from litune.pairs.address import expand, files_under, is_file, is_pattern, is_url, local, open_file
 from litune.pairs.annotations import annotation_files, annotation_source, is_annotation
 from litune.pairs.columns import arrow_files, arrow_source, holds_pictures, parquet_source
@@ -18,20 +18,19 @@ from litune.pairs.folders import (
     class_source,
     files_source,
     is_part,
-    is_picture,
     local_files,
     parts_of,
     pictures_in,
 )
 from litune.pairs.reference import first_line
-from litune.pairs.sample import Options, SampleSource
+from litune.pairs.sample import Options, SampleSource, is_picture
 from litune.pairs.stores import is_store, store_source
 from litune.pairs.tables import TABLE_SUFFIXES, table_source
 from litune.pairs.tars import tar_source
 
 NOT_HERE = "has Arrow data, which is read on this machine alone: copy it, or write it as Parquet"
 PAIRS_SUFFIXES = (*TABLE_SUFFIXES, ".tar", ".arrow", ".json", ".txt")
-_ROWS = re.compile(rb"\s*\[\s*\{")
+_ROWS = re.compile(r"\s*\[\s*\{")
 MOST_LISTS = 10
 """A folder with more .json files than this has one beside each image, not a table."""
 MISSING = "give a folder of images, a table of captions, webdataset shards or Parquet files"
@@ -146,7 +145,7 @@ def _kind(file: str) -> str:
     if head.startswith(b"PAR1"):
         return "parquet"
     if suffix == ".json":
-        return "table" if _ROWS.match(head.removeprefix(BOM_UTF8)) else "json"
+        return "table" if _ROWS.match(head.decode(encoding_of(head), "replace")) else "json"
     for magic, kind in ((b"\x1f\x8b", "gzip"), (b"PK\x03\x04", "zip"), (b"\x28\xb5\x2f\xfd", "zstd")):
         if head.startswith(magic):
             raise DataError(f"{file} is compressed with {kind}: unpack it first")

@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from litune.errors import DataError
 from litune.pairs.address import read_all
 from litune.pairs.reference import first_line
-from litune.pairs.sample import IMAGE_SUFFIXES, MOST_TEXT, Damage, Options, Sample, SampleSource, decode_text
+from litune.pairs.sample import MOST_TEXT, Damage, Options, Sample, SampleSource, captions_in, is_picture
 from litune.pairs.tars import load_facts, pick_texts
 from litune.prompts import canonicalize
 
@@ -32,11 +33,6 @@ def image_files(folder: Path) -> list[Path]:
 def pictures_in(folder: Path) -> Iterable[Path]:
     """The image files directly in `folder`, in no particular order."""
     return (p for p in folder.iterdir() if is_picture(p.name))
-
-
-def is_picture(name: str) -> bool:
-    """Whether a file's name is that of a picture."""
-    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
 
 
 def class_folders(root: Path) -> dict[str, list[Path]]:
@@ -99,6 +95,7 @@ def files_source(folder: str, parts: Mapping[str, Callable[[], Iterable[str]]], 
     `parts` maps each part to a function that lists its files, called when the part is read; "" is the folder itself.
     """
     captions: set[bool] = set()
+    notes = Counter[str]()
 
     def read() -> Iterator[Sample | Damage]:
         for part, listing in parts.items():
@@ -106,7 +103,7 @@ def files_source(folder: str, parts: Mapping[str, Callable[[], Iterable[str]]], 
             for name in sorted(filter(is_picture, names)):
                 file = f"{folder}/{part}/{name}" if part else f"{folder}/{name}"
                 key = f"{part}/{_stem(name)}" if part else name
-                for sample in _read_file(file, key, names, options):
+                for sample in _read_file(file, key, names, options, notes):
                     captions.add(isinstance(sample, Sample) and bool(sample.texts))
                     yield sample
 
@@ -116,7 +113,7 @@ def files_source(folder: str, parts: Mapping[str, Callable[[], Iterable[str]]], 
         beside = "with captions beside them" if True in captions else "without captions"
         return f"a folder of {count:,} images {beside}"
 
-    return SampleSource(about, read(), name=folder)
+    return SampleSource(about, read(), name=folder, notes=notes)
 
 
 def local_files(folder: Path, options: Options) -> SampleSource:
@@ -130,7 +127,9 @@ def _stem(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _read_file(file: str, key: str, names: set[str], options: Options) -> Iterator[Sample | Damage]:
+def _read_file(
+    file: str, key: str, names: set[str], options: Options, notes: Counter[str]
+) -> Iterator[Sample | Damage]:
     """One picture with the .txt and .json beside it."""
     texts: dict[str, Any] = {}
     metadata: dict[str, Any] = {}
@@ -145,7 +144,7 @@ def _read_file(file: str, key: str, names: set[str], options: Options) -> Iterat
             yield Damage(key, f"its .{suffix} can't be read ({first_line(why)}): the image is kept without it")
             continue
         if suffix == "txt":
-            texts["txt"] = text if (text := decode_text(data)) is not None else data
+            texts["txt"] = captions_in(data, notes)
         elif isinstance(parsed := load_facts(data), Damage):
             yield Damage(key, f"{parsed.reason}: the image is kept without it")
         else:

@@ -16,9 +16,10 @@ import pyarrow.compute as pc
 
 from litune.config import EmbedConfig, ReadingConfig
 from litune.errors import DataError, nearest
+from litune.pairs.cells import texts_in
 from litune.pairs.find import find_source, holds_pairs
 from litune.pairs.folders import class_folders, image_files
-from litune.pairs.sample import CAPTION_COLUMNS, Damage, Options, Sample, SampleSource
+from litune.pairs.sample import Damage, Options, Sample, SampleSource
 from litune.pairs.tables import join
 from litune.progress import say
 
@@ -118,8 +119,11 @@ def read_files(config: ReadingConfig | EmbedConfig, keep: Sequence[str] = ()) ->
 
 
 def say_pairs(pairs: Pairs) -> None:
-    """Print the number of pairs, their source, and what was skipped."""
+    """Print the number of pairs, their source, what was skipped, and that all captions are the same."""
     say(f"pairs: {len(pairs):,} images, {pairs.captions:,} captions ({pairs.source})")
+    texts = pc.list_flatten(pairs.table["captions"])
+    if len(texts) > 1 and pc.all(pc.equal(texts, texts[0])).as_py():
+        say(f"all captions are {texts[0].as_py()[:60]!r}: there is nothing to learn from them; see --caption-column")
     if pairs.damaged:
         first = pairs.damaged[0]
         say(f"skipped {len(pairs.damaged):,} inputs that can't be used, first {first.key}: {first.reason}")
@@ -138,13 +142,17 @@ def collect(source: SampleSource, options: Options, max_damaged: float) -> Pairs
     if not columns.rows:
         raise DataError(f"{source.name} has no samples: expected images with captions")
     table = columns.table()
-    about = source.about(len(table))
+    base = ""
     if source.base is not None:
         table = _group(source.name, table)
         base = source.base(table["path"].to_pylist())
         paths = pa.array([join(base, path) for path in table["path"].to_pylist()], pa.string())
         table = table.set_column(table.column_names.index("path"), "path", paths)
-        about += f", images in {base}"
+    if columns.captions:
+        without = pc.equal(pc.list_value_length(table["captions"]), 0)
+        source.notes["images without a caption"] = pc.sum(without).as_py()
+    notes = [f"{count:,} {what}" for what, count in source.notes.items() if count]
+    about = ", ".join([source.about(len(table)), *notes, *([f"images in {base}"] if base else [])])
     for name in options.keep:
         if name not in table.column_names:
             raise DataError(f"{source.name} has no {name!r} to keep: name another with --keep")
@@ -175,6 +183,7 @@ class _PairColumns:
         self.rows = self.captions = 0
         self._kept = options.kept
         self._several = options.several_fields
+        self._label = options.label_column or "label"
         self._seen: set[str] = set()
         self._parts: list[pa.Table] = []
         self._clear()
@@ -185,16 +194,16 @@ class _PairColumns:
         self._extra: dict[str, list[Any]] = {name: [] for name in self._kept}
 
     def add(self, sample: Sample) -> list[Damage]:
-        """Add a sample and return the damage in it. A sample without a usable caption is left out."""
+        """Add a sample and return the damage in it. One whose captions are all damaged is left out; none are fine."""
         damaged: list[Damage] = []
         for what, text in (("name", sample.key), ("path", sample.path)):
             reason = _reason(text) if isinstance(text, str) else f"is {text!r:.80}, expected a text"
             if reason or "\0" in text:
                 return [Damage(_printable(sample.where), f"the image's {what} {reason or 'has a NUL character'}")]
         captions: list[tuple[str, str, str]] = []
-        for field, cell in _cells(sample, damaged).items():
+        for field, cell in sample.texts.items():
             self._check(sample, field, cell, captions, damaged)
-        if sample.texts and not captions:
+        if damaged and not captions:
             return damaged
         self._several |= len(sample.texts) > 1
         langs = [lang for _, _, lang in captions]
@@ -219,26 +228,25 @@ class _PairColumns:
     def _check(
         self, sample: Sample, field: str, cell: Any, captions: list[tuple[str, str, str]], damaged: list[Damage]
     ) -> None:
-        cell = _text_of(cell)
-        cells = [_text_of(c) for c in cell] if isinstance(cell, list) else [cell]
+        """Add the captions in a cell that can be used, and the damage; nothing where the cell is empty."""
         lang = sample.lang.get(field, "") if isinstance(sample.lang, dict) else sample.lang
-        if isinstance(lang, list) and len(lang) != len(cells):
-            reason = f"{len(cells)} captions but {len(lang)} languages"
-            damaged.append(Damage(sample.where, reason))
+        parts = cell if isinstance(cell, list) and isinstance(lang, list) else [cell]
+        langs = lang if isinstance(lang, list) else [lang] * len(parts)
+        if len(langs) != len(parts):
+            damaged.append(Damage(sample.where, f"{len(parts)} captions but {len(langs)} languages"))
             return
-        if not cells:
-            damaged.append(Damage(sample.where, "the list of captions is empty"))
-        for i, caption in enumerate(cells):
-            if isinstance(caption, bytes):
-                damaged.append(Damage(sample.where, "the caption is not UTF-8"))
-            elif not isinstance(caption, str):
-                damaged.append(Damage(sample.where, f"the caption is {caption!r:.80}, expected a string"))
-            elif reason := _reason(caption):
-                damaged.append(Damage(sample.where, f"the caption {reason}"))
-            elif not (clean := _clean(caption)):
-                damaged.append(Damage(sample.where, "the caption is empty"))
-            else:
-                captions.append((clean, field, _text(lang[i] if isinstance(lang, list) else lang) or ""))
+        for part, part_lang in zip(parts, langs, strict=True):
+            # A class may be called None, and NA is Namibia.
+            texts = [(part, "")] if field == self._label and isinstance(part, str) else texts_in(part)
+            for caption, own_lang in texts:
+                if isinstance(caption, bytes):
+                    damaged.append(Damage(sample.where, "the caption is not UTF-8"))
+                elif not isinstance(caption, str):
+                    damaged.append(Damage(sample.where, f"the caption is {caption!r:.80}, expected a string"))
+                elif reason := _reason(caption):
+                    damaged.append(Damage(sample.where, f"the caption {reason}"))
+                elif clean := _clean(caption):
+                    captions.append((clean, field, own_lang or _text(part_lang)))
 
     def _close_part(self) -> None:
         columns: dict[str, pa.Array] = {name: pa.array(self._texts[name], pa.string()) for name in ("key", "path")}
@@ -265,23 +273,6 @@ class _PairColumns:
                 part = part.set_column(index, name, part[name].cast(pa.string()))
             parts.append(part.select(names))
         return pa.concat_tables(parts, promote_options="permissive").combine_chunks()
-
-
-def _cells(sample: Sample, damaged: list[Damage]) -> dict[str, Any]:
-    """The non-empty text fields of a sample; one that has several fields must fill at least one."""
-    if len(sample.texts) <= 1:
-        return sample.texts
-    cells = {name: cell for name, cell in sample.texts.items() if cell not in (None, "", [])}
-    if not cells:
-        damaged.append(Damage(sample.where, f"{', '.join(sample.texts)} are all empty"))
-    return cells
-
-
-def _text_of(cell: Any) -> Any:
-    """The caption or captions inside a struct such as {"raw": "a dog", "tokens": …}; other cells as they are."""
-    if not isinstance(cell, dict):
-        return cell
-    return next((cell[name] for name in ("raw", *CAPTION_COLUMNS) if name in cell), cell)
 
 
 def _reason(text: str) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from litune.errors import DataError, nearest
+from litune.files import decode_text, encoding_of, is_latin
 from litune.progress import track
 
 IMAGE_SUFFIXES = frozenset(
@@ -31,6 +33,18 @@ IMAGE_SUFFIXES = frozenset(
         ".jp2",
     ]
 )
+IMAGE_COLUMNS = [
+    "image",
+    "image_path",
+    "file_name",
+    "filename",
+    "filepath",
+    "file",
+    "path",
+    "img",
+    "image_file",
+    "image_name",
+]
 CAPTION_COLUMNS = [
     "caption",
     "captions",
@@ -115,6 +129,13 @@ class SampleSource:
     files: int = 1
     base: Callable[[Sequence[str]], str] | None = None
     """For tables: finds the images' folder from their names. Rows that name the same image are merged."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """What was passed over or guessed as the samples were read, with how often, for the line that describes them."""
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file's name is that of a picture."""
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
 
 
 def pick_column(where: str, names: Sequence[str], wanted: str | None, usual: Sequence[str], what: str) -> str:
@@ -166,9 +187,12 @@ def each(files: Sequence[str], unit: str) -> Iterator[str]:
             task.advance(1)
 
 
-def decode_text(data: bytes) -> str | None:
-    """UTF-8 bytes as text, without a byte-order mark; None if they are not UTF-8."""
+def captions_in(data: bytes, notes: Counter[str]) -> str | list[str] | bytes:
+    """The captions in a text file, one on each line; its bytes where it is no text."""
     try:
-        return data.decode("utf-8-sig")
+        text = decode_text(data)
     except UnicodeDecodeError:
-        return None
+        return data
+    notes["texts read as Latin-1, not UTF-8"] += is_latin(encoding_of(data))
+    lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
+    return lines if len(lines) > 1 else text

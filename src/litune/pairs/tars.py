@@ -14,6 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 from litune.errors import DataError
+from litune.files import decode_text
 from litune.pairs.address import folder_of, open_file, size_of
 from litune.pairs.reference import BLOCK, Member, absolute, first_line
 from litune.pairs.sample import (
@@ -24,7 +25,7 @@ from litune.pairs.sample import (
     Options,
     Sample,
     SampleSource,
-    decode_text,
+    captions_in,
     each,
     split_of,
 )
@@ -48,18 +49,17 @@ def tar_source(shards: Sequence[str], options: Options) -> SampleSource:
     """The samples in tar shards, in the shards' order."""
     folder = folder_of(shards[0])
     split = all(split_of(PurePosixPath(shard).name) for shard in shards)
-    second = Counter[str]()
+    notes = Counter[str]()
 
     def read() -> Iterator[Sample | Damage]:
         for shard, name in zip(each(shards, "shards"), short_names(shards), strict=True):
             own = split_of(PurePosixPath(shard).name) if split else ""
-            yield from _read_shard(absolute(shard), name, own, options, second)
+            yield from _read_shard(absolute(shard), name, own, options, notes)
 
     def about(_: int) -> str:
-        left = "".join(f", {count:,} second pictures (.{suffix}) left out" for suffix, count in second.items())
-        return f"{len(shards):,} webdataset shard{'s' * (len(shards) > 1)} in {folder}{left}"
+        return f"{len(shards):,} webdataset shard{'s' * (len(shards) > 1)} in {folder}"
 
-    return SampleSource(about, read(), name=folder, files=len(shards))
+    return SampleSource(about, read(), name=folder, files=len(shards), notes=notes)
 
 
 def short_names(files: Sequence[str]) -> list[str]:
@@ -72,7 +72,7 @@ def short_names(files: Sequence[str]) -> list[str]:
     return names
 
 
-def _read_shard(shard: str, name: str, split: str, options: Options, second: Counter[str]) -> Iterator[Sample | Damage]:
+def _read_shard(shard: str, name: str, split: str, options: Options, notes: Counter[str]) -> Iterator[Sample | Damage]:
     """The samples of one shard; where it can't be read at all, that. Counts pictures that stand beside another one."""
     good = bad = 0
     try:
@@ -84,8 +84,9 @@ def _read_shard(shard: str, name: str, split: str, options: Options, second: Cou
                 else:
                     good += 1
                     key, files = found
-                    second.update(_second_pictures(files, options.image_column))
-                    yield from _read_sample(file, f"{name}/{key}", files, split, options)
+                    for suffix in _second_pictures(files, options.image_column):
+                        notes[f"second pictures (.{suffix}) left out"] += 1
+                    yield from _read_sample(file, f"{name}/{key}", files, split, options, notes)
             empty = size_of(file) == 0
     except FileNotFoundError:
         yield Damage(shard, "the shard does not exist", whole_file=True)
@@ -221,7 +222,7 @@ def _extended(value: bytes) -> tuple[str, int]:
 
 
 def _read_sample(
-    file: BinaryIO, key: str, files: dict[str, Member], split: str, options: Options
+    file: BinaryIO, key: str, files: dict[str, Member], split: str, options: Options, notes: Counter[str]
 ) -> Iterator[Sample | Damage]:
     picture = find_picture(files, options.image_column)
     if picture is None:
@@ -239,9 +240,8 @@ def _read_sample(
     for name in ("txt", "text", "caption", "cls"):
         if name in files:
             data = _read_text(file, files[name])
-            text = None if data is None else decode_text(data)
             # What is no text is kept as its bytes, so that the check of all captions names it.
-            texts[name] = data if text is None else text
+            texts[name] = None if data is None else captions_in(data, notes)
     label = texts.pop("cls", None)
     label = label.strip() if isinstance(label, str) else facts.get("cls_name")
     yield Sample(
@@ -300,7 +300,7 @@ def _load(data: bytes | None) -> dict[str, Any] | Damage:
 def load_facts(data: bytes) -> dict[str, Any] | Damage:
     """JSON metadata beside a picture; or why there is none."""
     try:
-        found = json.loads(data.decode("utf-8-sig"))
+        found = json.loads(decode_text(data))
     except (ValueError, RecursionError) as why:
         return Damage("", f"its .json can't be read ({first_line(why)})")
     return found if isinstance(found, dict) else Damage("", f"its .json holds a {type(found).__name__}, not an object")
