@@ -186,7 +186,7 @@ def test_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("text", "settings", "message"),
     [
-        ("address\nx\n", {}, "no column 'url'"),
+        ("address\nx\n", {}, "no column of URLs"),
         ("url\nfile:///etc/passwd\n\n", {}, "has no http address"),
         ("url,caption\nhttp://x/1,a\n", {"keep": ("licence",)}, "no column 'licence'"),
         ("url,caption,width\nhttp://x/1,a,3\n", {"keep": ("width",)}, "img2dataset writes a width of its own"),

@@ -47,7 +47,7 @@ def annotation_source(files: Sequence[str], options: Options) -> SampleSource:
     def about(_: int) -> str:
         return f"{' and '.join(kinds)} captions in {', '.join(PurePosixPath(file).name for file in files)}"
 
-    return SampleSource(about, read(), name=files[0])
+    return SampleSource(about, read(), name=files[0], takes=("images",))
 
 
 def read_annotations(file: str, options: Options, split: str = "") -> tuple[str, list[Sample | Damage]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,14 +20,18 @@ from litune.errors import DataError, nearest
 from litune.pairs.cells import texts_in
 from litune.pairs.find import find_source, holds_pairs
 from litune.pairs.folders import class_folders, image_files
-from litune.pairs.sample import Damage, Options, Sample, SampleSource
+from litune.pairs.sample import Damage, Options, Sample, SampleSource, find_split, is_picture
 from litune.pairs.tables import join
+from litune.pairs.trees import tree_splits
 from litune.progress import say
 
 __all__ = ["Damage", "Pairs", "class_folders", "image_files", "read_pairs", "select_captions"]
 
 ROWS = 20_000
 """The most samples held as Python objects before they become Arrow columns."""
+
+MOST_FOLDERS = 1000
+"""The most folders in which pictures are looked for that a table does not name."""
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
@@ -102,6 +107,12 @@ def pictures_at(address: str) -> list[str]:
     return list(read_pairs(address).table["path"].to_pylist()) if holds_pairs(address) else [address]
 
 
+def options_of(config: ReadingConfig | EmbedConfig, keep: Sequence[str] = ()) -> Options:
+    """How a command's settings ask for pairs to be read."""
+    lists = (config.caption_column, config.split_column, config.lang_column)
+    return Options(config.images, config.image_column, *lists, keep)
+
+
 def read_files(config: ReadingConfig | EmbedConfig, keep: Sequence[str] = ()) -> Pairs:
     """The pairs that a command's settings ask for; `keep` names further columns. Raises `DataError`."""
     return read_pairs(
@@ -121,6 +132,8 @@ def read_files(config: ReadingConfig | EmbedConfig, keep: Sequence[str] = ()) ->
 def say_pairs(pairs: Pairs) -> None:
     """Print the number of pairs, their source, what was skipped, and that all captions are the same."""
     say(f"pairs: {len(pairs):,} images, {pairs.captions:,} captions ({pairs.source})")
+    if "split" in pairs.table.column_names and (without := pc.sum(pc.equal(pairs.table["split"], "")).as_py()):
+        say(f"{without:,} images are in no split, their cells are empty: neither tuned nor evaluated on")
     texts = pc.list_flatten(pairs.table["captions"])
     if len(texts) > 1 and pc.all(pc.equal(texts, texts[0])).as_py():
         say(f"all captions are {texts[0].as_py()[:60]!r}: there is nothing to learn from them; see --caption-column")
@@ -131,6 +144,9 @@ def say_pairs(pairs: Pairs) -> None:
 
 def collect(source: SampleSource, options: Options, max_damaged: float) -> Pairs:
     """All samples of a source as pairs, in order, without the damaged ones. Raises `DataError` for too many of them."""
+    for about, flag in options.given.items():
+        if about not in source.takes:
+            raise DataError(f"{flag} means nothing for {source.name}, which has no such thing: leave it out")
     columns = _PairColumns(options)
     damaged: list[Damage] = []
     for sample in source.samples:
@@ -138,6 +154,12 @@ def collect(source: SampleSource, options: Options, max_damaged: float) -> Pairs
             damaged.append(sample)
         else:
             damaged += columns.add(sample)
+    for name in options.caption_columns:
+        if columns.rows and name.lower() not in columns.named:
+            raise DataError(f"--caption-column {name}: no image in {source.name} has such a text")
+    for option, about in (("split", "split"), ("lang", "langs")):
+        if option in options.given and columns.rows and about not in columns.seen:
+            raise DataError(f"{options.given[option]} names nothing in {source.name}")
     _check_damage(source.name, damaged, columns.captions or columns.rows, source.files, max_damaged)
     if not columns.rows:
         raise DataError(f"{source.name} has no samples: expected images with captions")
@@ -145,9 +167,13 @@ def collect(source: SampleSource, options: Options, max_damaged: float) -> Pairs
     base = ""
     if source.base is not None:
         table = _group(source.name, table)
+        splits = tree_splits(table["path"].to_pylist())
+        if "split" not in table.column_names and len(set(splits)) > 1:
+            table = table.append_column("split", pa.array(splits, pa.string()))
         base = source.base(table["path"].to_pylist())
         paths = pa.array([join(base, path) for path in table["path"].to_pylist()], pa.string())
         table = table.set_column(table.column_names.index("path"), "path", paths)
+        source.notes["images beside them that it does not name"] = _count_unnamed(paths.to_pylist())
     if columns.captions:
         without = pc.equal(pc.list_value_length(table["captions"]), 0)
         source.notes["images without a caption"] = pc.sum(without).as_py()
@@ -157,6 +183,16 @@ def collect(source: SampleSource, options: Options, max_damaged: float) -> Pairs
         if name not in table.column_names:
             raise DataError(f"{source.name} has no {name!r} to keep: name another with --keep")
     return Pairs(table, about, tuple(damaged))
+
+
+def _count_unnamed(paths: Sequence[str]) -> int:
+    """The number of pictures that lie beside these and are none of them; 0 for pictures in very many folders."""
+    named: dict[str, set[str]] = {}
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        named.setdefault(folder or ".", set()).add(name)
+    folders = [folder for folder in named if Path(folder).is_dir()] if len(named) <= MOST_FOLDERS else []
+    return sum(is_picture(file.name) and file.name not in named[f] for f in folders for file in os.scandir(f))
 
 
 def _check_damage(name: str, damaged: Sequence[Damage], good: int, files: int, max_damaged: float) -> None:
@@ -184,7 +220,9 @@ class _PairColumns:
         self._kept = options.kept
         self._several = options.several_fields
         self._label = options.label_column or "label"
-        self._seen: set[str] = set()
+        self.seen: set[str] = set()
+        self.named: set[str] = set()
+        """The columns that there are, and the text fields that some sample has."""
         self._parts: list[pa.Table] = []
         self._clear()
 
@@ -201,6 +239,7 @@ class _PairColumns:
             if reason or "\0" in text:
                 return [Damage(_printable(sample.where), f"the image's {what} {reason or 'has a NUL character'}")]
         captions: list[tuple[str, str, str]] = []
+        self.named |= {name.lower() for name in sample.texts}
         for field, cell in sample.texts.items():
             self._check(sample, field, cell, captions, damaged)
         if damaged and not captions:
@@ -208,7 +247,7 @@ class _PairColumns:
         self._several |= len(sample.texts) > 1
         langs = [lang for _, _, lang in captions]
         split, label = (_text(value) for value in (sample.split, sample.label))
-        self._seen |= {name for name, present in (("langs", any(langs)), ("split", split), ("label", label)) if present}
+        self.seen |= {name for name, present in (("langs", any(langs)), ("split", split), ("label", label)) if present}
         for name, values in (
             ("captions", [c for c, _, _ in captions]),
             ("fields", [f for _, f, _ in captions]),
@@ -261,7 +300,7 @@ class _PairColumns:
         if self._texts["key"]:
             self._close_part()
         several = {"fields"} if self._several else set()
-        absent = {"langs", "split", "label", "fields"} - self._seen - several
+        absent = {"langs", "split", "label", "fields"} - self.seen - several
         absent |= {name for name in self._extra if all(p[name].null_count == len(p) for p in self._parts)}
         names = [name for name in self._parts[0].column_names if name not in absent]
         # A column that has numbers in one part and texts in another becomes text.
@@ -365,9 +404,9 @@ def _known(table: pa.Table, column: str, wanted: Sequence[str], option: str) -> 
         raise DataError(f"{option} was given but the pairs have no {column} column: see {option}-column")
     known = set(pc.unique(table[column]).to_pylist())
     for name in wanted:
-        if name not in known:
+        if find_split(name, known) is None:
             raise DataError(f"no image is in the {column} {name!r} ({nearest(name, known)})")
-    return list(wanted)
+    return [find_split(name, known) or name for name in wanted]
 
 
 def select_captions(table: pa.Table, column: Literal["langs", "fields"], wanted: Sequence[str]) -> pa.Table:

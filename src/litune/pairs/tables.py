@@ -18,10 +18,12 @@ from litune.pairs.reference import BROKEN, file_of, first_line
 from litune.pairs.sample import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
+    URL_COLUMNS,
     Damage,
     Options,
     Sample,
     SampleSource,
+    first_column,
     optional_column,
     pick_column,
 )
@@ -50,6 +52,28 @@ def table_source(files: Sequence[str], options: Options) -> SampleSource:
         name=name,
         base=lambda paths: image_base(files[0], options.images, paths),
     )
+
+
+def tables_source(folder: str, files: Sequence[str], splits: Sequence[str], options: Options) -> SampleSource:
+    """The pairs in several tables of a folder, named from it: each has its own images, and perhaps its split."""
+
+    def read() -> Iterator[Sample | Damage]:
+        for file, split in zip(files, splits, strict=True):
+            inside = folder_of(file) if "/" in file else ""
+            samples = list(_samples(file, read_lines(f"{folder}/{file}"), options))
+            paths = [sample.path for sample in samples if isinstance(sample, Sample)]
+            base = image_base(f"{folder}/{file}", options.images, paths) if paths else ""
+            for sample in samples:
+                if isinstance(sample, Sample):
+                    sample.path = join(base, sample.path)
+                    sample.key = f"{inside}/{sample.key}" if inside else sample.key
+                    sample.split = sample.split or split
+                yield sample
+
+    def about(_: int) -> str:
+        return f"{len(files):,} tables in {folder}: {', '.join(files[:4])}{', …' * (len(files) > 4)}"
+
+    return SampleSource(about, read(), name=folder, base=lambda _: "")
 
 
 def _samples(file: str, lines: Iterator[Line], options: Options) -> Iterator[Sample | Damage]:
@@ -89,17 +113,18 @@ def _listed(cell: Any) -> Any:
 
 def _columns(file: str, names: list[str], options: Options) -> tuple[str, list[str], str | None, str | None]:
     """The columns of image paths, captions, splits and languages."""
-    if options.image_column is None and "url" in names and not {name.lower() for name in names} & set(IMAGE_COLUMNS):
+    if options.image_column is None and first_column(names, URL_COLUMNS) and not first_column(names, IMAGE_COLUMNS):
         raise DataError(f"{file} is a list of URLs: fetch the images with litune data fetch, then embed what it wrote")
-    return (
-        pick_column(file, names, options.image_column, IMAGE_COLUMNS, "--image-column image paths"),
-        [
-            pick_column(file, names, wanted, CAPTION_COLUMNS, "--caption-column captions")
-            for wanted in dict.fromkeys(options.caption_columns) or [None]
-        ],
-        optional_column(file, names, options.split_column, "split"),
-        optional_column(file, names, options.lang_column, "lang"),
-    )
+    image = pick_column(file, names, options.image_column, IMAGE_COLUMNS, "--image-column image paths")
+    split = optional_column(file, names, options.split_column, "split")
+    lang = optional_column(file, names, options.lang_column, "lang")
+    if not options.caption_columns and {*names} <= {image, split, lang, "key", *options.kept}:
+        return image, [], split, lang  # images without captions
+    captions = [
+        pick_column(file, names, wanted, CAPTION_COLUMNS, "--caption-column captions")
+        for wanted in dict.fromkeys(options.caption_columns) or [None]
+    ]
+    return image, captions, split, lang
 
 
 def column_names(file: str) -> list[str]:
@@ -178,9 +203,7 @@ def image_base(file: str, images: Path | str | None, keys: Sequence[str]) -> str
     most = ASKED_ELSEWHERE if is_url(file) else 200
     sample = [str(key) for key in keys[:: -(-len(keys) // most)]]
     if images is not None:
-        if not is_url(images) and not Path(images).is_dir():
-            raise DataError(f"--images {images} is not a folder")
-        return str(images)
+        return _base_in(file, str(images), sample)
     here = folder_of(file)
     above = folder_of(here)
     try:
@@ -199,6 +222,22 @@ def image_base(file: str, images: Path | str | None, keys: Sequence[str]) -> str
         raise DataError(
             f"none of the images that {file} names was found (the first: {sample[0]}) in {here} or the folders "
             "in it: name their folder with --images"
+        )
+    return best
+
+
+def _base_in(file: str, images: str, sample: Sequence[str]) -> str:
+    """`images`, or the folder in it that has most of a sample; one elsewhere is not looked into."""
+    if is_url(images):
+        return images
+    if not Path(images).is_dir():
+        raise DataError(f"--images {images} is not a folder")
+    hits = {base: sum(exists(base, key) for key in sample) for base in [images, *_folders_in(images)]}
+    best = max(hits, key=lambda base: hits[base])
+    if sample and hits[best] == 0:
+        raise DataError(
+            f"none of the images that {file} names was found in --images {images} or the folders in it "
+            f"(the first: {sample[0]}): name the folder that its paths begin in"
         )
     return best
 
