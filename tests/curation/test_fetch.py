@@ -203,6 +203,21 @@ def test_lists(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("header", "settings"),
+    [
+        ("URL\tTEXT", {}),
+        ("image_url\ttitle", {}),
+        ("Address\tWords", {"url_column": "address", "caption_column": "words"}),
+    ],
+)
+def test_names_of_columns_in_any_case(header: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "laion.tsv").write_bytes(f"{header}\tSimilarity\nhttp://x/1\tein Café\t0.3\n".encode("utf-16"))
+    config = fetching.FetchConfig(tmp_path / "laion.tsv", tmp_path / "out", keep=("similarity",), **settings)
+    rows = list(fetching._rows(config, fetching.Counter()))
+    assert rows == [{"url": "http://x/1", "caption": "ein Café", "similarity": "0.3"}]
+
+
 def test_without_img2dataset(tmp_path: Path) -> None:
     (tmp_path / "python").write_text("#!/bin/sh\necho False\n")
     (tmp_path / "python").chmod(0o755)

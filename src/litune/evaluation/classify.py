@@ -9,6 +9,7 @@ from litune.errors import ConfigError
 from litune.files import check_file, write_json
 from litune.model.run_folder import load
 from litune.pairs.pairs import pictures_at
+from litune.prompts import read_labels
 from litune.text.alike import find_alike
 
 
