@@ -135,6 +135,19 @@ def test_splits_that_are_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "1 images are in no split" in capsys.readouterr().err
 
 
+def test_files_without_rows(tmp_path: Path) -> None:
+    for name, rows_of in (("train", NAMES[:2]), ("validation", [])):
+        pa.parquet.write_table(hub_table(rows_of), tmp_path / f"{name}-00000-of-00001.parquet")
+    assert read_pairs(tmp_path).source.endswith(", 1 file without rows (validation-00000-of-00001)")
+
+
+def test_pictures_in_folders_without_a_table(tmp_path: Path) -> None:
+    fill(tmp_path, "train/0.png", "train/metadata.csv:file_name,text\n0.png,a dog\n", "test/1.png", "2.png")
+    pairs = read_pairs(tmp_path)
+    assert rows(pairs) == [("train/0.png",)]
+    assert "2 images in folders without a table left out" in pairs.source
+
+
 def test_pictures_beside_shards(tmp_path: Path) -> None:
     write_tar(fill(tmp_path, "a.png") / "0.tar", sample("1", NAMES[0]))
     assert read_pairs(tmp_path).source == f"1 webdataset shard in {tmp_path}, 1 images beside them left out"

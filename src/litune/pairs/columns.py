@@ -6,6 +6,7 @@ Only the other columns are read here; the pictures are read when they are encode
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -132,17 +133,22 @@ def _source(files: Sequence[str], options: Options, kind: str, splits: Sequence[
     folder = folder_of(files[0])
     splits = splits if all(splits) else [""] * len(files)
     absent: list[int] = []
+    notes = Counter[str]()
 
     def read() -> Iterator[Sample | Damage]:
         for file, name, split in zip(each(files, "files"), short_names(files), splits, strict=True):
-            yield from _read_file(absolute(file), name, split, options, absent)
+            empty, before = True, len(absent)
+            for sample in _read_file(absolute(file), name, split, options, absent):
+                empty = False
+                yield sample
+            notes[f"file without rows ({name})"] = int(empty and len(absent) == before)
 
     def about(_: int) -> str:
         without = f", {sum(absent):,} rows without a picture left out" if sum(absent) else ""
         return f"{len(files):,} {kind}{'s' * (len(files) > 1)} with pictures in {folder}{without}"
 
     takes = ("image", "caption", "split", "lang")
-    return SampleSource(about, read(), name=folder, files=len(files), takes=takes)
+    return SampleSource(about, read(), name=folder, files=len(files), notes=notes, takes=takes)
 
 
 def _read_file(file: str, name: str, split: str, options: Options, absent: list[int]) -> Iterator[Sample | Damage]:

@@ -6,7 +6,7 @@ import csv
 import itertools
 import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
 from litune.errors import DataError
@@ -116,7 +116,7 @@ def _told_apart(file: str, head: str, rows: Sequence[list[str]]) -> list[str]:
 def _kind_of(cells: Sequence[str]) -> str:
     """What a column holds: image, split, number, url, lang or, in all other cases, caption."""
     values = [cell for cell in cells if cell]
-    kinds = {
+    kinds: dict[str, Callable[[str], bool]] = {
         "image": is_picture,
         "split": lambda cell: cell.lower() in SPLITS,
         "number": lambda cell: re.fullmatch(r"[-+]?[\d.]+", cell) is not None,

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from litune.config import EmbedConfig, ReadingConfig
 from litune.errors import DataError, nearest
-from litune.pairs.cells import texts_in
+from litune.pairs.cells import is_missing, texts_in
 from litune.pairs.find import find_source, holds_pairs
 from litune.pairs.folders import class_folders, image_files
 from litune.pairs.sample import Damage, Options, Sample, SampleSource, find_split, is_picture
@@ -246,7 +246,7 @@ class _PairColumns:
             return damaged
         self._several |= len(sample.texts) > 1
         langs = [lang for _, _, lang in captions]
-        split, label = (_text(value) for value in (sample.split, sample.label))
+        split, label = "" if is_missing(sample.split) else _text(sample.split), _text(sample.label)
         self.seen |= {name for name, present in (("langs", any(langs)), ("split", split), ("label", label)) if present}
         for name, values in (
             ("captions", [c for c, _, _ in captions]),
@@ -335,8 +335,8 @@ def _printable(text: str) -> str:
 
 
 def _text(value: Any) -> str:
-    """A cell as text that can be stored; empty for None."""
-    return "" if value is None else _clean(_printable(str(value)))
+    """A cell as text that can be stored; empty for None and NaN."""
+    return "" if value is None or value != value else _clean(_printable(str(value)))
 
 
 def _metadata_column(values: list[Any]) -> pa.Array:
