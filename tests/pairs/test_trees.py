@@ -100,7 +100,7 @@ def test_tables_of_imagefolder(kind: str, tmp_path: Path) -> None:
             ("train/0.png", ["a dog of train"], "train"),
             ("validation/0.png", ["a dog of validation"], "val"),
         ]
-        assert "2 images beside them that it does not name" in pairs.source
+        assert "2 images that it does not name" in pairs.source
     with pytest.raises(DataError, match="no column 'txt'"):
         read_pairs(tmp_path, caption_columns=["txt"])
 
@@ -145,7 +145,13 @@ def test_pictures_in_folders_without_a_table(tmp_path: Path) -> None:
     fill(tmp_path, "train/0.png", "train/metadata.csv:file_name,text\n0.png,a dog\n", "test/1.png", "2.png")
     pairs = read_pairs(tmp_path)
     assert rows(pairs) == [("train/0.png",)]
-    assert "2 images in folders without a table left out" in pairs.source
+    assert "2 images that it does not name" in pairs.source
+
+
+def test_pictures_that_a_table_does_not_name(tmp_path: Path) -> None:
+    fill(tmp_path, "t.csv:image,caption\nin/0.png,a dog\n", "in/0.png", "in/1.png", "out/2.png", "3.png")
+    assert "3 images that it does not name" in read_pairs(tmp_path).source
+    assert "1 images that it does not name" in read_pairs(tmp_path / "t.csv").source
 
 
 def test_pictures_beside_shards(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from litune.pairs.sample import SPLITS, Options, SampleSource, is_picture, split
 from litune.pairs.stores import is_store, store_source
 from litune.pairs.tables import TABLE_SUFFIXES, table_source, tables_source
 from litune.pairs.tars import tar_source
-from litune.pairs.trees import Tree, has_classes, has_splits, tables_in, tree_source, tree_splits, walk
+from litune.pairs.trees import has_classes, has_splits, tables_in, tree_source, tree_splits, walk
 
 NOT_HERE = "has Arrow data, which is read on this machine alone: copy it, or write it as Parquet"
 PAIRS_SUFFIXES = (*TABLE_SUFFIXES, ".tar", ".arrow", ".json", ".txt")
@@ -96,7 +96,7 @@ def _from_elsewhere(folder: str, options: Options) -> SampleSource:
         if matches := [file for file in paths if of_kind(file)]:
             return _from_files(matches, options)
     if tables := tables_in(names):
-        return _from_tables(folder, names, tables, options)
+        return tables_source(folder, tables, tree_splits(tables), options)
     if has_classes(names):
         return tree_source(folder, names, options)
     if any(map(is_picture, names.get("", []))):
@@ -158,14 +158,16 @@ def _from_folder(folder: Path, options: Options) -> SampleSource:
     if parts_of(folder):
         return local_files(folder, options)
     if annotations := annotation_files(folder):
-        return _from_files(annotations, options)
-    tables = _find_tables(folder)
-    if len(tables) > 1:
+        source = _from_files(annotations, options)
+    elif len(tables := _find_tables(folder)) > 1:
         names = [table.name for table in tables]
-        return tables_source(str(folder), names, splits_of(names), options)
-    if tables:
-        return table_source([str(tables[0])], options)
-    return _from_tree(folder, options)
+        source = tables_source(str(folder), names, splits_of(names), options)
+    elif tables:
+        source = table_source([str(tables[0])], options)
+    else:
+        return _from_tree(folder, options)
+    source.within = folder
+    return source
 
 
 def _packed_in(folder: Path, options: Options) -> SampleSource | None:
@@ -191,21 +193,14 @@ def _from_tree(folder: Path, options: Options) -> SampleSource:
     """The source in a folder of pictures, with folders in it or without."""
     tree = walk(folder)
     if tables := tables_in(tree):
-        return _from_tables(str(folder), tree, tables, options)
+        source = tables_source(str(folder), tables, tree_splits(tables), options)
+        source.within = folder
+        return source
     if not has_classes(tree) and any(pictures_in(folder)):
         return local_files(folder, options)
     if not has_classes(tree) or not (has_splits(tree) or any(map(is_picture, tree[""]))):
         class_folders(folder)  # says what is missing
     return tree_source(str(folder), tree, options)
-
-
-def _from_tables(root: str, tree: Tree, tables: Sequence[str], options: Options) -> SampleSource:
-    """The tables in the folders of a tree; the pictures in its other folders are counted."""
-    source = tables_source(root, tables, tree_splits(tables), options)
-    own = tuple(f"{table.rpartition('/')[0]}/" for table in tables)
-    others = [name for inside in tree if not f"{inside}/".startswith(own) for name in tree[inside]]
-    source.notes["images in folders without a table left out"] = sum(map(is_picture, others))
-    return source
 
 
 def _parquet_files(folder: Path) -> list[Path]:

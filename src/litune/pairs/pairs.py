@@ -20,9 +20,10 @@ from litune.errors import DataError, nearest
 from litune.pairs.cells import is_missing, texts_in
 from litune.pairs.find import find_source, holds_pairs
 from litune.pairs.folders import class_folders, image_files
+from litune.pairs.reference import absolute
 from litune.pairs.sample import Damage, Options, Sample, SampleSource, find_split, is_picture
 from litune.pairs.tables import join
-from litune.pairs.trees import tree_splits
+from litune.pairs.trees import tree_splits, walk
 from litune.progress import say
 
 __all__ = ["Damage", "Pairs", "class_folders", "image_files", "read_pairs", "select_captions"]
@@ -173,7 +174,8 @@ def collect(source: SampleSource, options: Options, max_damaged: float) -> Pairs
         base = source.base(table["path"].to_pylist())
         paths = pa.array([join(base, path) for path in table["path"].to_pylist()], pa.string())
         table = table.set_column(table.column_names.index("path"), "path", paths)
-        source.notes["images beside them that it does not name"] = _count_unnamed(paths.to_pylist())
+    if source.base is not None or source.within is not None:
+        source.notes["images that it does not name"] = _count_unnamed(table["path"].to_pylist(), source.within)
     if columns.captions:
         without = pc.equal(pc.list_value_length(table["captions"]), 0)
         source.notes["images without a caption"] = pc.sum(without).as_py()
@@ -185,14 +187,18 @@ def collect(source: SampleSource, options: Options, max_damaged: float) -> Pairs
     return Pairs(table, about, tuple(damaged))
 
 
-def _count_unnamed(paths: Sequence[str]) -> int:
-    """The number of pictures that lie beside these and are none of them; 0 for pictures in very many folders."""
+def _count_unnamed(paths: Sequence[str], within: Path | None) -> int:
+    """The number of pictures that lie beside these, or `within` a folder, and are none of them.
+
+    Pictures in more than `MOST_FOLDERS` folders are not looked for beside.
+    """
     named: dict[str, set[str]] = {}
     for path in paths:
-        folder, _, name = path.rpartition("/")
-        named.setdefault(folder or ".", set()).add(name)
-    folders = [folder for folder in named if Path(folder).is_dir()] if len(named) <= MOST_FOLDERS else []
-    return sum(is_picture(file.name) and file.name not in named[f] for f in folders for file in os.scandir(f))
+        folder, _, name = absolute(path).rpartition("/")
+        named.setdefault(folder, set()).add(name)
+    folders = {folder for folder in named if Path(folder).is_dir()} if len(named) <= MOST_FOLDERS else set()
+    folders |= {absolute(f"{within}/{inside}") for inside in walk(within)} if within is not None else set()
+    return sum(is_picture(file.name) and file.name not in named.get(f, ()) for f in folders for file in os.scandir(f))
 
 
 def _check_damage(name: str, damaged: Sequence[Damage], good: int, files: int, max_damaged: float) -> None:

@@ -147,6 +147,8 @@ class SampleSource:
     files: int = 1
     base: Callable[[Sequence[str]], str] | None = None
     """For tables: finds the images' folder from their names. Rows that name the same image are merged."""
+    within: Path | None = None
+    """For a table found in a folder: the folder, all of whose pictures it may name."""
     takes: Sequence[str] = ("images", "image", "caption", "split", "lang")
     """The options, of `Options.given`, that mean something for this kind of source."""
     notes: Counter[str] = field(default_factory=Counter)
