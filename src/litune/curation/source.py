@@ -61,7 +61,7 @@ def _from_store(store: FeatureStore, config: ReadingConfig) -> SourcePairs:
         values = table[column] if column == "split" else pc.list_flatten(table[column])
         known = pc.unique(values).to_pylist()
         if column == "split":
-            wanted = [find_split(name, known) or name for name in wanted]
+            wanted = tuple(find_split(name, known) or name for name in wanted)
         for name in wanted:
             if name not in known:
                 raise DataError(f"{option}: {store.path} has no {name!r} ({nearest(name, map(str, known))})")
