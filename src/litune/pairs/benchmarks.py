@@ -7,6 +7,7 @@ Parquet files or arrays, and are read one at a time.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,7 @@ from litune.pairs.columns import class_names, parquet_source, picture_column, pi
 from litune.pairs.find import find_source
 from litune.pairs.pairs import Pairs, class_folders, collect, image_files, read_pairs, select_captions
 from litune.pairs.reference import BROKEN, Member, PictureCell, first_line, parse
-from litune.pairs.sample import CAPTION_COLUMNS, Damage, Options, Sample, SampleSource, find_split, first_column
+from litune.pairs.sample import CAPTION_COLUMNS, SPLITS, Damage, Options, Sample, SampleSource, find_split, first_column
 from litune.pairs.tables import column_names, image_base, join
 from litune.pairs.tars import tar_source
 
@@ -215,6 +216,13 @@ class _Source:
     images: Path | None = None
     label: str | None = None
 
+    @property
+    def spellings(self) -> list[str]:
+        """The splits asked for, each followed by its other names."""
+        others = ([name for name in SPLITS if SPLITS[name] == SPLITS.get(split)] for split in self.splits)
+        spelled = ([split, *names] for split, names in zip(self.splits, others, strict=True))
+        return list(dict.fromkeys(itertools.chain.from_iterable(spelled)))
+
     def split_of(self, names: Sequence[str] | set[str]) -> str | None:
         """The first of the splits asked for that is among these names."""
         return next((name for split in self.splits if (name := find_split(split, names)) is not None), None)
@@ -247,7 +255,7 @@ def _positions(labels: Sequence[str], classes: Sequence[str]) -> np.ndarray:
 
 def _read_shards(source: _Source) -> EvalSet | None:
     """CLIP_benchmark's folders: SPLIT/nshards.txt, SPLIT/0.tar … with .jpg and .cls or .txt, classnames.txt."""
-    folders = [source.path / split for split in source.splits] + [source.path]
+    folders = [source.path / split for split in source.spellings] + [source.path]
     folder = next((one for one in folders if (one / "nshards.txt").is_file()), None)
     if folder is None:
         return None
@@ -401,7 +409,7 @@ def _parquet_files(source: _Source) -> list[Path]:
     if source.path.is_file():
         return [source.path] if source.path.suffix == ".parquet" else []
     here = [*source.path.glob("*.parquet"), *source.path.glob("data/*.parquet")]
-    for split in source.splits:
+    for split in source.spellings:
         found = [f for f in here if f.name.startswith((f"{split}-", f"{split}.", f"{split}_"))]
         found += source.path.glob(f"{split}/*.parquet")
         if found:
@@ -584,7 +592,7 @@ def _folders(source: _Source) -> list[Path]:
     found, folder = [], source.path
     for _ in range(4):
         inside = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "_"))]
-        found += [folder / split for split in source.splits if folder / split in inside] + [folder]
+        found += [folder / split for split in source.spellings if folder / split in inside] + [folder]
         left = [p for p in inside if p.name not in BESIDE]
         if len(left) != 1:
             break
