@@ -33,7 +33,11 @@ def test_texts_in_any_encoding(tmp_path: Path, encoding: str, newline: str, caps
 
 def test_what_is_no_text() -> None:
     """Damaged UTF-8, and bytes with control characters, are not taken for Latin-1."""
-    for data in (b"\xff\xd8\xff\xe0\x10JFIF\x01", "größer, größer, größer".encode() + b"\xe9"):
+    for data in (
+        b"\xff\xd8\xff\xe0\x10JFIF\x01",
+        "größer, größer, größer".encode() + b"\xe9",
+        "собака".encode("cp1251"),
+    ):
         assert encoding_of(data) == "utf-8"
         with pytest.raises(UnicodeDecodeError):
             decode_text(data)

@@ -84,7 +84,7 @@ def encoding_of(data: bytes) -> str:
     """The encoding of a text by its first bytes: UTF-8, UTF-16 or UTF-32 (with or without a mark), else Latin-1.
 
     Latin-1 is Windows' extension of it, cp1252, where all bytes have a character there. Bytes with control characters,
-    and those in which more of what is not ASCII is UTF-8 than is not, are damaged UTF-8.
+    those of which most are not ASCII (other alphabets) and those that are mostly UTF-8 count as damaged UTF-8.
     """
     if marked := next((encoding for mark, encoding in _MARKS if data.startswith(mark)), None):
         return marked
@@ -93,7 +93,7 @@ def encoding_of(data: bytes) -> str:
         return "utf-16-le" if nuls[1] > nuls[0] else "utf-16-be"
     text = data.decode("utf-8", "surrogateescape")
     strange = len(_STRANGE.findall(text))
-    if len(_BEYOND_ASCII.findall(text)) >= 2 * strange or _CONTROL.search(data):
+    if len(_BEYOND_ASCII.findall(text)) >= 2 * strange or 2 * strange > len(data) or _CONTROL.search(data):
         return "utf-8"
     try:
         data.decode("cp1252")

@@ -15,7 +15,7 @@ from litune.pairs.sample import IMAGE_COLUMNS, MOST_TEXT, SPLITS, Damage, is_pic
 DELIMITERS = (",", "\t", "|", ";")
 LOOKED_AT = 50
 """So many rows of a table without a header tell what its columns hold."""
-MOST_LINES = 1000
+MOST_LINES = 200
 """The most lines of a quoted cell; a quote that is not closed within them is none."""
 DIALECTS: tuple[dict[str, Any], ...] = ({"doublequote": True}, {"doublequote": False, "escapechar": "\\"})
 """How quoted cells are written: by RFC 4180, or with a backslash before quotes (Spark, MySQL)."""
@@ -183,7 +183,7 @@ def _continued(line: str, lines: Iterator[str], ahead: deque[str], delimiter: st
         if len(cells) == columns and any(is_picture(cells[i].strip('" ')) for i in pictures):
             break  # a row of its own
         text = f"{text}\n{following}"
-        if (joined := _quoted(text, delimiter, columns)) is not None:
+        if '"' in following and (joined := _quoted(text, delimiter, columns)) is not None:
             return joined
     ahead.extendleft(reversed(read))
     return None
