@@ -10,13 +10,39 @@ from litune.files import (
     atomic,
     check_file,
     clear_output,
+    decode_text,
+    encoding_of,
     holds_nothing,
     read_json,
+    read_text,
     replace_folder,
     sweep_temporaries,
     write_json,
     write_text,
 )
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252"])
+def test_texts_in_any_encoding(tmp_path: Path, encoding: str, newline: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "Café\ngroße Straße\n" + ("– “quoted”\n" if encoding == "cp1252" else "犬\n")
+    (tmp_path / "a.txt").write_bytes(text.replace("\n", newline).encode(encoding))
+    assert read_text(tmp_path / "a.txt") == text
+    assert ("a.txt is not UTF-8: it is read as Latin-1" in capsys.readouterr().err) == (encoding == "cp1252")
+
+
+def test_what_is_no_text() -> None:
+    """Damaged UTF-8, and bytes with control characters, are not taken for Latin-1."""
+    for data in (
+        b"\xff\xd8\xff\xe0\x10JFIF\x01",
+        "größer, größer, größer".encode() + b"\xe9",
+        "собака".encode("cp1251"),
+    ):
+        assert encoding_of(data) == "utf-8"
+        with pytest.raises(UnicodeDecodeError):
+            decode_text(data)
+    assert encoding_of(b"\x81 caf\xe9") == "latin-1"
+    assert decode_text(b"") == ""
 
 
 def test_atomic_leaves_the_old_file_on_an_error(tmp_path: Path) -> None:

@@ -5,13 +5,23 @@ from pathlib import Path
 import pytest
 
 from litune.errors import ConfigError
-from litune.prompts import DEFAULT_TEMPLATES, canonicalize, read_templates, write_prompts
+from litune.prompts import DEFAULT_TEMPLATES, canonicalize, read_labels, read_templates, write_prompts
 
 
 def test_canonicalize() -> None:
     assert canonicalize("T-shirt") == "tshirt"
     assert canonicalize("Egyptian_Mau") == "egyptian mau"
     assert canonicalize("  a.b  c ") == "ab c"
+
+
+def test_labels_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_bytes("wombat\r\n\r\n Bär \r\n".encode("utf-16"))
+    assert read_labels(["jaguar", str(tmp_path / "labels.txt")]) == ("jaguar", "wombat", "Bär")
+    with pytest.raises(ConfigError, match=r"nowhere\.txt can't be read"):
+        read_labels(["nowhere.txt"])
+    (tmp_path / "labels.txt").write_bytes(b"\xff\xd8\x01")
+    with pytest.raises(ConfigError, match="is no text"):
+        read_labels([str(tmp_path / "labels.txt")])
 
 
 def test_prompts() -> None:

@@ -580,7 +580,7 @@ class ClassifyConfig(Checked):
     images: Annotated[tuple[Address, ...], Place("IMAGE...")]
     """The images: files, URLs, or whatever litune embed reads."""
     labels: tuple[str, ...]
-    """The labels to choose from."""
+    """The labels to choose from; or a text file (.txt) with one per line."""
     templates: Annotated[tuple[str, ...], Repeated()] = ()
     """A template that puts a label into a sentence, as in "a photo of a {}."; repeat for several, or give a text
     file with one per line. By default the bare label and "a photo of a {}."."""

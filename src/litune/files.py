@@ -1,7 +1,8 @@
-"""Atomic writes: no half-written file ever has its final name."""
+"""Atomic writes: no half-written file ever has its final name. Text files in whatever encoding they come."""
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -14,11 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from litune.errors import LituneError, OutputExistsError
+from litune.progress import say
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # the names that `atomic` gives
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),  # begins as UTF-16's mark does
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1f\x7f]")
+_BEYOND_ASCII, _STRANGE = re.compile(r"[^\x00-\x7f]"), re.compile(r"[\udc80-\udcff]")
 
 
 @contextmanager
@@ -69,6 +80,54 @@ def replace_folder(new: Path, target: Path, last: str) -> None:
     shutil.rmtree(new, ignore_errors=True)
 
 
+def encoding_of(data: bytes) -> str:
+    """The encoding of a text by its first bytes: UTF-8, UTF-16 or UTF-32 (with or without a mark), else Latin-1.
+
+    Latin-1 is Windows' extension of it, cp1252, where all bytes have a character there. Bytes with control characters,
+    those of which most are not ASCII (other alphabets) and those that are mostly UTF-8 count as damaged UTF-8.
+    """
+    if marked := next((encoding for mark, encoding in _MARKS if data.startswith(mark)), None):
+        return marked
+    nuls = [data[first::2].count(0) for first in (0, 1)]
+    if sum(nuls) > len(data) // 4:  # most characters have a byte of zeros
+        return "utf-16-le" if nuls[1] > nuls[0] else "utf-16-be"
+    text = data.decode("utf-8", "surrogateescape")
+    strange = len(_STRANGE.findall(text))
+    if len(_BEYOND_ASCII.findall(text)) >= 2 * strange or 2 * strange > len(data) or _CONTROL.search(data):
+        return "utf-8"
+    try:
+        data.decode("cp1252")
+    except UnicodeDecodeError:
+        return "latin-1"
+    return "cp1252"
+
+
+def is_latin(encoding: str) -> bool:
+    """Whether this is what `encoding_of` says of a text that is neither UTF-8 nor UTF-16: a guess, to be told of."""
+    return encoding in ("cp1252", "latin-1")
+
+
+def decode_text(data: bytes) -> str:
+    """A text file's bytes as text, in the encoding that it is in. Raises `UnicodeDecodeError` where it is no text."""
+    return data.decode(encoding_of(data))
+
+
+def read_text(path: Path) -> str:
+    """A text file in whatever encoding it is, with newlines at the ends of lines; says so where it is Latin-1.
+
+    Raises `OSError`, or `UnicodeDecodeError` where it is no text.
+    """
+    data = path.read_bytes()
+    tell_latin(str(path), encoding_of(data))
+    return decode_text(data).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def tell_latin(name: str, encoding: str) -> None:
+    """Say that a file is read as Latin-1, if it is."""
+    if is_latin(encoding):
+        say(f"{name} is not UTF-8: it is read as Latin-1 (Windows-1252); save it as UTF-8 if its letters are wrong")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` atomically, as UTF-8."""
     with atomic(path) as temporary:
@@ -83,7 +142,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, error: type[LituneError]) -> dict[str, Any]:
     """Read a JSON object; `error` with one line if it is missing or damaged."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except FileNotFoundError:
         raise error(f"{path} is missing") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as why:

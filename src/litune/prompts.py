@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import string
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from litune.errors import ConfigError
+from litune.files import read_text
 
 DEFAULT_TEMPLATES = ("{}", "a photo of a {}.")
 BARE_TEMPLATES = ("{}",)
@@ -69,11 +71,30 @@ def read_templates(templates: Sequence[str]) -> tuple[str, ...]:
     found: list[str] = []
     for template in templates:
         if "{" not in template and Path(template).is_file():
-            lines = Path(template).read_text(encoding="utf-8").splitlines()
-            found += [line.strip() for line in lines if line.strip()]
+            found += read_list(template)
         else:
             found.append(template)
     for template in found:
         if template.count("{}") != 1:
             raise ConfigError(f"the template {template!r} needs exactly one {{}}, as in 'a photo of a {{}}.'")
     return tuple(found) or DEFAULT_TEMPLATES
+
+
+def read_labels(labels: Sequence[str]) -> tuple[str, ...]:
+    """Labels as given, or out of text files (.txt) with one per line. Raises `ConfigError` where one is not there.
+
+    >>> read_labels(["wombat", "jaguar"])
+    ('wombat', 'jaguar')
+    """
+    lists = (read_list(label) if PurePath(label).suffix.lower() == ".txt" else [label] for label in labels)
+    return tuple(itertools.chain.from_iterable(lists))
+
+
+def read_list(file: str) -> list[str]:
+    """The lines of a text file that are not empty. Raises `ConfigError` where it can't be read."""
+    try:
+        return [line.strip() for line in read_text(Path(file)).split("\n") if line.strip()]
+    except OSError as why:
+        raise ConfigError(f"{file} can't be read: {why.strerror or why}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file} is no text: give a text file with one on each line") from None

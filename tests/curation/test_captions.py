@@ -33,7 +33,7 @@ def test_titles_of_yfcc(title: str, dropped: bool) -> None:
 @pytest.mark.parametrize(
     "caption",
     ["photo.jpg", "IMG_1234", "img-1234 (2)", "P1010034", "Screenshot 2020-01-01 at 10.22.11", "https://a.b/c",
-     "12 / 34", "Untitled", "thumbnail", "Image 3", "🙂", "..."],
+     "12 / 34", "Untitled", "thumbnail", "Image 3", "🙂", "...", "nan", "<NA>", "#N/A", "NaT", "(null)", "\\N"],
 )  # fmt: skip
 def test_boilerplate(caption: str) -> None:
     assert is_boilerplate(pa.array([caption]))[0]

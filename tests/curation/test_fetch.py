@@ -186,7 +186,7 @@ def test_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("text", "settings", "message"),
     [
-        ("address\nx\n", {}, "no column 'url'"),
+        ("address\nx\n", {}, "no column of URLs"),
         ("url\nfile:///etc/passwd\n\n", {}, "has no http address"),
         ("url,caption\nhttp://x/1,a\n", {"keep": ("licence",)}, "no column 'licence'"),
         ("url,caption,width\nhttp://x/1,a,3\n", {"keep": ("width",)}, "img2dataset writes a width of its own"),
@@ -201,6 +201,21 @@ def test_lists(
     with pytest.raises(LituneError, match=message):
         fetch_data(urls=tmp_path / "urls.csv", out=tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("header", "settings"),
+    [
+        ("URL\tTEXT", {}),
+        ("image_url\ttitle", {}),
+        ("Address\tWords", {"url_column": "address", "caption_column": "words"}),
+    ],
+)
+def test_names_of_columns_in_any_case(header: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "laion.tsv").write_bytes(f"{header}\tSimilarity\nhttp://x/1\tein Café\t0.3\n".encode("utf-16"))
+    config = fetching.FetchConfig(tmp_path / "laion.tsv", tmp_path / "out", keep=("similarity",), **settings)
+    rows = list(fetching._rows(config, fetching.Counter()))
+    assert rows == [{"url": "http://x/1", "caption": "ein Café", "similarity": "0.3"}]
 
 
 def test_without_img2dataset(tmp_path: Path) -> None:

@@ -61,6 +61,20 @@ def test_rules_in_their_order(noisy: Path, tmp_path: Path) -> None:
     assert report["settings"]["max_aspect"] == 3
 
 
+def test_missing_values_are_no_captions(tmp_path: Path) -> None:
+    captions = ["nan", "NaN", "<NA>", "None", "null", "N/A", "NaT", "#N/A", "a dog"]
+    for i in range(len(captions)):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    lines = [f"{i}.png,{caption}" for i, caption in enumerate(captions)]
+    (tmp_path / "t.csv").write_text("\n".join(["image,caption", *lines]))
+    found = filter_data(pairs=tmp_path, out=tmp_path / "kept" / "k.jsonl", boilerplate="drop")
+    assert (found["kept_images"], found["kept_captions"]) == (1, 1)
+    assert [(rule["rule"], rule["dropped_images"]) for rule in found["rules"]] == [
+        ("no caption", 8),
+        ("boilerplate", 0),
+    ]
+
+
 def test_no_two_write_one_output(noisy: Path, tmp_path: Path) -> None:
     with claim(tmp_path / "kept.jsonl"), pytest.raises(OutputBusyError, match=r"kept\.jsonl is being written by"):
         filter_data(pairs=noisy, out=tmp_path / "kept.jsonl", min_words=3)

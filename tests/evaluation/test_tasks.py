@@ -291,3 +291,12 @@ def test_the_samples_are_imagenets_classes_in_order() -> None:
 
     truth = find_truth(TASKS["imagenet1k"], read_set(SAMPLES, "classification"))
     assert [int(one[0]) for one in truth.accepted] == list(range(1000))
+
+
+def test_names_and_templates_in_files(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_bytes("Bär\r\nwombat\r\n".encode("utf-16"))
+    (tmp_path / "templates.txt").write_bytes("\ufeffein Bild: {}\n{}\n".encode())
+    text = "folder: x\nclasses: names.txt\ntemplates: templates.txt\nname: größe\n"
+    (tmp_path / "a.yaml").write_bytes(text.encode("cp1252"))
+    (task,) = read_tasks(tmp_path / "a.yaml")
+    assert (task.name, task.names, task.templates) == ("größe", ("Bär", "wombat"), ("ein Bild: {}", "{}"))

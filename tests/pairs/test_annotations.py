@@ -36,7 +36,7 @@ def test_coco(coco: Path) -> None:
     assert val.table["path"].to_pylist() == [f"{coco}/val2017/{name}.png" for name in NAMES[4:6]]
     assert val.table["captions"].to_pylist() == [[f"a {NAMES[4]}", f"one {NAMES[4]}"], []]
     assert val.table["license"].to_pylist() == [0, 1]
-    assert val.source == "COCO's captions in captions_val2017.json"
+    assert val.source == "COCO's captions in captions_val2017.json, 1 images without a caption"
     both = read_pairs(coco)
     assert both.table["split"].to_pylist() == ["train"] * 4 + ["val"] * 2
     assert all(Path(path).is_file() for path in both.table["path"].to_pylist())
@@ -56,7 +56,7 @@ def test_damaged_coco(coco: Path) -> None:
         {"caption": "whose?"},
         3,
         {"image_id": 999, "caption": "gone"},
-        {"image_id": 101, "caption": None},
+        {"image_id": 101, "caption": 7},
     ]
     facts["images"] += [{"id": 7}, None]
     file.write_text(json.dumps(facts))
@@ -67,7 +67,7 @@ def test_damaged_coco(coco: Path) -> None:
         "it has no id and file_name",
         "it has no image_id and caption",
         "it has no image_id and caption",
-        "the caption is None, expected a string",
+        "the caption is 7, expected a string",
         "there is no such image in the file",
     ]
 

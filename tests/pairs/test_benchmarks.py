@@ -15,6 +15,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 from tests.conftest import COLORS, SHAPES, draw
+from tests.pairs import packed
 
 from litune.errors import DataError
 from litune.image.pictures import open_rgb
@@ -333,3 +334,14 @@ def test_nothing_there(tmp_path: Path) -> None:
         read_set(tmp_path / "nowhere", "classification")
     with pytest.raises(DataError, match=r"no classes in a layout"):
         read_set(tmp_path, "classification")
+
+
+@pytest.mark.parametrize("asked", ["val", "dev", "validation"])
+def test_other_names_of_splits(asked: str, tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        (tmp_path / "tree" / split / "red").mkdir(parents=True)
+        (tmp_path / "tree" / split / "red" / f"{split}.png").write_bytes(picture("red"))
+        (tmp_path / "hub").mkdir(exist_ok=True)
+        pa.parquet.write_table(packed.hub_table(packed.NAMES[:2]), tmp_path / "hub" / f"{split}-00000-of-00001.parquet")
+    assert read_set(tmp_path / "tree", "classification", splits=[asked]).keys == ["red/validation.png"]
+    assert read_set(tmp_path / "hub", "retrieval", splits=[asked]).keys[0].startswith("validation-00000")

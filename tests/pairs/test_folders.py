@@ -35,13 +35,13 @@ def test_captions_beside_images(tmp_path: Path) -> None:
     for name in NAMES[:3]:
         (tmp_path / f"{name}.png").write_bytes(picture(name))
     (tmp_path / f"{NAMES[0]}.txt").write_text("the first")
-    (tmp_path / f"{NAMES[1]}.txt").write_bytes(b"\xff")
+    (tmp_path / f"{NAMES[1]}.txt").write_bytes(b"\xff\x01")
     (tmp_path / f"{NAMES[2]}.json").write_text("{")
     pairs = read_pairs(tmp_path, max_damaged=0.7)
     assert pairs.table["captions"].to_pylist() == [["the first"], []]
     assert [d.key for d in pairs.damaged] == [f"{NAMES[1]}.png", f"{NAMES[2]}.png"]
     assert "kept without it" in pairs.damaged[1].reason
-    assert pairs.source == "a folder of 2 images with captions beside them"
+    assert pairs.source == "a folder of 2 images with captions beside them, 1 images without a caption"
 
 
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:

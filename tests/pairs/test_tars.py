@@ -224,8 +224,10 @@ def test_damaged_metadata(tmp_path: Path) -> None:
         ("שלום עולם".encode(), "שלום עולם"),
         ("👩‍🚀 on the moon".encode(), "👩‍🚀 on the moon"),
         (b"\xef\xbb\xbfwith a mark", "with a mark"),
-        (b"Caf\xe9", "the caption is not UTF-8"),
-        (b" \n", "the caption is empty"),
+        ("Café".encode("utf-16"), "Café"),
+        (b"Caf\xe9", "Café"),
+        (b"Caf\xe9, \xc3\xa9, \xc3\xa9", "the caption is not UTF-8"),
+        (b"\xff\xd8\0\1", "the caption is not UTF-8"),
     ],
 )
 def test_captions(tmp_path: Path, text: bytes, expected: str) -> None:
@@ -266,15 +268,39 @@ def test_columns_grow_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_two_pictures_of_a_sample(tmp_path: Path) -> None:
-    """The first is taken, the others are counted; what is named more closely (.seg.png) is no picture of its own."""
+    """The first is taken, the others are counted."""
     members = []
     for name in NAMES:
         members += [(f"{name}.jpg", picture(name, "JPEG")), (f"{name}.png", picture("red-bar")), (f"{name}.txt", b"x")]
         members += [(f"{name}.seg.png", picture("red-bar"))]
     shard = write_tar(tmp_path / "0.tar", members)
     first = read_pairs(shard)
-    assert first.source == f"1 webdataset shard in {tmp_path}, 12 second pictures (.png) left out"
+    left_out = "12 second pictures (.png) left out, 12 second pictures (.seg.png) left out"
+    assert first.source == f"1 webdataset shard in {tmp_path}, {left_out}"
     assert [read_bytes(path) for path in first.table["path"].to_pylist()] == [picture(n, "JPEG") for n in NAMES]
     other = read_pairs(shard, image_column="png")
     assert other.source == f"1 webdataset shard in {tmp_path}"
     assert {read_bytes(path) for path in other.table["path"].to_pylist()} == {picture("red-bar")}
+
+
+@pytest.mark.parametrize(
+    ("members", "samples", "note"),
+    [
+        (["2020.01.0.png", "2020.01.0.txt", "2020.01.1.png", "2020.01.1.txt"], {"2020.01.0": 1, "2020.01.1": 1}, ""),
+        (["2020.01.0.png", "2020.01.1.png", "2020.01.1.txt"], {"2020.01.0": 0, "2020.01.1": 1}, ""),
+        (["2020.01.0.png", "2020.01.1.png"], {"2020.01.0": 0, "2020.01.1": 0}, ""),
+        (["0.left.png", "0.right.png", "0.txt"], {"0": 1}, ", 1 second pictures (.right.png) left out"),
+        (["0.image.png", "0.caption.txt"], {"0": 1}, ""),
+        (["0.png", "0.en.txt", "0.de.txt", "0.meta.json"], {"0": 2}, ""),
+        (["0.png", "0.txt", "0.alt.txt"], {"0": 1}, ", 1 further texts (.alt.txt) left out"),
+        (["0.png", "0.txt", "0.1.png", "0.1.txt"], {"0": 1, "0.1": 1}, ""),
+    ],
+)
+def test_names_with_dots(tmp_path: Path, members: list[str], samples: dict[str, int], note: str) -> None:
+    contents = {"png": picture(NAMES[0]), "txt": b"a dog", "json": b"{}"}
+    shard = write_tar(tmp_path / "0.tar", [(name, contents[name.rpartition(".")[2]]) for name in members])
+    pairs = read_pairs(shard)
+    read = zip(pairs.table["key"].to_pylist(), map(len, pairs.table["captions"].to_pylist()), strict=True)
+    assert {key.removeprefix("0/"): count for key, count in read} == samples
+    assert note in pairs.source
+    assert ("left out" in pairs.source) == bool(note)

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from tests.conftest import random_store
 
 from litune.config import TuneConfig
+from litune.errors import StoreError
 from litune.store.selection import Mixture, Selection, choose_pairs, source_names
 from litune.store.store import FeatureStore
 from litune.tuning.batching import make_batches
@@ -135,3 +137,17 @@ def test_images_that_there_are_none_of(tmp_path: Path, number: int) -> None:
     for function, what in ((both.features, "images"), (both.subset, "images"), (both.take_captions, "captions")):
         with pytest.raises(IndexError, match=rf"{number} is out of range: there are 10 {what}"):
             function(np.array([2, number]))
+
+
+def test_other_names_of_splits(tmp_path: Path) -> None:
+    """--val-split val is the split validation where there is no val; a store keeps its own names."""
+    store = random_store(tmp_path / "s", 6, 4)
+    for file in (store.path / "metadata").glob("*.parquet"):
+        table = pa.parquet.read_table(file)
+        splits = ["training"] * 3 + ["Validation"] * (len(table) - 3)
+        pa.parquet.write_table(table.append_column("split", pa.array(splits)), file)
+    store = FeatureStore(store.path)
+    assert store.splits == ["Validation", "training"]
+    assert (len(store.select("train")), len(store.select("val")), len(store.select("dev"))) == (3, 3, 3)
+    with pytest.raises(StoreError, match="no split 'test'"):
+        store.select("test")

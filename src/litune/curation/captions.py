@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import urllib.parse
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from litune.pairs.cells import MISSING
 
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 """Scripts without spaces between words."""
@@ -55,7 +58,8 @@ def is_boilerplate(captions: pa.Array) -> np.ndarray:
     >>> is_boilerplate(pa.array(["IMG_2041.JPG", "DSC00112", "a photo", "photo", "2014-08-01", "dsc"])).tolist()
     [True, True, False, True, True, False]
     """
-    pattern = rf"(?i)^\s*(?:{'|'.join(BOILERPLATE)})\s*$"
+    missing = "|".join(map(re.escape, sorted(MISSING)))
+    pattern = rf"(?i)^\s*(?:{'|'.join(BOILERPLATE)}|{missing})\s*$"
     matches: np.ndarray = pc.match_substring_regex(captions, pattern).to_numpy(zero_copy_only=False)
     return matches
 

@@ -24,8 +24,8 @@ from litune.curation import fetch_worker
 from litune.devices import processor_cores
 from litune.errors import ConfigError, DataError, MissingExtraError, OutputExistsError
 from litune.files import atomic, clear_output, read_json, sha256_file, write_json, write_text
-from litune.pairs.address import is_url, open_file
-from litune.pairs.sample import CAPTION_COLUMNS, Damage, pick_column
+from litune.pairs.address import is_url, open_text
+from litune.pairs.sample import CAPTION_COLUMNS, URL_COLUMNS, Damage, first_column, pick_column
 from litune.pairs.tables import read_lines
 from litune.progress import say, track
 
@@ -147,6 +147,7 @@ def _rows(config: FetchConfig, refused: Counter[str]) -> Iterator[dict[str, Any]
     Only http addresses are passed on: img2dataset would read file:///etc/passwd.
     """
     url = caption = None
+    keep: dict[str, str] = {}
     for line in _read_list(str(config.urls)):
         if isinstance(line, Damage):
             refused["the row can't be read"] += 1
@@ -154,14 +155,15 @@ def _rows(config: FetchConfig, refused: Counter[str]) -> Iterator[dict[str, Any]
         cells = line[1]
         if url is None:
             names = list(cells)
-            url = pick_column(str(config.urls), names, config.url_column, [], "--url-column URLs")
-            caption = next((name for name in CAPTION_COLUMNS if name in names), None)
+            wanted = None if config.url_column == FetchConfig.url_column else config.url_column
+            url = pick_column(str(config.urls), names, wanted, URL_COLUMNS, "--url-column URLs")
+            caption = first_column(names, CAPTION_COLUMNS)
             if config.caption_column is not None:
                 caption = pick_column(str(config.urls), names, config.caption_column, [], "--caption-column captions")
             for name in config.keep:
                 if name in RESERVED:
                     raise ConfigError(f"--keep {name}: img2dataset writes a {name} of its own; rename the column")
-                pick_column(str(config.urls), names, name, [], "--keep columns")
+                keep[name] = pick_column(str(config.urls), names, name, [], "--keep columns")
         address = cells.get(url)
         if not isinstance(address, str) or not ADDRESS.fullmatch(address.strip()):
             refused["no http address"] += 1
@@ -169,7 +171,7 @@ def _rows(config: FetchConfig, refused: Counter[str]) -> Iterator[dict[str, Any]
         row = {"url": address.strip()}
         if caption is not None:
             row["caption"] = cells.get(caption) or ""
-        yield row | {name: cells.get(name) for name in config.keep}
+        yield row | {name: cells.get(column) for name, column in keep.items()}
 
 
 def _read_list(address: str) -> Iterator[tuple[str, dict[str, Any]] | Damage]:
@@ -178,10 +180,10 @@ def _read_list(address: str) -> Iterator[tuple[str, dict[str, Any]] | Damage]:
         yield from read_lines(address)
         return
     try:
-        with open_file(address) as lines:
+        with open_text(address) as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield f"line {number}", {"url": line.decode("utf-8", "replace").strip()}
+                    yield f"line {number}", {"url": line.strip()}
     except OSError as why:
         raise DataError(f"{address} can't be read: {why.strerror or why}") from None
 

@@ -172,6 +172,9 @@ def _caption_rules(config: FilterConfig, source: SourcePairs) -> list[Rule]:
     if config.titles == "yfcc":
         rules.append(Rule("titles yfcc", "captions", _titles(config.title_field)))
     if config.boilerplate == "drop":
+        counts = pc.list_value_length(source.pairs.table["captions"])
+        if source.pairs.captions and pc.min(counts).as_py() == 0:
+            rules.append(Rule("no caption", "images", lambda pool, rows: np.isin(rows, pool.owner)))
         add("boilerplate", lambda captions: ~text.is_boilerplate(captions))
     for name, measure in (("chars", text.characters), ("words", text.words)):
         for way in ("min", "max"):

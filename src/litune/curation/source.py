@@ -11,8 +11,9 @@ import pyarrow.compute as pc
 
 from litune.config import ReadingConfig
 from litune.errors import DataError, nearest
-from litune.pairs.pairs import Pairs, read_files, say_pairs, select_captions
-from litune.pairs.stores import is_store
+from litune.pairs.pairs import Pairs, options_of, read_files, say_pairs, select_captions
+from litune.pairs.sample import find_split
+from litune.pairs.stores import is_store, metadata_files, moved_to
 from litune.store.store import FeatureStore, StoreWriter
 
 
@@ -43,7 +44,14 @@ def store_pairs(store: FeatureStore) -> pa.Table:
 
 
 def _from_store(store: FeatureStore, config: ReadingConfig) -> SourcePairs:
+    for about, flag in options_of(config).given.items():
+        if about != "images":
+            raise DataError(f"{flag} means nothing for the feature store {store.path}: leave it out")
     table = store_pairs(store)
+    if config.images is not None:
+        moved = moved_to(store.path, metadata_files(store.path), config.images)
+        paths = pa.array([moved(path) for path in table["path"].to_pylist()], pa.string())
+        table = table.set_column(table.column_names.index("path"), "path", paths)
     table = table.append_column("row", pa.array(np.arange(len(table))))
     for option, wanted, column in (("--split", config.split, "split"), ("--lang", config.lang, "langs")):
         if not wanted:
@@ -52,6 +60,8 @@ def _from_store(store: FeatureStore, config: ReadingConfig) -> SourcePairs:
             raise DataError(f"{option} was given but the store {store.path} has no {column}: embed with such a column")
         values = table[column] if column == "split" else pc.list_flatten(table[column])
         known = pc.unique(values).to_pylist()
+        if column == "split":
+            wanted = tuple(find_split(name, known) or name for name in wanted)
         for name in wanted:
             if name not in known:
                 raise DataError(f"{option}: {store.path} has no {name!r} ({nearest(name, map(str, known))})")

@@ -12,6 +12,7 @@ import numpy as np
 from litune.errors import DataError
 from litune.evaluation.class_vectors import class_names
 from litune.evaluation.task import Truth
+from litune.files import read_text
 from litune.pairs.benchmarks import EvalSet
 
 
@@ -31,7 +32,7 @@ def real_truth(names: list[str], images: EvalSet) -> Truth:
     """ReaL's label sets by the number in the file's name; images without labels are dropped."""
     file = images.path / "real.json"
     if file.is_file():
-        labels = json.loads(file.read_text(encoding="utf-8"))
+        labels = json.loads(read_text(file))
     else:
         labels = json.loads(files("timm").joinpath("data", "_info", "imagenet_real_labels.json").read_text())
     rows, accepted = [], []
@@ -56,10 +57,10 @@ def objectnet_truth(images: EvalSet) -> Truth:
     if folder is None:
         raise DataError(f"{images.path} has no mappings/objectnet_to_imagenet_1k.json: unpack all of ObjectNet there")
     try:
-        called = json.loads((folder / "folder_to_objectnet_label.json").read_text(encoding="utf-8"))
-        maps = json.loads((folder / "objectnet_to_imagenet_1k.json").read_text(encoding="utf-8"))
-        ours = json.loads((folder / "pytorch_to_imagenet_2012_id.json").read_text(encoding="utf-8"))
-        theirs = (folder / "imagenet_to_label_2012_v2").read_text(encoding="utf-8").splitlines()
+        called = json.loads(read_text(folder / "folder_to_objectnet_label.json"))
+        maps = json.loads(read_text(folder / "objectnet_to_imagenet_1k.json"))
+        ours = json.loads(read_text(folder / "pytorch_to_imagenet_2012_id.json"))
+        theirs = read_text(folder / "imagenet_to_label_2012_v2").splitlines()
         to_ours = {theirs[line].strip(): int(number) for number, line in ours.items()}
         numbers = {name: sorted({to_ours[number.strip()] for number in many.split(";")}) for name, many in maps.items()}
     except (OSError, ValueError, KeyError, IndexError) as why:

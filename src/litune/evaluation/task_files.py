@@ -11,7 +11,8 @@ import yaml
 from litune.errors import ConfigError, nearest
 from litune.evaluation.registry import TASKS, check_lang
 from litune.evaluation.task import Task
-from litune.prompts import prompted_name
+from litune.files import read_text
+from litune.prompts import prompted_name, read_list
 
 YAML_KEYS = {
     "name", "folder", "table", "images", "train", "classes", "templates", "metric", "split", "label", "lang",
@@ -25,7 +26,7 @@ def read_tasks(file: Path) -> list[Task]:
     Raises `ConfigError` for what can't be read as a task, naming the nearest known key.
     """
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_text(file))
     except FileNotFoundError:
         raise ConfigError(
             f"there is no file {file}: --tasks takes names of tasks, or a YAML file that is there"
@@ -67,13 +68,13 @@ def _read_task(file: Path, given: dict[str, Any]) -> Task:
     if ("folder" in text) == ("table" in text):
         raise ConfigError(f"{file}: a task needs folder: FOLDER (class folders, …) or table: FILE, one of both")
     where = file.parent / text.get("folder", text.get("table", ""))
-    names, rename = _read_classes(file, given.get("classes"))
+    names, rename = _read_classes(file, _listed(file, given.get("classes")))
     kind = given.get(
         "kind", base.kind if given.get("task") or "folder" in text or names or "label" in text else "retrieval"
     )
     if kind not in ("classification", "retrieval"):
         raise ConfigError(f"{file}: kind is {kind!r}, it must be classification or retrieval")
-    templates = given.get("templates")
+    templates = _listed(file, given.get("templates"))
     templates = (templates,) if isinstance(templates, str) else templates
     if templates is not None and not (isinstance(templates, list | tuple) and templates):
         raise ConfigError(f"{file}: templates is {templates!r}, it must be a list, as in ['a photo of a {{}}.']")
@@ -102,6 +103,11 @@ def _read_task(file: Path, given: dict[str, Any]) -> Task:
         label=text.get("label"),
         rename=rename,
     )
+
+
+def _listed(file: Path, given: Any) -> Any:
+    """What a task gives, or the lines of the text file (.txt) that it names."""
+    return read_list(str(file.parent / given)) if isinstance(given, str) and given.lower().endswith(".txt") else given
 
 
 def _read_classes(file: Path, given: Any) -> tuple[tuple[str, ...] | None, dict[str, str]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from litune.devices import processor_cores
 from litune.errors import MissingExtraError, TowerError
-from litune.files import sha256_file
+from litune.files import read_text, sha256_file
 from litune.image.pictures import ImageTransform
 from litune.image.tower import ImageTower
 from litune.towers.specs import no_more, parse_size, reason
@@ -68,7 +68,7 @@ def _onnx_transform(spec: str, file: Path, options: dict[str, str]) -> ImageTran
     known = ["size", "mean", "std", "crop_pct", "crop_mode", "interpolation"]
     for beside in (file.with_suffix(".json"), file.parent / "preprocessor_config.json"):
         if not options and beside.is_file():
-            settings = json.loads(beside.read_text(encoding="utf-8"))
+            settings = json.loads(read_text(beside))
             options = {k: ",".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in settings.items()}
             break
     if "size" not in options or "mean" not in options or "std" not in options:

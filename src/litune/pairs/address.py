@@ -17,11 +17,14 @@ from typing import Any, BinaryIO, cast
 from fsspec.core import url_to_fs
 
 from litune.errors import DataError, MissingExtraError
+from litune.files import encoding_of, tell_latin
 
 MOST_FILES = 1_000_000
 """A pattern that expands to more files than this is taken for a typing mistake."""
 
 BUFFER = 1 << 16
+HEAD = 16 << 20
+"""The encoding of a text is told by so many of its first bytes."""
 
 _URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -127,6 +130,19 @@ def open_file(address: str) -> BinaryIO:
     if not stat.S_ISREG(os.stat(address).st_mode):  # noqa: PTH116
         raise DataError(f"{address} is not a regular file")
     return open(address, "rb")
+
+
+def open_text(address: str) -> io.TextIOWrapper:
+    """A text file in whatever encoding it is, open for reading; says so where it is Latin-1.
+
+    Bytes that are no character become lone surrogates. Raises what `open_file` raises.
+    """
+    file = open_file(address)
+    head = file.read(HEAD)
+    encoding = encoding_of(head[: head.rfind(b"\n") + 1] if len(head) == HEAD else head)
+    file.seek(0)
+    tell_latin(address, encoding)
+    return io.TextIOWrapper(file, encoding, "surrogateescape")
 
 
 class _Elsewhere(io.RawIOBase):

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from litune.errors import DataError
-from litune.pairs.address import open_file
+from litune.pairs.address import open_text
 from litune.pairs.reference import first_line
 from litune.pairs.sample import Damage, Options, Sample, SampleSource, split_of
 from litune.pairs.tables import image_base, join
@@ -47,7 +47,7 @@ def annotation_source(files: Sequence[str], options: Options) -> SampleSource:
     def about(_: int) -> str:
         return f"{' and '.join(kinds)} captions in {', '.join(PurePosixPath(file).name for file in files)}"
 
-    return SampleSource(about, read(), name=files[0])
+    return SampleSource(about, read(), name=files[0], takes=("images",))
 
 
 def read_annotations(file: str, options: Options, split: str = "") -> tuple[str, list[Sample | Damage]]:
@@ -63,8 +63,8 @@ def read_annotations(file: str, options: Options, split: str = "") -> tuple[str,
 
 def _load(file: str) -> dict[str, Any]:
     try:
-        with open_file(file) as opened:
-            content = json.loads(opened.read().decode("utf-8-sig"))
+        with open_text(file) as opened:
+            content = json.load(opened)
     except (ValueError, RecursionError, OSError) as why:
         raise DataError(f"{file} can't be read as JSON: {first_line(why)}") from None
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):

@@ -7,6 +7,7 @@ Parquet files or arrays, and are read one at a time.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,17 +21,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from litune.errors import DataError, nearest
+from litune.files import read_text
 from litune.pairs.address import is_url
 from litune.pairs.annotations import read_annotations
 from litune.pairs.cifar import Pixels, pixels_in, read_batch, read_pixels
 from litune.pairs.columns import class_names, parquet_source, picture_column, picture_paths, read_schema
+from litune.pairs.find import find_source
 from litune.pairs.pairs import Pairs, class_folders, collect, image_files, read_pairs, select_captions
 from litune.pairs.reference import BROKEN, Member, PictureCell, first_line, parse
-from litune.pairs.sample import CAPTION_COLUMNS, Damage, Options, Sample, SampleSource
+from litune.pairs.sample import CAPTION_COLUMNS, SPLITS, Damage, Options, Sample, SampleSource, find_split, first_column
 from litune.pairs.tables import column_names, image_base, join
 from litune.pairs.tars import tar_source
 
-TEST_SPLITS = ("test", "val", "validation", "valid")
+TEST_SPLITS = ("test", "val", "validation", "valid", "dev", "eval")
 """The names under which people keep the images that a figure is taken on, in the order in which they are looked for."""
 LABEL_COLUMNS = ("label", "fine_label", "labels", "class", "class_name", "category", "target")
 LANG_COLUMNS = ("lang", "language", "langs", "languages")
@@ -213,9 +216,16 @@ class _Source:
     images: Path | None = None
     label: str | None = None
 
+    @property
+    def spellings(self) -> list[str]:
+        """The splits asked for, each followed by its other names."""
+        others = ([name for name in SPLITS if SPLITS[name] == SPLITS.get(split)] for split in self.splits)
+        spelled = ([split, *names] for split, names in zip(self.splits, others, strict=True))
+        return list(dict.fromkeys(itertools.chain.from_iterable(spelled)))
+
     def split_of(self, names: Sequence[str] | set[str]) -> str | None:
         """The first of the splits asked for that is among these names."""
-        return next((split for split in self.splits if split in names), None)
+        return next((name for split in self.splits if (name := find_split(split, names)) is not None), None)
 
     def options(self, **settings: Any) -> Options:
         """How the readers of all pairs are asked to read the set."""
@@ -245,7 +255,7 @@ def _positions(labels: Sequence[str], classes: Sequence[str]) -> np.ndarray:
 
 def _read_shards(source: _Source) -> EvalSet | None:
     """CLIP_benchmark's folders: SPLIT/nshards.txt, SPLIT/0.tar … with .jpg and .cls or .txt, classnames.txt."""
-    folders = [source.path / split for split in source.splits] + [source.path]
+    folders = [source.path / split for split in source.spellings] + [source.path]
     folder = next((one for one in folders if (one / "nshards.txt").is_file()), None)
     if folder is None:
         return None
@@ -259,8 +269,6 @@ def _read_shards(source: _Source) -> EvalSet | None:
     samples = [sample for i in range(int(count)) for sample in _read_shard(source, folder / f"{i}.tar", wanted)]
     layout = f"{int(count):,} webdataset shards in {folder}"
     if source.kind == "retrieval":
-        for sample in samples:
-            sample.texts["txt"] = [line for line in sample.texts["txt"].splitlines() if line.strip()]
         return source.described(samples, layout)
     templates = tuple(t.replace("{c}", "{}") for t in _lines(root / "zeroshot_classification_templates.txt"))
     classes, labels = _numbered(root, [sample.label for sample in samples], _lines(root / "classnames.txt"))
@@ -276,7 +284,7 @@ def _read_shard(source: _Source, shard: Path, wanted: str) -> Iterator[Sample]:
         if isinstance(sample, Damage):
             raise DataError(f"{shard} is damaged ({sample.key}: {sample.reason}): fetch it again")
         name = sample.key.removeprefix(f"{shard.stem}/")
-        if not isinstance(sample.texts["txt"] if wanted == "txt" else sample.label, str):
+        if not isinstance(sample.texts.get("txt") if wanted == "txt" else sample.label, (str, list)):
             raise DataError(f"{shard}: {name} has no .{wanted} beside its picture, or one that is not UTF-8")
         sample.key = f"{shard.name}/{name}"
         yield sample
@@ -286,7 +294,7 @@ def _lines(file: Path) -> list[str]:
     """The lines of a text file that are not empty; none where it is not there."""
     if not file.is_file():
         return []
-    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.strip() for line in read_text(file).split("\n") if line.strip()]
 
 
 def _numbered(where: Path, labels: Sequence[Any], names: Sequence[str]) -> tuple[list[str], np.ndarray]:
@@ -354,18 +362,18 @@ def _read_parquet(source: _Source) -> EvalSet | None:
     names = class_names(schema)
     text = source.kind == "retrieval"
     usual = CAPTION_COLUMNS if text else (source.label,) if source.label else (*LABEL_COLUMNS, *names)
-    column = next((name for name in usual if name in schema.names), None)
+    column = first_column(schema.names, usual)
     if column is None:
         what = f"captions ({', '.join(CAPTION_COLUMNS)})" if text else "classes"
         raise DataError(f"{files[0]} has no column of {what} among {', '.join(schema.names)}")
     options = source.options(
         image_column=picture,
-        lang_column=next((name for name in LANG_COLUMNS if name in schema.names), "lang"),
+        lang_column=first_column(schema.names, LANG_COLUMNS) or "lang",
         without_picture=True,
         **({"caption_columns": [column]} if text else {"label_column": column}),
     )
     samples = [sample for file in files for sample in _read_rows(file, picture, options)]
-    if "split" in schema.names:
+    if first_column(schema.names, ["split"]):
         chosen = source.split_of({sample.split for sample in samples})
         samples = [sample for sample in samples if chosen in (None, sample.split)]
     layout = f"{len(files):,} Parquet files"
@@ -401,12 +409,12 @@ def _parquet_files(source: _Source) -> list[Path]:
     if source.path.is_file():
         return [source.path] if source.path.suffix == ".parquet" else []
     here = [*source.path.glob("*.parquet"), *source.path.glob("data/*.parquet")]
-    for split in source.splits:
+    for split in source.spellings:
         found = [f for f in here if f.name.startswith((f"{split}-", f"{split}.", f"{split}_"))]
         found += source.path.glob(f"{split}/*.parquet")
         if found:
             return sorted(found)
-    others = [f for f in here if f.name.startswith(("train-", "test-", "val"))]
+    others = [f for f in here if f.name.startswith(("train-", "test-", "val", "dev-", "eval-"))]
     return sorted(set(here) - set(others))
 
 
@@ -489,21 +497,23 @@ def _read_table(source: _Source) -> EvalSet | None:
         [source.path] if source.path.is_file() else [f for f in sorted(source.path.iterdir()) if f.suffix in tables[:4]]
     )
     usual = LABEL_COLUMNS if source.kind == "classification" else CAPTION_COLUMNS
-    files = [f for f in files if f.suffix in tables and {source.label, *usual} & {*column_names(str(f))}]
+    wanted_columns = list(filter(None, [source.label, *usual]))
+    files = [f for f in files if f.suffix in tables and first_column(column_names(str(f)), wanted_columns)]
     if not files:
         return None
     if len(files) > 1:
         names = ", ".join(f.name for f in files)
         raise DataError(f"{source.path} has several tables ({names}): keep the one to evaluate on")
     columns = column_names(str(files[0]))
-    lang = next((one for one in LANG_COLUMNS if one in columns), "lang")
+    lang = first_column(columns, LANG_COLUMNS) or "lang"
     wanted: tuple[str, ...] = ()
     if source.kind == "classification":
-        label = source.label or next((one for one in LABEL_COLUMNS if one in columns), None)
+        label = source.label or first_column(columns, LABEL_COLUMNS)
         if label is None:
             return None
         wanted = (label,)
-    pairs = read_pairs(files[0], images=source.images, caption_columns=wanted, lang_column=lang)
+    options = source.options(caption_columns=wanted, lang_column=lang, label_column=next(iter(wanted), None))
+    pairs = collect(find_source(str(files[0]), options), options, MAX_DAMAGED)
     table = pairs.table
     if "split" in table.column_names:
         chosen = source.split_of(set(table["split"].to_pylist()))
@@ -573,7 +583,7 @@ def class_tree(path: Path, folder: Path) -> EvalSet:
     tree = class_folders(folder)
     files = [file for images in tree.values() for file in images]
     labels = np.repeat(np.arange(len(tree)), [len(images) for images in tree.values()])
-    keys = [f"{file.parent.name}/{file.name}" for file in files]
+    keys = [file.relative_to(folder).as_posix() for file in files]
     return EvalSet(path, pairs_of(f"class folders in {folder}", keys, [*map(str, files)]), list(tree), labels)
 
 
@@ -582,7 +592,7 @@ def _folders(source: _Source) -> list[Path]:
     found, folder = [], source.path
     for _ in range(4):
         inside = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "_"))]
-        found += [folder / split for split in source.splits if folder / split in inside] + [folder]
+        found += [folder / split for split in source.spellings if folder / split in inside] + [folder]
         left = [p for p in inside if p.name not in BESIDE]
         if len(left) != 1:
             break

@@ -6,6 +6,7 @@ Only the other columns are read here; the pictures are read when they are encode
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,17 +22,18 @@ from litune.pairs.address import folder_of, is_file, open_file
 from litune.pairs.reference import BROKEN, PictureCell, absolute, first_line, open_arrow
 from litune.pairs.sample import (
     CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
     IMAGE_SUFFIXES,
     Damage,
     Options,
     Sample,
     SampleSource,
     each,
+    first_column,
     optional_column,
     pick_column,
-    split_of,
+    splits_of,
 )
-from litune.pairs.tables import IMAGE_COLUMNS
 from litune.pairs.tars import short_names
 from litune.prompts import canonicalize
 
@@ -68,6 +70,7 @@ def picture_column(schema: pa.Schema, wanted: str | None) -> str | None:
     candidates = [field.name for field in schema if _binary(field.type) or _is_struct(field.type)]
     if wanted is not None:
         return wanted if wanted in candidates else None
+    candidates = [name for name in candidates if name.lower() not in CAPTION_COLUMNS]
     usual = [name for usual in PICTURES for name in candidates if name.lower() == usual]
     structs = [name for name in candidates if _is_struct(schema.field(name).type)]
     return next(iter([*usual, *structs, *(candidates if len(candidates) == 1 else [])]), None)
@@ -84,7 +87,8 @@ def _is_struct(kind: pa.DataType) -> bool:
 
 def parquet_source(files: Sequence[str], options: Options) -> SampleSource:
     """The rows of Parquet files that hold pictures."""
-    return _source(files, options, "Parquet file", [_hub_split(file) for file in files])
+    hub = [_hub_split(file) for file in files]
+    return _source(files, options, "Parquet file", hub if all(hub) else splits_of(files))
 
 
 def arrow_source(folder: Path, options: Options) -> SampleSource:
@@ -102,7 +106,7 @@ def arrow_source(folder: Path, options: Options) -> SampleSource:
 
 def arrow_files(files: Sequence[str], options: Options, splits: Sequence[str] = ()) -> SampleSource:
     """The rows of Arrow files on this machine."""
-    return _source(files, options, "Arrow file", splits or [split_of(PurePosixPath(file).stem) for file in files])
+    return _source(files, options, "Arrow file", splits or splits_of(files))
 
 
 def _arrow_files(folder: Path) -> list[Path]:
@@ -120,25 +124,31 @@ def _is_file_name(name: Any) -> bool:
 
 
 def _hub_split(file: str) -> str:
-    """The split at the start of a file's name on the Hugging Face hub: train_all-00000-of-00002.parquet."""
+    """The split at the start of a file's name on the Hugging Face hub (train_all-00000-of-00002.parquet), or ""."""
     name, of, _ = PurePosixPath(file).name.rpartition("-of-")
-    return name.rpartition("-")[0] if of else split_of(PurePosixPath(file).stem)
+    return name.rpartition("-")[0] if of else ""
 
 
 def _source(files: Sequence[str], options: Options, kind: str, splits: Sequence[str]) -> SampleSource:
     folder = folder_of(files[0])
     splits = splits if all(splits) else [""] * len(files)
     absent: list[int] = []
+    notes = Counter[str]()
 
     def read() -> Iterator[Sample | Damage]:
         for file, name, split in zip(each(files, "files"), short_names(files), splits, strict=True):
-            yield from _read_file(absolute(file), name, split, options, absent)
+            empty, before = True, len(absent)
+            for sample in _read_file(absolute(file), name, split, options, absent):
+                empty = False
+                yield sample
+            notes[f"file without rows ({name})"] = int(empty and len(absent) == before)
 
     def about(_: int) -> str:
         without = f", {sum(absent):,} rows without a picture left out" if sum(absent) else ""
         return f"{len(files):,} {kind}{'s' * (len(files) > 1)} with pictures in {folder}{without}"
 
-    return SampleSource(about, read(), name=folder, files=len(files))
+    takes = ("image", "caption", "split", "lang")
+    return SampleSource(about, read(), name=folder, files=len(files), notes=notes, takes=takes)
 
 
 def _read_file(file: str, name: str, split: str, options: Options, absent: list[int]) -> Iterator[Sample | Damage]:
@@ -213,14 +223,14 @@ class _Columns:
         self.captions = [
             pick_column(file, names, name, [], "--caption-column captions")
             for name in dict.fromkeys(options.caption_columns)
-        ] or [name for usual in CAPTION_COLUMNS for name in names if name.lower() == usual][:1]
+        ] or list(filter(None, [first_column(names, CAPTION_COLUMNS)]))
         self.split = optional_column(file, names, options.split_column, "split")
         self.lang = optional_column(file, names, options.lang_column, "lang")
         self.kept = [name for name in options.kept if name in names]
         self.classes = class_names(schema)
         usual = ("label", "labels", *self.classes) if options.label_column is None else (options.label_column,)
-        self.label = next((name for name in usual if name in names), None)
-        self.key = next((name for name in ("key", "__key__") if name in names), None)
+        self.label = first_column(names, usual)
+        self.key = first_column(names, ("key", "__key__"))
         wanted_names = [*self.captions, self.split, self.lang, self.label, self.key, *self.kept]
         self.read = [name for name in dict.fromkeys(wanted_names) if name is not None]
 

@@ -4,34 +4,33 @@ from __future__ import annotations
 
 import itertools
 import re
-from codecs import BOM_UTF8
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 from litune.errors import DataError
+from litune.files import encoding_of
 from litune.pairs.address import expand, files_under, is_file, is_pattern, is_url, local, open_file
 from litune.pairs.annotations import annotation_files, annotation_source, is_annotation
 from litune.pairs.columns import arrow_files, arrow_source, holds_pictures, parquet_source
 from litune.pairs.folders import (
     beside_part,
     class_folders,
-    class_source,
     files_source,
     is_part,
-    is_picture,
     local_files,
     parts_of,
     pictures_in,
 )
 from litune.pairs.reference import first_line
-from litune.pairs.sample import Options, SampleSource
+from litune.pairs.sample import SPLITS, Options, SampleSource, is_picture, splits_of
 from litune.pairs.stores import is_store, store_source
-from litune.pairs.tables import TABLE_SUFFIXES, table_source
+from litune.pairs.tables import TABLE_SUFFIXES, table_source, tables_source
 from litune.pairs.tars import tar_source
+from litune.pairs.trees import has_classes, has_splits, tables_in, tree_source, tree_splits, walk
 
 NOT_HERE = "has Arrow data, which is read on this machine alone: copy it, or write it as Parquet"
 PAIRS_SUFFIXES = (*TABLE_SUFFIXES, ".tar", ".arrow", ".json", ".txt")
-_ROWS = re.compile(rb"\s*\[\s*\{")
+_ROWS = re.compile(r"\s*\[\s*\{")
 MOST_LISTS = 10
 """A folder with more .json files than this has one beside each image, not a table."""
 MISSING = "give a folder of images, a table of captions, webdataset shards or Parquet files"
@@ -96,14 +95,12 @@ def _from_elsewhere(folder: str, options: Options) -> SampleSource:
     for of_kind in of_kinds:
         if matches := [file for file in paths if of_kind(file)]:
             return _from_files(matches, options)
+    if tables := tables_in(names):
+        return tables_source(folder, tables, tree_splits(tables), options)
+    if has_classes(names):
+        return tree_source(folder, names, options)
     if any(map(is_picture, names.get("", []))):
         return files_source(folder, {"": names[""].copy}, options)
-    classes = {
-        name: [f"{folder}/{name}/{file}" for file in sorted(files) if is_picture(file)]
-        for name, files in sorted(names.items())
-    }
-    if any(classes.values()) and not any("/" in name for name in classes):
-        return class_source(folder, {name: files for name, files in classes.items() if files})
     raise DataError(f"{folder} has no shards, no table of captions and no images in it: {MISSING}")
 
 
@@ -146,7 +143,7 @@ def _kind(file: str) -> str:
     if head.startswith(b"PAR1"):
         return "parquet"
     if suffix == ".json":
-        return "table" if _ROWS.match(head.removeprefix(BOM_UTF8)) else "json"
+        return "table" if _ROWS.match(head.decode(encoding_of(head), "replace")) else "json"
     for magic, kind in ((b"\x1f\x8b", "gzip"), (b"PK\x03\x04", "zip"), (b"\x28\xb5\x2f\xfd", "zstd")):
         if head.startswith(magic):
             raise DataError(f"{file} is compressed with {kind}: unpack it first")
@@ -155,6 +152,26 @@ def _kind(file: str) -> str:
 
 def _from_folder(folder: Path, options: Options) -> SampleSource:
     """The source in a local folder; the most specific signs are checked first."""
+    if (source := _packed_in(folder, options)) is not None:
+        source.notes["images beside them left out"] = sum(1 for _ in pictures_in(folder))
+        return source
+    if parts_of(folder):
+        return local_files(folder, options)
+    if annotations := annotation_files(folder):
+        source = _from_files(annotations, options)
+    elif len(tables := _find_tables(folder)) > 1:
+        names = [table.name for table in tables]
+        source = tables_source(str(folder), names, splits_of(names), options)
+    elif tables:
+        source = table_source([str(tables[0])], options)
+    else:
+        return _from_tree(folder, options)
+    source.within = folder
+    return source
+
+
+def _packed_in(folder: Path, options: Options) -> SampleSource | None:
+    """The shards, the saved dataset, the store, or the Parquet or Arrow files with pictures in a local folder."""
     if tars := sorted(folder.glob("*.tar")) or sorted(folder.glob("*/*.tar")):
         beside = [file for file in sorted(folder.glob("*.parquet")) if not file.with_suffix(".tar").is_file()]
         if beside and holds_pictures(str(beside[0])):
@@ -166,35 +183,46 @@ def _from_folder(folder: Path, options: Options) -> SampleSource:
         return store_source(folder, options)
     if arrows := sorted(folder.glob("*.arrow")):
         return arrow_files([str(file) for file in arrows], options)
-    parquets = [str(file) for file in sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet"))]
+    parquets = [str(file) for file in _parquet_files(folder)]
     if any(holds_pictures(file) for file in parquets[:2]):
         return parquet_source(parquets, options)
-    if parts_of(folder):
-        return local_files(folder, options)
-    if annotations := annotation_files(folder):
-        return _from_files(annotations, options)
-    table = _find_table(folder)
-    if table is not None:
-        return table_source([str(table)], options)
-    if any(pictures_in(folder)):
-        return local_files(folder, options)
-    return class_source(str(folder), {name: list(map(str, files)) for name, files in class_folders(folder).items()})
+    return None
 
 
-def _find_table(folder: Path) -> Path | None:
-    """The one table of captions in `folder`, or beside it under the folder's name."""
+def _from_tree(folder: Path, options: Options) -> SampleSource:
+    """The source in a folder of pictures, with folders in it or without."""
+    tree = walk(folder)
+    if tables := tables_in(tree):
+        source = tables_source(str(folder), tables, tree_splits(tables), options)
+        source.within = folder
+        return source
+    if not has_classes(tree) and any(pictures_in(folder)):
+        return local_files(folder, options)
+    if not has_classes(tree) or not (has_splits(tree) or any(map(is_picture, tree[""]))):
+        class_folders(folder)  # says what is missing
+    return tree_source(str(folder), tree, options)
+
+
+def _parquet_files(folder: Path) -> list[Path]:
+    """The Parquet files in a folder, in its `data/`, or in its folders of splits."""
+    splits = (file for file in sorted(folder.glob("*/*.parquet")) if file.parent.name.lower() in SPLITS)
+    return sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet")) or list(splits)
+
+
+def _find_tables(folder: Path) -> list[Path]:
+    """The table of captions in `folder`, or beside it under the folder's name; several, where each is of a split."""
     tables = sorted(p for p in folder.iterdir() if (p.suffix.lower() in TABLE_SUFFIXES or _is_list(p)) and p.is_file())
     if not tables:
         lists = list(itertools.islice(folder.glob("*.json"), MOST_LISTS + 1))
         tables = sorted(p for p in lists if len(lists) <= MOST_LISTS and p.is_file() and _kind(str(p)) == "table")
-    if len(tables) > 1:
+    if len(tables) > 1 and not all(splits_of([t.name for t in tables])):
         names = ", ".join(t.name for t in tables)
         raise DataError(f"{folder} has several tables ({names}): give the one to read, and --images {folder}")
     if tables:
-        return tables[0]
+        return tables
     whole = folder.absolute()
     beside = [t for s in sorted(TABLE_SUFFIXES) if (t := whole.parent / f"{whole.name}{s}").is_file()]
-    return beside[0] if beside else None
+    return beside[:1]
 
 
 def _is_list(file: Path) -> bool:

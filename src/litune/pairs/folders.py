@@ -5,17 +5,17 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from litune.errors import DataError
 from litune.pairs.address import read_all
 from litune.pairs.reference import first_line
-from litune.pairs.sample import IMAGE_SUFFIXES, MOST_TEXT, Damage, Options, Sample, SampleSource, decode_text
+from litune.pairs.sample import MOST_TEXT, Damage, Options, Sample, SampleSource, captions_in, is_picture
 from litune.pairs.tars import load_facts, pick_texts
-from litune.prompts import canonicalize
 
 LOOKED_INTO = 1000
 """The most folders that are searched for a hint in an error message."""
@@ -29,14 +29,15 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(pictures_in(folder))
 
 
+def _image_files_below(folder: Path) -> list[Path]:
+    """The image files in `folder` and in the folders in it, sorted by name; hidden ones are left out."""
+    deeper = (p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return [*image_files(folder), *(file for inside in sorted(deeper) for file in _image_files_below(inside))]
+
+
 def pictures_in(folder: Path) -> Iterable[Path]:
     """The image files directly in `folder`, in no particular order."""
     return (p for p in folder.iterdir() if is_picture(p.name))
-
-
-def is_picture(name: str) -> bool:
-    """Whether a file's name is that of a picture."""
-    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
 
 
 def class_folders(root: Path) -> dict[str, list[Path]]:
@@ -44,8 +45,8 @@ def class_folders(root: Path) -> dict[str, list[Path]]:
     if not root.is_dir():
         raise DataError(f"{root} is not a folder: expected one folder of images per class in it")
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    classes = {f.name: image_files(f) for f in folders}
-    if not any(classes.values()):
+    classes = {f.name: _image_files_below(f) for f in folders}
+    if not any(map(image_files, folders)):
         raise DataError(f"{root} has no images, no table of captions and no class folders with images{_hint(root)}")
     empty = [name for name, files in classes.items() if not files]
     if empty:
@@ -63,18 +64,6 @@ def _hint(root: Path) -> str:
             one_above = any(map(is_picture, names)) and Path(folder).parent != root
             return f": perhaps you meant {Path(folder).parent if one_above else folder}"
     return ""
-
-
-def class_source(root: str, classes: Mapping[str, Sequence[str]]) -> SampleSource:
-    """A class-per-folder tree, captioned by class name; `classes` maps each class to the addresses of its images."""
-
-    def read() -> Iterator[Sample]:
-        for name, files in classes.items():
-            for file in files:
-                key = f"{name}/{file.rpartition('/')[2]}"
-                yield Sample(key, key, file, {"label": canonicalize(name)}, label=name)
-
-    return SampleSource(lambda _: f"a tree of {len(classes):,} class folders", read(), name=root)
 
 
 def parts_of(folder: Path) -> list[Path]:
@@ -99,6 +88,7 @@ def files_source(folder: str, parts: Mapping[str, Callable[[], Iterable[str]]], 
     `parts` maps each part to a function that lists its files, called when the part is read; "" is the folder itself.
     """
     captions: set[bool] = set()
+    notes = Counter[str]()
 
     def read() -> Iterator[Sample | Damage]:
         for part, listing in parts.items():
@@ -106,7 +96,7 @@ def files_source(folder: str, parts: Mapping[str, Callable[[], Iterable[str]]], 
             for name in sorted(filter(is_picture, names)):
                 file = f"{folder}/{part}/{name}" if part else f"{folder}/{name}"
                 key = f"{part}/{_stem(name)}" if part else name
-                for sample in _read_file(file, key, names, options):
+                for sample in read_file(file, key, names, options, notes):
                     captions.add(isinstance(sample, Sample) and bool(sample.texts))
                     yield sample
 
@@ -116,7 +106,7 @@ def files_source(folder: str, parts: Mapping[str, Callable[[], Iterable[str]]], 
         beside = "with captions beside them" if True in captions else "without captions"
         return f"a folder of {count:,} images {beside}"
 
-    return SampleSource(about, read(), name=folder)
+    return SampleSource(about, read(), name=folder, notes=notes, takes=("caption", "split", "lang"))
 
 
 def local_files(folder: Path, options: Options) -> SampleSource:
@@ -130,7 +120,7 @@ def _stem(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _read_file(file: str, key: str, names: set[str], options: Options) -> Iterator[Sample | Damage]:
+def read_file(file: str, key: str, names: set[str], options: Options, notes: Counter[str]) -> Iterator[Sample | Damage]:
     """One picture with the .txt and .json beside it."""
     texts: dict[str, Any] = {}
     metadata: dict[str, Any] = {}
@@ -145,7 +135,7 @@ def _read_file(file: str, key: str, names: set[str], options: Options) -> Iterat
             yield Damage(key, f"its .{suffix} can't be read ({first_line(why)}): the image is kept without it")
             continue
         if suffix == "txt":
-            texts["txt"] = text if (text := decode_text(data)) is not None else data
+            texts["txt"] = captions_in(data, notes)
         elif isinstance(parsed := load_facts(data), Damage):
             yield Damage(key, f"{parsed.reason}: the image is kept without it")
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,16 +17,22 @@ import pyarrow.compute as pc
 
 from litune.config import EmbedConfig, ReadingConfig
 from litune.errors import DataError, nearest
+from litune.pairs.cells import is_missing, texts_in
 from litune.pairs.find import find_source, holds_pairs
 from litune.pairs.folders import class_folders, image_files
-from litune.pairs.sample import CAPTION_COLUMNS, Damage, Options, Sample, SampleSource
+from litune.pairs.reference import absolute
+from litune.pairs.sample import Damage, Options, Sample, SampleSource, find_split, is_picture
 from litune.pairs.tables import join
+from litune.pairs.trees import tree_splits, walk
 from litune.progress import say
 
 __all__ = ["Damage", "Pairs", "class_folders", "image_files", "read_pairs", "select_captions"]
 
 ROWS = 20_000
 """The most samples held as Python objects before they become Arrow columns."""
+
+MOST_FOLDERS = 1000
+"""The most folders in which pictures are looked for that a table does not name."""
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
@@ -101,6 +108,12 @@ def pictures_at(address: str) -> list[str]:
     return list(read_pairs(address).table["path"].to_pylist()) if holds_pairs(address) else [address]
 
 
+def options_of(config: ReadingConfig | EmbedConfig, keep: Sequence[str] = ()) -> Options:
+    """How a command's settings ask for pairs to be read."""
+    lists = (config.caption_column, config.split_column, config.lang_column)
+    return Options(config.images, config.image_column, *lists, keep)
+
+
 def read_files(config: ReadingConfig | EmbedConfig, keep: Sequence[str] = ()) -> Pairs:
     """The pairs that a command's settings ask for; `keep` names further columns. Raises `DataError`."""
     return read_pairs(
@@ -118,8 +131,13 @@ def read_files(config: ReadingConfig | EmbedConfig, keep: Sequence[str] = ()) ->
 
 
 def say_pairs(pairs: Pairs) -> None:
-    """Print the number of pairs, their source, and what was skipped."""
+    """Print the number of pairs, their source, what was skipped, and that all captions are the same."""
     say(f"pairs: {len(pairs):,} images, {pairs.captions:,} captions ({pairs.source})")
+    if "split" in pairs.table.column_names and (without := pc.sum(pc.equal(pairs.table["split"], "")).as_py()):
+        say(f"{without:,} images are in no split, their cells are empty: neither tuned nor evaluated on")
+    texts = pc.list_flatten(pairs.table["captions"])
+    if len(texts) > 1 and pc.all(pc.equal(texts, texts[0])).as_py():
+        say(f"all captions are {texts[0].as_py()[:60]!r}: there is nothing to learn from them; see --caption-column")
     if pairs.damaged:
         first = pairs.damaged[0]
         say(f"skipped {len(pairs.damaged):,} inputs that can't be used, first {first.key}: {first.reason}")
@@ -127,6 +145,9 @@ def say_pairs(pairs: Pairs) -> None:
 
 def collect(source: SampleSource, options: Options, max_damaged: float) -> Pairs:
     """All samples of a source as pairs, in order, without the damaged ones. Raises `DataError` for too many of them."""
+    for about, flag in options.given.items():
+        if about not in source.takes:
+            raise DataError(f"{flag} means nothing for {source.name}, which has no such thing: leave it out")
     columns = _PairColumns(options)
     damaged: list[Damage] = []
     for sample in source.samples:
@@ -134,21 +155,50 @@ def collect(source: SampleSource, options: Options, max_damaged: float) -> Pairs
             damaged.append(sample)
         else:
             damaged += columns.add(sample)
+    for name in options.caption_columns:
+        if columns.rows and name.lower() not in columns.named:
+            raise DataError(f"--caption-column {name}: no image in {source.name} has such a text")
+    for option, about in (("split", "split"), ("lang", "langs")):
+        if option in options.given and columns.rows and about not in columns.seen:
+            raise DataError(f"{options.given[option]} names nothing in {source.name}")
     _check_damage(source.name, damaged, columns.captions or columns.rows, source.files, max_damaged)
     if not columns.rows:
         raise DataError(f"{source.name} has no samples: expected images with captions")
     table = columns.table()
-    about = source.about(len(table))
+    base = ""
     if source.base is not None:
         table = _group(source.name, table)
+        splits = tree_splits(table["path"].to_pylist())
+        if "split" not in table.column_names and len(set(splits)) > 1:
+            table = table.append_column("split", pa.array(splits, pa.string()))
         base = source.base(table["path"].to_pylist())
         paths = pa.array([join(base, path) for path in table["path"].to_pylist()], pa.string())
         table = table.set_column(table.column_names.index("path"), "path", paths)
-        about += f", images in {base}"
+    if source.base is not None or source.within is not None:
+        source.notes["images that it does not name"] = _count_unnamed(table["path"].to_pylist(), source.within)
+    if columns.captions:
+        without = pc.equal(pc.list_value_length(table["captions"]), 0)
+        source.notes["images without a caption"] = pc.sum(without).as_py()
+    notes = [f"{count:,} {what}" for what, count in source.notes.items() if count]
+    about = ", ".join([source.about(len(table)), *notes, *([f"images in {base}"] if base else [])])
     for name in options.keep:
         if name not in table.column_names:
             raise DataError(f"{source.name} has no {name!r} to keep: name another with --keep")
     return Pairs(table, about, tuple(damaged))
+
+
+def _count_unnamed(paths: Sequence[str], within: Path | None) -> int:
+    """The number of pictures that lie beside these, or `within` a folder, and are none of them.
+
+    Pictures in more than `MOST_FOLDERS` folders are not looked for beside.
+    """
+    named: dict[str, set[str]] = {}
+    for path in paths:
+        folder, _, name = absolute(path).rpartition("/")
+        named.setdefault(folder, set()).add(name)
+    folders = {folder for folder in named if Path(folder).is_dir()} if len(named) <= MOST_FOLDERS else set()
+    folders |= {absolute(f"{within}/{inside}") for inside in walk(within)} if within is not None else set()
+    return sum(is_picture(file.name) and file.name not in named.get(f, ()) for f in folders for file in os.scandir(f))
 
 
 def _check_damage(name: str, damaged: Sequence[Damage], good: int, files: int, max_damaged: float) -> None:
@@ -175,7 +225,10 @@ class _PairColumns:
         self.rows = self.captions = 0
         self._kept = options.kept
         self._several = options.several_fields
-        self._seen: set[str] = set()
+        self._label = options.label_column or "label"
+        self.seen: set[str] = set()
+        self.named: set[str] = set()
+        """The columns that there are, and the text fields that some sample has."""
         self._parts: list[pa.Table] = []
         self._clear()
 
@@ -185,21 +238,22 @@ class _PairColumns:
         self._extra: dict[str, list[Any]] = {name: [] for name in self._kept}
 
     def add(self, sample: Sample) -> list[Damage]:
-        """Add a sample and return the damage in it. A sample without a usable caption is left out."""
+        """Add a sample and return the damage in it. One whose captions are all damaged is left out; none are fine."""
         damaged: list[Damage] = []
         for what, text in (("name", sample.key), ("path", sample.path)):
             reason = _reason(text) if isinstance(text, str) else f"is {text!r:.80}, expected a text"
             if reason or "\0" in text:
                 return [Damage(_printable(sample.where), f"the image's {what} {reason or 'has a NUL character'}")]
         captions: list[tuple[str, str, str]] = []
-        for field, cell in _cells(sample, damaged).items():
+        self.named |= {name.lower() for name in sample.texts}
+        for field, cell in sample.texts.items():
             self._check(sample, field, cell, captions, damaged)
-        if sample.texts and not captions:
+        if damaged and not captions:
             return damaged
         self._several |= len(sample.texts) > 1
         langs = [lang for _, _, lang in captions]
-        split, label = (_text(value) for value in (sample.split, sample.label))
-        self._seen |= {name for name, present in (("langs", any(langs)), ("split", split), ("label", label)) if present}
+        split, label = "" if is_missing(sample.split) else _text(sample.split), _text(sample.label)
+        self.seen |= {name for name, present in (("langs", any(langs)), ("split", split), ("label", label)) if present}
         for name, values in (
             ("captions", [c for c, _, _ in captions]),
             ("fields", [f for _, f, _ in captions]),
@@ -219,26 +273,25 @@ class _PairColumns:
     def _check(
         self, sample: Sample, field: str, cell: Any, captions: list[tuple[str, str, str]], damaged: list[Damage]
     ) -> None:
-        cell = _text_of(cell)
-        cells = [_text_of(c) for c in cell] if isinstance(cell, list) else [cell]
+        """Add the captions in a cell that can be used, and the damage; nothing where the cell is empty."""
         lang = sample.lang.get(field, "") if isinstance(sample.lang, dict) else sample.lang
-        if isinstance(lang, list) and len(lang) != len(cells):
-            reason = f"{len(cells)} captions but {len(lang)} languages"
-            damaged.append(Damage(sample.where, reason))
+        parts = cell if isinstance(cell, list) and isinstance(lang, list) else [cell]
+        langs = lang if isinstance(lang, list) else [lang] * len(parts)
+        if len(langs) != len(parts):
+            damaged.append(Damage(sample.where, f"{len(parts)} captions but {len(langs)} languages"))
             return
-        if not cells:
-            damaged.append(Damage(sample.where, "the list of captions is empty"))
-        for i, caption in enumerate(cells):
-            if isinstance(caption, bytes):
-                damaged.append(Damage(sample.where, "the caption is not UTF-8"))
-            elif not isinstance(caption, str):
-                damaged.append(Damage(sample.where, f"the caption is {caption!r:.80}, expected a string"))
-            elif reason := _reason(caption):
-                damaged.append(Damage(sample.where, f"the caption {reason}"))
-            elif not (clean := _clean(caption)):
-                damaged.append(Damage(sample.where, "the caption is empty"))
-            else:
-                captions.append((clean, field, _text(lang[i] if isinstance(lang, list) else lang) or ""))
+        for part, part_lang in zip(parts, langs, strict=True):
+            # A class may be called None, and NA is Namibia.
+            texts = [(part, "")] if field == self._label and isinstance(part, str) else texts_in(part)
+            for caption, own_lang in texts:
+                if isinstance(caption, bytes):
+                    damaged.append(Damage(sample.where, "the caption is not UTF-8"))
+                elif not isinstance(caption, str):
+                    damaged.append(Damage(sample.where, f"the caption is {caption!r:.80}, expected a string"))
+                elif reason := _reason(caption):
+                    damaged.append(Damage(sample.where, f"the caption {reason}"))
+                elif clean := _clean(caption):
+                    captions.append((clean, field, own_lang or _text(part_lang)))
 
     def _close_part(self) -> None:
         columns: dict[str, pa.Array] = {name: pa.array(self._texts[name], pa.string()) for name in ("key", "path")}
@@ -253,7 +306,7 @@ class _PairColumns:
         if self._texts["key"]:
             self._close_part()
         several = {"fields"} if self._several else set()
-        absent = {"langs", "split", "label", "fields"} - self._seen - several
+        absent = {"langs", "split", "label", "fields"} - self.seen - several
         absent |= {name for name in self._extra if all(p[name].null_count == len(p) for p in self._parts)}
         names = [name for name in self._parts[0].column_names if name not in absent]
         # A column that has numbers in one part and texts in another becomes text.
@@ -265,23 +318,6 @@ class _PairColumns:
                 part = part.set_column(index, name, part[name].cast(pa.string()))
             parts.append(part.select(names))
         return pa.concat_tables(parts, promote_options="permissive").combine_chunks()
-
-
-def _cells(sample: Sample, damaged: list[Damage]) -> dict[str, Any]:
-    """The non-empty text fields of a sample; one that has several fields must fill at least one."""
-    if len(sample.texts) <= 1:
-        return sample.texts
-    cells = {name: cell for name, cell in sample.texts.items() if cell not in (None, "", [])}
-    if not cells:
-        damaged.append(Damage(sample.where, f"{', '.join(sample.texts)} are all empty"))
-    return cells
-
-
-def _text_of(cell: Any) -> Any:
-    """The caption or captions inside a struct such as {"raw": "a dog", "tokens": …}; other cells as they are."""
-    if not isinstance(cell, dict):
-        return cell
-    return next((cell[name] for name in ("raw", *CAPTION_COLUMNS) if name in cell), cell)
 
 
 def _reason(text: str) -> str:
@@ -305,8 +341,8 @@ def _printable(text: str) -> str:
 
 
 def _text(value: Any) -> str:
-    """A cell as text that can be stored; empty for None."""
-    return "" if value is None else _clean(_printable(str(value)))
+    """A cell as text that can be stored; empty for None and NaN."""
+    return "" if value is None or value != value else _clean(_printable(str(value)))
 
 
 def _metadata_column(values: list[Any]) -> pa.Array:
@@ -374,9 +410,9 @@ def _known(table: pa.Table, column: str, wanted: Sequence[str], option: str) -> 
         raise DataError(f"{option} was given but the pairs have no {column} column: see {option}-column")
     known = set(pc.unique(table[column]).to_pylist())
     for name in wanted:
-        if name not in known:
+        if find_split(name, known) is None:
             raise DataError(f"no image is in the {column} {name!r} ({nearest(name, known)})")
-    return list(wanted)
+    return [find_split(name, known) or name for name in wanted]
 
 
 def select_captions(table: pa.Table, column: Literal["langs", "fields"], wanted: Sequence[str]) -> pa.Table:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from litune.errors import DataError, nearest
+from litune.files import decode_text, encoding_of, is_latin
 from litune.progress import track
 
 IMAGE_SUFFIXES = frozenset(
@@ -31,6 +33,18 @@ IMAGE_SUFFIXES = frozenset(
         ".jp2",
     ]
 )
+IMAGE_COLUMNS = [
+    "image",
+    "image_path",
+    "file_name",
+    "filename",
+    "filepath",
+    "file",
+    "path",
+    "img",
+    "image_file",
+    "image_name",
+]
 CAPTION_COLUMNS = [
     "caption",
     "captions",
@@ -43,7 +57,13 @@ CAPTION_COLUMNS = [
     "description",
     "comment",
 ]
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
+URL_COLUMNS = ["url", "image_url", "img_url", "imageurl", "image_link", "link"]
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "validation", "valid", "dev", "eval", "development", "evaluation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+"""The names that people give to splits, the most usual first, and what litune calls them."""
 OWN = ("key", "path", "captions", "langs", "fields", "split", "label")
 SHOWN_FROM = 20
 MOST_TEXT = 16 << 20
@@ -74,6 +94,18 @@ class Options:
     """The column of classes beside pictures in a column; None for the first that is usual."""
     without_picture: bool = False
     """Whether a row without a picture is a sample as well, damaged when its picture is read."""
+
+    @property
+    def given(self) -> dict[str, str]:
+        """The options that the user gave, as they are spelled, by what they are about."""
+        flags = {
+            "images": (f"--images {self.images}", self.images is not None),
+            "image": (f"--image-column {self.image_column}", self.image_column is not None),
+            "caption": (f"--caption-column {' '.join(self.caption_columns)}", bool(self.caption_columns)),
+            "split": (f"--split-column {self.split_column}", self.split_column != "split"),
+            "lang": (f"--lang-column {self.lang_column}", self.lang_column != "lang"),
+        }
+        return {about: flag for about, (flag, given) in flags.items() if given}
 
     @property
     def several_fields(self) -> bool:
@@ -115,6 +147,17 @@ class SampleSource:
     files: int = 1
     base: Callable[[Sequence[str]], str] | None = None
     """For tables: finds the images' folder from their names. Rows that name the same image are merged."""
+    within: Path | None = None
+    """For a table found in a folder: the folder, all of whose pictures it may name."""
+    takes: Sequence[str] = ("images", "image", "caption", "split", "lang")
+    """The options, of `Options.given`, that mean something for this kind of source."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """What was passed over or guessed as the samples were read, with how often, for the line that describes them."""
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file's name is that of a picture."""
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
 
 
 def pick_column(where: str, names: Sequence[str], wanted: str | None, usual: Sequence[str], what: str) -> str:
@@ -123,24 +166,27 @@ def pick_column(where: str, names: Sequence[str], wanted: str | None, usual: Seq
     `what` is the option that names the column followed by what the column holds.
     """
     option, _, held = what.partition(" ")
-    if wanted is not None:
-        if wanted not in names:
-            raise DataError(f"{where} has no column {wanted!r} ({nearest(wanted, names)})")
-        return wanted
-    lower = {name.lower(): name for name in reversed(names)}
-    for name in usual:
-        if name in lower:
-            return lower[name]
+    column = first_column(names, usual if wanted is None else [wanted])
+    if column is None and wanted is not None:
+        raise DataError(f"{where} has no column {wanted!r} ({nearest(wanted, names)})")
+    if column is not None:
+        return column
     raise DataError(f"{where} has no column of {held} that litune knows: name one of {', '.join(names)} with {option}")
 
 
 def optional_column(where: str, names: Sequence[str], wanted: str, usual: str) -> str | None:
     """The column of splits or languages; None if there is none and none was asked for."""
-    if wanted in names:
-        return wanted
-    if wanted != usual:
+    column = first_column(names, [wanted])
+    if column is None and wanted != usual:
         raise DataError(f"{where} has no column {wanted!r} for --{usual}-column ({nearest(wanted, names)})")
-    return next((name for name in names if name.lower() == usual), None)
+    return column
+
+
+def first_column(names: Sequence[str], wanted: Sequence[str]) -> str | None:
+    """The first of the wanted columns that there is, spelled so or in another case."""
+    lower = {name.lower(): name for name in reversed(names)}
+    spelled = (name if name in names else lower.get(name.lower()) for name in wanted)
+    return next((name for name in spelled if name is not None), None)
 
 
 def split_of(name: str) -> str:
@@ -155,6 +201,34 @@ def split_of(name: str) -> str:
     return ""
 
 
+def splits_of(files: Sequence[str]) -> list[str]:
+    """The splits in the names of files, or of the folders that they are in; empty where not all have one.
+
+    >>> splits_of(["a/train-0.tar", "a/dev-0.tar"]), splits_of(["a/train/0.tar", "a/test/0.tar"])
+    (['train', 'val'], ['train', 'test'])
+    """
+    paths = [PurePosixPath(file) for file in files]
+    by_name = [split_of(path.stem) for path in paths]
+    by_folder = [SPLITS.get(path.parent.name.lower(), "") for path in paths]
+    if all(by_name):
+        return by_name
+    return by_folder if all(by_folder) and len(set(by_folder)) > 1 else [""] * len(files)
+
+
+def find_split(wanted: str, known: Collection[str]) -> str | None:
+    """The name of a split among those that there are, for one that may be another name of it.
+
+    >>> find_split("val", ["train", "validation"]), find_split("test", ["train", "val"])
+    ('validation', None)
+    """
+    if wanted in known:
+        return wanted
+    split = SPLITS.get(wanted.lower())
+    others = [wanted.lower(), *(name for name in SPLITS if SPLITS[name] == split)]
+    lower = {str(name).lower(): name for name in known}
+    return next((lower[name] for name in others if name in lower), None)
+
+
 def each(files: Sequence[str], unit: str) -> Iterator[str]:
     """The files one by one, with a progress bar if there are many."""
     if len(files) < SHOWN_FROM:
@@ -166,9 +240,12 @@ def each(files: Sequence[str], unit: str) -> Iterator[str]:
             task.advance(1)
 
 
-def decode_text(data: bytes) -> str | None:
-    """UTF-8 bytes as text, without a byte-order mark; None if they are not UTF-8."""
+def captions_in(data: bytes, notes: Counter[str]) -> str | list[str] | bytes:
+    """The captions in a text file, one on each line; its bytes where it is no text."""
     try:
-        return data.decode("utf-8-sig")
+        text = decode_text(data)
     except UnicodeDecodeError:
-        return None
+        return data
+    notes["texts read as Latin-1, not UTF-8"] += is_latin(encoding_of(data))
+    lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
+    return lines if len(lines) > 1 else text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from litune.errors import DataError
-from litune.pairs.reference import BROKEN, first_line
+from litune.pairs.address import is_file
+from litune.pairs.reference import BROKEN, file_of, first_line
 from litune.pairs.sample import Damage, Options, Sample, SampleSource
 
 ROWS = 10_000
+LOOKED_UP = 20
+"""How many images of a file are looked for where the pictures were moved."""
 
 
 def is_store(address: Path | str) -> bool:
@@ -21,25 +24,56 @@ def is_store(address: Path | str) -> bool:
     return (Path(address) / "store.json").is_file() or (Path(address) / "img_emb").is_dir()
 
 
+def metadata_files(folder: Path) -> list[Path]:
+    """The files of a store's metadata, in order."""
+    return sorted((folder / "metadata").glob("metadata_*.parquet"), key=lambda file: (len(file.name), file.name))
+
+
 def store_source(folder: Path, options: Options) -> SampleSource:
     """The images and captions in a store's metadata."""
-    files = sorted((folder / "metadata").glob("metadata_*.parquet"), key=lambda file: (len(file.name), file.name))
+    files = metadata_files(folder)
     if not files:
         raise DataError(f"{folder} has no metadata/metadata_*.parquet: its pairs are not known")
+
+    moved = moved_to(folder, files, options.images)
 
     def read() -> Iterator[Sample | Damage]:
         for file in files:
             try:
                 with pa.parquet.ParquetFile(file) as parquet:
                     for batch in parquet.iter_batches(ROWS):
-                        yield from _rows(file, batch.to_pylist(), options)
+                        yield from _rows(file, batch.to_pylist(), options, moved)
             except BROKEN as why:
                 yield Damage(str(file), f"the file can't be read: {first_line(why)}", whole_file=True)
 
-    return SampleSource(lambda _: f"the pairs of the store {folder}", read(), name=str(folder), files=len(files))
+    about = f"the pairs of the store {folder}"
+    return SampleSource(lambda _: about, read(), name=str(folder), files=len(files), takes=("images",))
 
 
-def _rows(file: Path, rows: list[dict[str, Any]], options: Options) -> Iterator[Sample | Damage]:
+def moved_to(folder: Path, files: Sequence[Path], images: Path | str | None) -> Callable[[str], str]:
+    """What gives the place of a store's picture in the folder `images`, where its pictures are now.
+
+    The end of a path that is a file in `images` says what its beginning stands for. Raises `DataError` where no path
+    ends so.
+    """
+    if images is None:
+        return str
+    for file in files:
+        for path in pa.parquet.read_table(file, columns=["image_path"])["image_path"].to_pylist()[:LOOKED_UP]:
+            parts = file_of(str(path)).split("/")
+            for i in range(len(parts)):
+                inside = "/".join(parts[i:])
+                if inside and is_file(f"{images}/{inside}"):
+                    before = "".join(f"{part}/" for part in parts[:i])
+                    return lambda path: f"{images}/{path.removeprefix(before)}" if path.startswith(before) else path
+    raise DataError(
+        f"none of the images of the store {folder} was found in --images {images}: name the folder they are in"
+    )
+
+
+def _rows(
+    file: Path, rows: list[dict[str, Any]], options: Options, moved: Callable[[str], str]
+) -> Iterator[Sample | Damage]:
     for i, row in enumerate(rows):
         path = row.get("image_path")
         if not isinstance(path, str) or not path:
@@ -54,7 +88,7 @@ def _rows(file: Path, rows: list[dict[str, Any]], options: Options) -> Iterator[
         yield Sample(
             f"row {i + 1} of {file.name}",
             row.get("key") or path,
-            path,
+            moved(path),
             texts,
             langs,
             row.get("split") or "",

@@ -2,61 +2,39 @@
 
 from __future__ import annotations
 
-import codecs
-import csv
 import json
-import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet
 
 from litune.errors import DataError
-from litune.pairs.address import folder_of, folders_in, is_file, is_url, open_file
+from litune.pairs.address import folder_of, folders_in, is_file, is_url, open_file, open_text
+from litune.pairs.cells import printed_list
+from litune.pairs.delimited import read_delimited
 from litune.pairs.reference import BROKEN, file_of, first_line
 from litune.pairs.sample import (
     CAPTION_COLUMNS,
-    IMAGE_SUFFIXES,
-    MOST_TEXT,
+    IMAGE_COLUMNS,
+    URL_COLUMNS,
     Damage,
     Options,
     Sample,
     SampleSource,
+    first_column,
     optional_column,
     pick_column,
 )
 
 TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".token"})
-IMAGE_COLUMNS = [
-    "image",
-    "image_path",
-    "file_name",
-    "filename",
-    "filepath",
-    "file",
-    "path",
-    "img",
-    "image_file",
-    "image_name",
-]
-DELIMITERS: dict[str, Literal[0, 3]] = {
-    ",": csv.QUOTE_MINIMAL,
-    "\t": csv.QUOTE_NONE,
-    "|": csv.QUOTE_NONE,
-    ";": csv.QUOTE_MINIMAL,
-}
-"""Quoting by delimiter: captions between tabs or bars are not quoted, so a lone quote in them is text."""
 ROWS = 10_000
 ASKED_ELSEWHERE = 5
 """How many images are looked up to find their folder where each lookup is a request."""
 
 Line = tuple[str, dict[str, Any]] | Damage
 """A row's position (for messages) and its cells by column; or why it can't be read."""
-
-csv.field_size_limit(MOST_TEXT)
 
 
 def table_source(files: Sequence[str], options: Options) -> SampleSource:
@@ -74,6 +52,28 @@ def table_source(files: Sequence[str], options: Options) -> SampleSource:
         name=name,
         base=lambda paths: image_base(files[0], options.images, paths),
     )
+
+
+def tables_source(folder: str, files: Sequence[str], splits: Sequence[str], options: Options) -> SampleSource:
+    """The pairs in several tables of a folder, named from it: each has its own images, and perhaps its split."""
+
+    def read() -> Iterator[Sample | Damage]:
+        for file, split in zip(files, splits, strict=True):
+            inside = folder_of(file) if "/" in file else ""
+            samples = list(_samples(file, read_lines(f"{folder}/{file}"), options))
+            paths = [sample.path for sample in samples if isinstance(sample, Sample)]
+            base = image_base(f"{folder}/{file}", options.images, paths) if paths else ""
+            for sample in samples:
+                if isinstance(sample, Sample):
+                    sample.path = join(base, sample.path)
+                    sample.key = f"{inside}/{sample.key}" if inside else sample.key
+                    sample.split = sample.split or split
+                yield sample
+
+    def about(_: int) -> str:
+        return f"{len(files):,} tables in {folder}: {', '.join(files[:4])}{', …' * (len(files) > 4)}"
+
+    return SampleSource(about, read(), name=folder, base=lambda _: "")
 
 
 def _samples(file: str, lines: Iterator[Line], options: Options) -> Iterator[Sample | Damage]:
@@ -99,7 +99,7 @@ def _samples(file: str, lines: Iterator[Line], options: Options) -> Iterator[Sam
             key if isinstance(key, str) and key else path,
             path,
             {name: _listed(cells.get(name)) for name in captions},
-            cells.get(lang) or "" if lang else "",
+            _listed(cells.get(lang)) or "" if lang else "",
             cells.get(split) or "" if split else "",
             extra={name: cells[name] for name in options.kept if name in cells and name not in captions},
         )
@@ -108,27 +108,23 @@ def _samples(file: str, lines: Iterator[Line], options: Options) -> Iterator[Sam
 
 
 def _listed(cell: Any) -> Any:
-    """A cell as it is, or the list if it is a JSON list of strings."""
-    if isinstance(cell, str) and cell.startswith('["') and cell.endswith('"]'):
-        with suppress(ValueError, RecursionError):
-            texts = json.loads(cell)
-            return texts if all(isinstance(text, str) for text in texts) else cell
-    return cell
+    return printed_list(cell) if isinstance(cell, str) else cell
 
 
 def _columns(file: str, names: list[str], options: Options) -> tuple[str, list[str], str | None, str | None]:
     """The columns of image paths, captions, splits and languages."""
-    if options.image_column is None and "url" in names and not {name.lower() for name in names} & set(IMAGE_COLUMNS):
+    if options.image_column is None and first_column(names, URL_COLUMNS) and not first_column(names, IMAGE_COLUMNS):
         raise DataError(f"{file} is a list of URLs: fetch the images with litune data fetch, then embed what it wrote")
-    return (
-        pick_column(file, names, options.image_column, IMAGE_COLUMNS, "--image-column image paths"),
-        [
-            pick_column(file, names, wanted, CAPTION_COLUMNS, "--caption-column captions")
-            for wanted in dict.fromkeys(options.caption_columns) or [None]
-        ],
-        optional_column(file, names, options.split_column, "split"),
-        optional_column(file, names, options.lang_column, "lang"),
-    )
+    image = pick_column(file, names, options.image_column, IMAGE_COLUMNS, "--image-column image paths")
+    split = optional_column(file, names, options.split_column, "split")
+    lang = optional_column(file, names, options.lang_column, "lang")
+    if not options.caption_columns and {*names} <= {image, split, lang, "key", *options.kept}:
+        return image, [], split, lang  # images without captions
+    captions = [
+        pick_column(file, names, wanted, CAPTION_COLUMNS, "--caption-column captions")
+        for wanted in dict.fromkeys(options.caption_columns) or [None]
+    ]
+    return image, captions, split, lang
 
 
 def column_names(file: str) -> list[str]:
@@ -146,46 +142,39 @@ def read_lines(file: str) -> Iterator[Line]:
         if suffix == ".parquet":
             yield from _read_parquet(file)
             return
-        with open_file(file) as opened:
-            if not opened.read(1):
-                raise DataError(f"{file} is empty: expected a table of image paths and captions")
-            opened.seek(0)
+        with open_text(file) as opened:
             if suffix in (".jsonl", ".ndjson"):
                 yield from _read_jsonl(file, opened)
             elif suffix == ".json":
                 yield from _read_json(file, opened)
             else:
-                yield from _read_csv(file, opened, suffix)
-    except (*BROKEN, csv.Error) as why:
+                yield from read_delimited(file, opened, suffix)
+    except BROKEN as why:
         raise DataError(f"{file} can't be read as a table: {first_line(why)}") from None
 
 
 def _read_parquet(file: str) -> Iterator[Line]:
     name, row = PurePosixPath(file).name, 0
     with open_file(file) as opened, pa.parquet.ParquetFile(opened) as parquet:
-        wanted = [field.name for field in parquet.schema_arrow if not pa.types.is_nested(field.type) or _list(field)]
-        for batch in parquet.iter_batches(ROWS, columns=wanted):
+        for batch in parquet.iter_batches(ROWS):
             batch.validate(full=True)
-            columns = {column: batch.column(column).to_pylist() for column in wanted}
+            columns = {column: batch.column(column).to_pylist() for column in batch.schema.names}
             for i in range(batch.num_rows):
                 row += 1
                 yield f"row {row} of {name}", {column: values[i] for column, values in columns.items()}
 
 
-def _list(field: pa.Field) -> bool:
-    return bool(pa.types.is_list(field.type) or pa.types.is_large_list(field.type))
-
-
-def _read_jsonl(file: str, opened: Any) -> Iterator[Line]:
+def _read_jsonl(file: str, opened: TextIO) -> Iterator[Line]:
     name = PurePosixPath(file).name
-    for number, data in enumerate(opened, 1):
-        if not data.strip():
+    for number, line in enumerate(opened, 1):
+        if not line.strip():
             continue
         where = f"row {number} of {name}"
         try:
-            row = json.loads(data.decode("utf-8-sig"))
-        except UnicodeDecodeError as why:
-            yield Damage(where, f"the line is not UTF-8 ({why.reason} at byte {why.start})")
+            line.encode()
+            row = json.loads(line)
+        except UnicodeEncodeError:
+            yield Damage(where, "the line is not UTF-8")
         except (ValueError, RecursionError) as why:
             yield Damage(where, f"the line is not JSON: {first_line(why)}")
         else:
@@ -195,10 +184,10 @@ def _read_jsonl(file: str, opened: Any) -> Iterator[Line]:
                 yield Damage(where, f"the line holds a {type(row).__name__}, expected a JSON object")
 
 
-def _read_json(file: str, opened: Any) -> Iterator[Line]:
+def _read_json(file: str, opened: TextIO) -> Iterator[Line]:
     """A list of objects, whole in memory."""
     try:
-        rows = json.loads(opened.read().decode("utf-8-sig"))
+        rows = json.load(opened)
     except (ValueError, RecursionError) as why:
         raise DataError(f"{file} can't be read as JSON: {first_line(why)}") from None
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
@@ -209,103 +198,12 @@ def _read_json(file: str, opened: Any) -> Iterator[Line]:
             yield Damage(where, f"it is a {type(row).__name__}, expected a JSON object")
 
 
-def _read_csv(file: str, opened: Any, suffix: str) -> Iterator[Line]:
-    """The rows of a CSV or TSV file, every cell as text: a caption of digits stays a caption."""
-    name = PurePosixPath(file).name
-    first = opened.readline(MOST_TEXT)
-    if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise DataError(f"{file} is UTF-16, expected UTF-8: save it as UTF-8")
-    head = _decode(first)
-    delimiter, names = _header(head, suffix)
-    if not names:
-        raise DataError(f"{file} is not a table litune reads: expected .csv, .tsv, .jsonl, .parquet or Flickr's lists")
-    duplicated = {n for n in names if n and names.count(n) > 1}
-    if duplicated:
-        raise DataError(f"{file} has the column {min(duplicated)!r} more than once: rename one")
-    if names[0] == "image#" or _is_picture(_split(head, delimiter)[0]):
-        opened.seek(0)  # no header
-    rows = csv.reader(
-        map(_decode, opened),
-        delimiter=delimiter,
-        quoting=DELIMITERS[delimiter],
-        skipinitialspace=delimiter == "|",
-        strict=True,
-    )
-    number = 0
-    while True:
-        number += 1
-        where = f"row {number} of {name}"
-        try:
-            cells = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as why:
-            yield Damage(where, f"it can't be read: {why}")
-            continue
-        if not any(cells):
-            continue
-        if len(cells) != len(names):
-            yield Damage(where, f"it has {len(cells)} cells, the table has {len(names)} columns")
-            continue
-        if delimiter == "\t":
-            cells = [_unquoted(cell) for cell in cells]
-        row = dict(zip(names, cells, strict=True))
-        if "image#" in row:  # Flickr's lists: photo.jpg#0
-            row["image"] = re.sub(r"#\d+$", "", row.pop("image#"))
-        if delimiter == "|":
-            row = {column: cell.strip() for column, cell in row.items()}
-        yield where, row
-
-
-def _unquoted(cell: str) -> str:
-    """A tab-separated cell without the quotes that spreadsheets put around cells that contain quotes."""
-    inside = cell[1:-1]
-    if len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inside.replace('""', ""):
-        return inside.replace('""', '"')
-    return cell
-
-
-def _decode(line: bytes) -> str:
-    """A line as text. Bytes that are not UTF-8 become lone surrogates, which the check of each cell catches."""
-    return line.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
-
-
-def _header(line: str, suffix: str) -> tuple[str, list[str]]:
-    """The delimiter and the column names from a table's first line; no names if it is not a table.
-
-    A table without a header is recognised by the picture at the start of its first line.
-    """
-    if re.match(r"[^\t]+#\d+\t", line):
-        return "\t", ["image#", "caption"]
-    expected = "\t" if suffix == ".tsv" else ","
-    for delimiter in sorted(DELIMITERS, key=lambda d: d != expected):
-        cells = _split(line, delimiter)
-        if len(cells) > 1 and _is_picture(cells[0]):
-            return delimiter, ["image", "caption"] if len(cells) == 2 else ["image", "number", "caption"][: len(cells)]
-        if {cell.lower() for cell in cells} & set(IMAGE_COLUMNS) and len(cells) > 1:
-            return delimiter, cells
-    cells = _split(line, expected)
-    return expected, cells if suffix in (".csv", ".tsv") else []
-
-
-def _split(line: str, delimiter: str) -> list[str]:
-    cells = next(csv.reader([line], delimiter=delimiter, quoting=DELIMITERS[delimiter]), [""])
-    cells = [cell.strip() for cell in cells]
-    return [_unquoted(cell) for cell in cells] if delimiter == "\t" else cells
-
-
-def _is_picture(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
-
-
 def image_base(file: str, images: Path | str | None, keys: Sequence[str]) -> str:
     """The folder that a table's image paths are relative to: the candidate that has most of a sample."""
     most = ASKED_ELSEWHERE if is_url(file) else 200
     sample = [str(key) for key in keys[:: -(-len(keys) // most)]]
     if images is not None:
-        if not is_url(images) and not Path(images).is_dir():
-            raise DataError(f"--images {images} is not a folder")
-        return str(images)
+        return _base_in(file, str(images), sample)
     here = folder_of(file)
     above = folder_of(here)
     try:
@@ -324,6 +222,22 @@ def image_base(file: str, images: Path | str | None, keys: Sequence[str]) -> str
         raise DataError(
             f"none of the images that {file} names was found (the first: {sample[0]}) in {here} or the folders "
             "in it: name their folder with --images"
+        )
+    return best
+
+
+def _base_in(file: str, images: str, sample: Sequence[str]) -> str:
+    """`images`, or the folder in it that has most of a sample; one elsewhere is not looked into."""
+    if is_url(images):
+        return images
+    if not Path(images).is_dir():
+        raise DataError(f"--images {images} is not a folder")
+    hits = {base: sum(exists(base, key) for key in sample) for base in [images, *_folders_in(images)]}
+    best = max(hits, key=lambda base: hits[base])
+    if sample and hits[best] == 0:
+        raise DataError(
+            f"none of the images that {file} names was found in --images {images} or the folders in it "
+            f"(the first: {sample[0]}): name the folder that its paths begin in"
         )
     return best
 

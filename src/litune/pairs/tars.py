@@ -14,6 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 from litune.errors import DataError
+from litune.files import decode_text
 from litune.pairs.address import folder_of, open_file, size_of
 from litune.pairs.reference import BLOCK, Member, absolute, first_line
 from litune.pairs.sample import (
@@ -24,9 +25,9 @@ from litune.pairs.sample import (
     Options,
     Sample,
     SampleSource,
-    decode_text,
+    captions_in,
     each,
-    split_of,
+    splits_of,
 )
 from litune.prompts import canonicalize
 
@@ -40,6 +41,8 @@ _KINDS = {
     tarfile.GNUTYPE_SPARSE: "a sparse file",
 }
 _LONG_NAME, _HEADERS = tarfile.GNUTYPE_LONGNAME, (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+TEXTS = ("txt", "text", "caption")
+"""The suffixes of captions."""
 _ZEROS = bytes(BLOCK)
 _PASSED_OVER = (tarfile.DIRTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK)
 
@@ -47,19 +50,18 @@ _PASSED_OVER = (tarfile.DIRTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK)
 def tar_source(shards: Sequence[str], options: Options) -> SampleSource:
     """The samples in tar shards, in the shards' order."""
     folder = folder_of(shards[0])
-    split = all(split_of(PurePosixPath(shard).name) for shard in shards)
-    second = Counter[str]()
+    splits = splits_of(shards)
+    notes = Counter[str]()
+    takes = ("image", "caption", "split", "lang")
 
     def read() -> Iterator[Sample | Damage]:
-        for shard, name in zip(each(shards, "shards"), short_names(shards), strict=True):
-            own = split_of(PurePosixPath(shard).name) if split else ""
-            yield from _read_shard(absolute(shard), name, own, options, second)
+        for shard, name, split in zip(each(shards, "shards"), short_names(shards), splits, strict=True):
+            yield from _read_shard(absolute(shard), name, split, options, notes)
 
     def about(_: int) -> str:
-        left = "".join(f", {count:,} second pictures (.{suffix}) left out" for suffix, count in second.items())
-        return f"{len(shards):,} webdataset shard{'s' * (len(shards) > 1)} in {folder}{left}"
+        return f"{len(shards):,} webdataset shard{'s' * (len(shards) > 1)} in {folder}"
 
-    return SampleSource(about, read(), name=folder, files=len(shards))
+    return SampleSource(about, read(), name=folder, files=len(shards), notes=notes, takes=takes)
 
 
 def short_names(files: Sequence[str]) -> list[str]:
@@ -72,20 +74,21 @@ def short_names(files: Sequence[str]) -> list[str]:
     return names
 
 
-def _read_shard(shard: str, name: str, split: str, options: Options, second: Counter[str]) -> Iterator[Sample | Damage]:
+def _read_shard(shard: str, name: str, split: str, options: Options, notes: Counter[str]) -> Iterator[Sample | Damage]:
     """The samples of one shard; where it can't be read at all, that. Counts pictures that stand beside another one."""
     good = bad = 0
     try:
         with open_file(shard) as file:
-            for found in _samples(shard, file):
-                if isinstance(found, Damage):
+            for group in _samples(shard, file):
+                if isinstance(group, Damage):
                     bad += 1
-                    yield found
-                else:
+                    yield group
+                    continue
+                for key, files in _apart(*group, options.image_column):
                     good += 1
-                    key, files = found
-                    second.update(_second_pictures(files, options.image_column))
-                    yield from _read_sample(file, f"{name}/{key}", files, split, options)
+                    for suffix in _second_pictures(files, options.image_column):
+                        notes[f"second pictures (.{suffix}) left out"] += 1
+                    yield from _read_sample(file, f"{name}/{key}", files, split, options, notes)
             empty = size_of(file) == 0
     except FileNotFoundError:
         yield Damage(shard, "the shard does not exist", whole_file=True)
@@ -114,6 +117,29 @@ def _samples(shard: str, file: BinaryIO) -> Iterator[tuple[str, dict[str, Member
         files[suffix] = one
     if files:
         yield key, files
+
+
+def _apart(key: str, files: dict[str, Member], wanted: str | None) -> Iterator[tuple[str, dict[str, Member]]]:
+    """The samples in files that have one name up to its first dot: several, where pictures have further dots in theirs.
+
+    2020.01.00.jpg and 2020.01.01.jpg are samples, each with its 2020.01.00.txt or all without texts. 0.left.jpg and
+    0.right.jpg with one 0.txt are one sample.
+    """
+    groups: dict[str, dict[str, Member]] = {}
+    for suffix, member in files.items():
+        middle, _, last = suffix.rpartition(".")
+        groups.setdefault(middle, {})[last] = member
+    pictures = {middle for middle, group in groups.items() if find_picture(group, None)}
+    alone = pictures - {""}
+    if "" in pictures or groups.keys() - pictures:
+        alone = {middle for middle in alone if groups[middle].keys() & set(TEXTS)}
+    if len(pictures) < 2 or not alone or (wanted is not None and wanted.lstrip(".").lower() in files):
+        yield key, files
+        return
+    if rest := {suffix: member for suffix, member in files.items() if suffix.rpartition(".")[0] not in alone}:
+        yield key, rest
+    for middle in sorted(alone, key=list(groups).index):
+        yield f"{key}.{middle}", groups[middle]
 
 
 def members(shard: str, file: BinaryIO) -> Iterator[Member | Damage]:
@@ -221,7 +247,7 @@ def _extended(value: bytes) -> tuple[str, int]:
 
 
 def _read_sample(
-    file: BinaryIO, key: str, files: dict[str, Member], split: str, options: Options
+    file: BinaryIO, key: str, files: dict[str, Member], split: str, options: Options, notes: Counter[str]
 ) -> Iterator[Sample | Damage]:
     picture = find_picture(files, options.image_column)
     if picture is None:
@@ -229,20 +255,21 @@ def _read_sample(
         yield Damage(key, f"the sample has no picture{wanted}, only .{', .'.join(files)}")
         return
     facts: dict[str, Any] = {}
-    if "json" in files:
-        found = _load(_read_text(file, files["json"]))
+    about = next((suffix for suffix in sorted(files, key=len) if suffix.rpartition(".")[2] == "json"), None)
+    if about is not None:
+        found = _load(_read_text(file, files[about]))
         if isinstance(found, Damage):
             yield Damage(key, f"{found.reason}: the sample is kept without it")
         else:
             facts = found
     texts: dict[str, Any] = {}
-    for name in ("txt", "text", "caption", "cls"):
-        if name in files:
+    for name in (*TEXTS, "cls", *(suffix for suffix in files if suffix.rpartition(".")[2] in TEXTS)):
+        if name in files and name not in texts:
             data = _read_text(file, files[name])
-            text = None if data is None else decode_text(data)
             # What is no text is kept as its bytes, so that the check of all captions names it.
-            texts[name] = data if text is None else text
+            texts[name] = None if data is None else captions_in(data, notes)
     label = texts.pop("cls", None)
+    texts = _plain(texts, options, notes)
     label = label.strip() if isinstance(label, str) else facts.get("cls_name")
     yield Sample(
         key,
@@ -256,11 +283,23 @@ def _read_sample(
     )
 
 
+def _plain(texts: dict[str, Any], options: Options, notes: Counter[str]) -> dict[str, Any]:
+    """The texts of a sample, .txt before all others; where there are only .en.txt and .de.txt, all as one field."""
+    further = [name for name in texts if "." in name]
+    if options.caption_columns or not further:
+        return texts
+    if len(further) == len(texts):
+        return {"txt": list(texts.values())}
+    for name in further:
+        notes[f"further texts (.{name}) left out"] += 1
+    return texts
+
+
 def pick_texts(texts: dict[str, Any], facts: dict[str, Any], options: Options, label: Any = None) -> dict[str, Any]:
     """The captions beside a picture: the text fields that were asked for, else its text file, else its metadata's."""
     there = {**facts, **texts}
     if options.caption_columns:
-        return {name: there.get(name) for name in dict.fromkeys(options.caption_columns)}
+        return {name: there[name] for name in dict.fromkeys(options.caption_columns) if name in there}
     for name in (*texts, *CAPTION_COLUMNS):
         if there.get(name) is not None:
             return {name: there[name]}
@@ -276,11 +315,11 @@ def find_picture(files: dict[str, Any], wanted: str | None) -> str | None:
 
 
 def _second_pictures(files: dict[str, Any], wanted: str | None) -> list[str]:
-    """The suffixes of a sample's further pictures, as plain as the one that is taken."""
+    """The suffixes of a sample's further pictures."""
     if wanted is not None:
         return []
     taken = find_picture(files, None)
-    return [suffix for suffix in files if suffix != taken and f".{suffix}" in IMAGE_SUFFIXES]
+    return [suffix for suffix in files if suffix != taken and "." + suffix.rpartition(".")[2] in IMAGE_SUFFIXES]
 
 
 def _read_text(file: BinaryIO, member: Member) -> bytes | None:
@@ -300,7 +339,7 @@ def _load(data: bytes | None) -> dict[str, Any] | Damage:
 def load_facts(data: bytes) -> dict[str, Any] | Damage:
     """JSON metadata beside a picture; or why there is none."""
     try:
-        found = json.loads(data.decode("utf-8-sig"))
+        found = json.loads(decode_text(data))
     except (ValueError, RecursionError) as why:
         return Damage("", f"its .json can't be read ({first_line(why)})")
     return found if isinstance(found, dict) else Damage("", f"its .json holds a {type(found).__name__}, not an object")

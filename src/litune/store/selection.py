@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from litune.config import TuneConfig
 from litune.errors import ConfigError, StoreError, nearest
 from litune.image.tower import check_same_tower
+from litune.pairs.sample import find_split
 from litune.progress import say
 from litune.store.captions import Captions, blocks, hash_digests, integers, join_texts, offsets_of
 from litune.store.text_shards import Images, read_texts
@@ -355,10 +356,11 @@ def rows_of_split(store: FeatureStore, split: str | None) -> np.ndarray:
         return rows
     if "split" not in store.column_names:
         raise StoreError(f"{store.path} has no splits, {split!r} was asked for: embed with a split column")
-    if split not in store.splits:
+    named = find_split(split, store.splits)
+    if named is None:
         raise StoreError(f"{store.path} has no split {split!r} ({nearest(split, store.splits)})")
     chunks = (chunk.cast(pa.string()) for chunk in store.column_chunks("split"))
-    of_split = [pc.equal(chunk, split).fill_null(False).to_numpy(zero_copy_only=False) for chunk in chunks]
+    of_split = [pc.equal(chunk, named).fill_null(False).to_numpy(zero_copy_only=False) for chunk in chunks]
     selected: np.ndarray = rows[np.concatenate(of_split)]
     return selected
 
@@ -439,7 +441,7 @@ def choose_pairs(
     select = partial(store.select, lang=config.lang, fields=config.fields, captions=captions)
     if store.splits:
         pairs = select(config.split)
-        if config.val_split in store.splits and config.val_split != config.split:
+        if find_split(config.val_split, store.splits) not in (None, find_split(config.split, store.splits)):
             return _enough(pairs), held_out_split(store, config, captions)
         if config.val_split != TuneConfig.val_split:
             select(config.val_split)  # says which splits there are

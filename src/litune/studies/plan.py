@@ -26,6 +26,7 @@ from typing import Any
 
 from litune.config import Config, EvalConfig, TuneConfig
 from litune.errors import ConfigError, nearest
+from litune.files import read_text
 from litune.settings import Setting, settings_of
 
 RETRIEVAL, ZERO_SHOT = "retrieval", "zero_shot."
@@ -107,7 +108,7 @@ def read_plan(file: Path, out: Path) -> Plan:
     if not file.is_file():
         raise ConfigError(f"there is no file {file}: give a TOML file of settings")
     try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
+        table = tomllib.loads(read_text(file))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as why:
         raise ConfigError(f"{file} is not valid TOML ({why}): mend it") from None
     root = file.parent.resolve()

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from litune import distributed
 from litune.errors import MissingExtraError, TowerError, nearest
+from litune.files import read_text
 from litune.text.bert import BERT_LIKE, ROBERTA_LIKE, bert_encode, reads_line, teach_packing
 from litune.text.dropout import dropout
 from litune.text.packing import (
@@ -428,7 +429,7 @@ def _hf_pooling(name: str, pooling: str, config: Any) -> str:
         return pooling
     declared = Path(name) / "1_Pooling" / "config.json"
     if declared.is_file():
-        settings = json.loads(declared.read_text(encoding="utf-8"))
+        settings = json.loads(read_text(declared))
         if settings.get("pooling_mode_mean_tokens"):
             return "mean"
         if settings.get("pooling_mode_lasttoken"):

@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from litune.errors import ConfigError, DataError, RunError, TowerError
-from litune.files import atomic
+from litune.files import atomic, read_text
 from litune.text.sentencepiece import SentencePiece, read_sentencepiece
 
 Layout = Literal["bert", "sticky_eos", "own"]
@@ -140,7 +140,7 @@ def wordpiece(file: Path) -> tokenizers.Tokenizer:
     punctuation and letters. Raises `DataError` where the file is not such a vocabulary.
     """
     try:
-        pieces = [line.rstrip("\r\n") for line in file.read_text(encoding="utf-8").split("\n")]
+        pieces = [line.rstrip("\r\n") for line in read_text(file).split("\n")]
     except OSError as why:
         raise DataError(f"{file} can't be read: {why.strerror or why}") from None
     except UnicodeDecodeError:
