@@ -22,6 +22,7 @@ from litune.pairs.reference import BROKEN, PictureCell, absolute, first_line, op
 from litune.pairs.sample import (
     CAPTION_COLUMNS,
     IMAGE_SUFFIXES,
+    LABEL_COLUMNS,
     Damage,
     Options,
     Sample,
@@ -218,7 +219,7 @@ class _Columns:
         self.lang = optional_column(file, names, options.lang_column, "lang")
         self.kept = [name for name in options.kept if name in names]
         self.classes = class_names(schema)
-        usual = ("label", "labels", *self.classes) if options.label_column is None else (options.label_column,)
+        usual = (*LABEL_COLUMNS, *self.classes) if options.label_column is None else (options.label_column,)
         self.label = next((name for name in usual if name in names), None)
         self.key = next((name for name in ("key", "__key__") if name in names), None)
         wanted_names = [*self.captions, self.split, self.lang, self.label, self.key, *self.kept]

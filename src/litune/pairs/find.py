@@ -23,10 +23,11 @@ from litune.pairs.folders import (
     parts_of,
     pictures_in,
 )
+from litune.pairs.outputs import DROPPED, is_marked
 from litune.pairs.reference import first_line
 from litune.pairs.sample import Options, SampleSource
 from litune.pairs.stores import is_store, store_source
-from litune.pairs.tables import TABLE_SUFFIXES, table_source
+from litune.pairs.tables import TABLE_SUFFIXES, column_names, table_source
 from litune.pairs.tars import tar_source
 
 NOT_HERE = "has Arrow data, which is read on this machine alone: copy it, or write it as Parquet"
@@ -77,6 +78,10 @@ def _from_elsewhere(folder: str, options: Options) -> SampleSource:
     for path in paths:
         inside, _, name = path.removeprefix(f"{folder}/").rpartition("/")
         names.setdefault(inside, []).append(name)
+    # What litune wrote is passed over.
+    outputs = tuple(f"{inside}/" for inside, own in names.items() if inside and is_marked({*own}))
+    names = {inside: own for inside, own in names.items() if not f"{inside}/".startswith(outputs)}
+    paths = [path for path in paths if not path[below:].startswith(outputs)]
     if {"dataset_dict.json", "state.json"} & set(names.get("", [])):
         raise DataError(f"{folder} {NOT_HERE}")
     if "img_emb" in names and "metadata" in names:
@@ -173,17 +178,20 @@ def _from_folder(folder: Path, options: Options) -> SampleSource:
         return local_files(folder, options)
     if annotations := annotation_files(folder):
         return _from_files(annotations, options)
-    table = _find_table(folder)
+    table = _find_table(folder, options)
     if table is not None:
         return table_source([str(table)], options)
     if any(pictures_in(folder)):
         return local_files(folder, options)
-    return class_source(str(folder), {name: list(map(str, files)) for name, files in class_folders(folder).items()})
+    classes = class_folders(folder, options.out)
+    return class_source(str(folder), {name: list(map(str, files)) for name, files in classes.items()})
 
 
-def _find_table(folder: Path) -> Path | None:
-    """The one table of captions in `folder`, or beside it under the folder's name."""
+def _find_table(folder: Path, options: Options) -> Path | None:
+    """The one table of captions in `folder`, or beside it under the folder's name; none that litune writes there."""
     tables = sorted(p for p in folder.iterdir() if (p.suffix.lower() in TABLE_SUFFIXES or _is_list(p)) and p.is_file())
+    written = None if options.out is None else options.out.resolve()
+    tables = [table for table in tables if table.resolve() != written and not {*column_names(str(table))} >= DROPPED]
     if not tables:
         lists = list(itertools.islice(folder.glob("*.json"), MOST_LISTS + 1))
         tables = sorted(p for p in lists if len(lists) <= MOST_LISTS and p.is_file() and _kind(str(p)) == "table")

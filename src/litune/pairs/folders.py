@@ -12,6 +12,7 @@ from typing import Any
 
 from litune.errors import DataError
 from litune.pairs.address import read_all
+from litune.pairs.outputs import is_output
 from litune.pairs.reference import first_line
 from litune.pairs.sample import IMAGE_SUFFIXES, MOST_TEXT, Damage, Options, Sample, SampleSource, decode_text
 from litune.pairs.tars import load_facts, pick_texts
@@ -39,11 +40,16 @@ def is_picture(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
 
 
-def class_folders(root: Path) -> dict[str, list[Path]]:
-    """A class-per-folder tree as {class: its image files}, sorted. Raises `DataError` where it is none."""
+def class_folders(root: Path, out: Path | None = None) -> dict[str, list[Path]]:
+    """A class-per-folder tree as {class: its image files}, sorted, without `out` and what else litune writes into it.
+
+    Raises `DataError` where it is none.
+    """
     if not root.is_dir():
         raise DataError(f"{root} is not a folder: expected one folder of images per class in it")
+    written = None if out is None else out.resolve()
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    folders = [folder for folder in folders if folder.resolve() != written and not is_output(folder)]
     classes = {f.name: image_files(f) for f in folders}
     if not any(classes.values()):
         raise DataError(f"{root} has no images, no table of captions and no class folders with images{_hint(root)}")

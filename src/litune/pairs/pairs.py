@@ -82,13 +82,15 @@ def read_pairs(
     split: Sequence[str] = (),
     lang: Sequence[str] = (),
     max_damaged: float = 0.01,
+    out: Path | None = None,
 ) -> Pairs:
     """The pairs at `source`, whose kind is seen by looking at it (docs/sources.md has the list).
 
-    Pictures are not read. Raises `DataError` where there is nothing to read, a column is missing, or more than the
-    share `max_damaged` of the captions, or of the files that hold them, can't be used.
+    Pictures are not read, nor is a table at `out`, which the command writes. Raises `DataError` where there is nothing
+    to read, a column is missing, or more than the share `max_damaged` of the captions, or of the files that hold them,
+    can't be used.
     """
-    options = Options(images, image_column, caption_columns, split_column, lang_column, keep)
+    options = Options(images, image_column, caption_columns, split_column, lang_column, keep, out=out)
     pairs = collect(find_source(str(source), options), options, max_damaged)
     return _select(pairs, split, lang)
 
@@ -114,6 +116,7 @@ def read_files(config: ReadingConfig | EmbedConfig, keep: Sequence[str] = ()) ->
         split=config.split,
         lang=config.lang,
         max_damaged=config.max_damaged,
+        out=getattr(config, "out", None),
     )
 
 
@@ -185,7 +188,7 @@ class _PairColumns:
         self._extra: dict[str, list[Any]] = {name: [] for name in self._kept}
 
     def add(self, sample: Sample) -> list[Damage]:
-        """Add a sample and return the damage in it. A sample without a usable caption is left out."""
+        """Add a sample and return the damage in it. One whose captions are all damaged is left out; none are fine."""
         damaged: list[Damage] = []
         for what, text in (("name", sample.key), ("path", sample.path)):
             reason = _reason(text) if isinstance(text, str) else f"is {text!r:.80}, expected a text"
@@ -194,7 +197,7 @@ class _PairColumns:
         captions: list[tuple[str, str, str]] = []
         for field, cell in _cells(sample, damaged).items():
             self._check(sample, field, cell, captions, damaged)
-        if sample.texts and not captions:
+        if not captions and any(cell != [] for cell in sample.texts.values()):
             return damaged
         self._several |= len(sample.texts) > 1
         langs = [lang for _, _, lang in captions]
@@ -226,8 +229,6 @@ class _PairColumns:
             reason = f"{len(cells)} captions but {len(lang)} languages"
             damaged.append(Damage(sample.where, reason))
             return
-        if not cells:
-            damaged.append(Damage(sample.where, "the list of captions is empty"))
         for i, caption in enumerate(cells):
             if isinstance(caption, bytes):
                 damaged.append(Damage(sample.where, "the caption is not UTF-8"))
@@ -268,11 +269,11 @@ class _PairColumns:
 
 
 def _cells(sample: Sample, damaged: list[Damage]) -> dict[str, Any]:
-    """The non-empty text fields of a sample; one that has several fields must fill at least one."""
+    """The non-empty text fields of a sample; one that has several must fill one, or have empty lists alone."""
     if len(sample.texts) <= 1:
         return sample.texts
     cells = {name: cell for name, cell in sample.texts.items() if cell not in (None, "", [])}
-    if not cells:
+    if not cells and any(cell != [] for cell in sample.texts.values()):
         damaged.append(Damage(sample.where, f"{', '.join(sample.texts)} are all empty"))
     return cells
 

@@ -43,6 +43,7 @@ CAPTION_COLUMNS = [
     "description",
     "comment",
 ]
+LABEL_COLUMNS = ("label", "labels")
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
 OWN = ("key", "path", "captions", "langs", "fields", "split", "label")
 SHOWN_FROM = 20
@@ -72,6 +73,8 @@ class Options:
     keep: Sequence[str] = ()
     label_column: str | None = None
     """The column of classes beside pictures in a column; None for the first that is usual."""
+    out: Path | None = None
+    """What the command writes: never read where a folder's table is looked for."""
     without_picture: bool = False
     """Whether a row without a picture is a sample as well, damaged when its picture is read."""
 
