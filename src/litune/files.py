@@ -18,6 +18,9 @@ from litune.errors import LituneError, OutputExistsError
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 
+LFS_POINTER = b"version https://git-lfs.github.com/"
+"""How a file begins that Git LFS has left in the place of a large one."""
+
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # the names that `atomic` gives
 
 

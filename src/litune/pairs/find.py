@@ -18,14 +18,13 @@ from litune.pairs.folders import (
     class_source,
     files_source,
     is_part,
-    is_picture,
     local_files,
     parts_of,
     pictures_in,
 )
 from litune.pairs.outputs import DROPPED, is_marked
 from litune.pairs.reference import first_line
-from litune.pairs.sample import Options, SampleSource
+from litune.pairs.sample import Options, SampleSource, is_picture
 from litune.pairs.stores import is_store, store_source
 from litune.pairs.tables import TABLE_SUFFIXES, column_names, table_source
 from litune.pairs.tars import tar_source
@@ -108,7 +107,8 @@ def _from_elsewhere(folder: str, options: Options) -> SampleSource:
         for name, files in sorted(names.items())
     }
     if any(classes.values()) and not any("/" in name for name in classes):
-        return class_source(folder, {name: files for name, files in classes.items() if files})
+        others = itertools.chain.from_iterable(names.values())
+        return class_source(folder, {name: files for name, files in classes.items() if files}, others)
     raise DataError(f"{folder} has no shards, no table of captions and no images in it: {MISSING}")
 
 
@@ -184,7 +184,8 @@ def _from_folder(folder: Path, options: Options) -> SampleSource:
     if any(pictures_in(folder)):
         return local_files(folder, options)
     classes = class_folders(folder, options.out)
-    return class_source(str(folder), {name: list(map(str, files)) for name, files in classes.items()})
+    others = (entry.name for part in (folder, *(folder / name for name in classes)) for entry in part.iterdir())
+    return class_source(str(folder), {name: list(map(str, files)) for name, files in classes.items()}, others)
 
 
 def _find_table(folder: Path, options: Options) -> Path | None:

@@ -5,16 +5,27 @@ from __future__ import annotations
 import itertools
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from litune.errors import DataError
 from litune.pairs.address import read_all
 from litune.pairs.outputs import is_output
 from litune.pairs.reference import first_line
-from litune.pairs.sample import IMAGE_SUFFIXES, MOST_TEXT, Damage, Options, Sample, SampleSource, decode_text
+from litune.pairs.sample import (
+    MOST_TEXT,
+    Damage,
+    Options,
+    Sample,
+    SampleSource,
+    count_passed_over,
+    decode_text,
+    is_picture,
+    say_passed_over,
+)
 from litune.pairs.tars import load_facts, pick_texts
 from litune.prompts import canonicalize
 
@@ -35,11 +46,6 @@ def pictures_in(folder: Path) -> Iterable[Path]:
     return (p for p in folder.iterdir() if is_picture(p.name))
 
 
-def is_picture(name: str) -> bool:
-    """Whether a file's name is that of a picture."""
-    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
-
-
 def class_folders(root: Path, out: Path | None = None) -> dict[str, list[Path]]:
     """A class-per-folder tree as {class: its image files}, sorted, without `out` and what else litune writes into it.
 
@@ -52,11 +58,20 @@ def class_folders(root: Path, out: Path | None = None) -> dict[str, list[Path]]:
     folders = [folder for folder in folders if folder.resolve() != written and not is_output(folder)]
     classes = {f.name: image_files(f) for f in folders}
     if not any(classes.values()):
-        raise DataError(f"{root} has no images, no table of captions and no class folders with images{_hint(root)}")
+        raise DataError(
+            f"{root} has no images, no table of captions and no class folders with images{_not_read(root)}{_hint(root)}"
+        )
     empty = [name for name, files in classes.items() if not files]
     if empty:
-        raise DataError(f"the class folder {root / empty[0]} has no images: remove it or fill it")
+        folder = root / empty[0]
+        raise DataError(f"the class folder {folder} has no images{_not_read(folder)}: remove it or fill it")
     return classes
+
+
+def _not_read(folder: Path) -> str:
+    """Pictures in a folder that are not read, as a clause in brackets; empty where there are none."""
+    clause = say_passed_over(count_passed_over(entry.name for entry in folder.iterdir()))
+    return f" ({clause})" if clause else ""
 
 
 def _hint(root: Path) -> str:
@@ -71,8 +86,11 @@ def _hint(root: Path) -> str:
     return ""
 
 
-def class_source(root: str, classes: Mapping[str, Sequence[str]]) -> SampleSource:
-    """A class-per-folder tree, captioned by class name; `classes` maps each class to the addresses of its images."""
+def class_source(root: str, classes: Mapping[str, Sequence[str]], others: Iterable[str] = ()) -> SampleSource:
+    """A class-per-folder tree, captioned by class name; `classes` maps each class to the addresses of its images.
+
+    `others` are the names of the files in the folders.
+    """
 
     def read() -> Iterator[Sample]:
         for name, files in classes.items():
@@ -80,7 +98,8 @@ def class_source(root: str, classes: Mapping[str, Sequence[str]]) -> SampleSourc
                 key = f"{name}/{file.rpartition('/')[2]}"
                 yield Sample(key, key, file, {"label": canonicalize(name)}, label=name)
 
-    return SampleSource(lambda _: f"a tree of {len(classes):,} class folders", read(), name=root)
+    about = f"a tree of {len(classes):,} class folders"
+    return SampleSource(lambda _: about, read(), name=root, passed_over=count_passed_over(others))
 
 
 def parts_of(folder: Path) -> list[Path]:
@@ -105,10 +124,12 @@ def files_source(folder: str, parts: Mapping[str, Callable[[], Iterable[str]]], 
     `parts` maps each part to a function that lists its files, called when the part is read; "" is the folder itself.
     """
     captions: set[bool] = set()
+    passed_over: Counter[str] = Counter()
 
     def read() -> Iterator[Sample | Damage]:
         for part, listing in parts.items():
             names = set(listing())
+            passed_over.update(count_passed_over(names))
             for name in sorted(filter(is_picture, names)):
                 file = f"{folder}/{part}/{name}" if part else f"{folder}/{name}"
                 key = f"{part}/{_stem(name)}" if part else name
@@ -122,7 +143,7 @@ def files_source(folder: str, parts: Mapping[str, Callable[[], Iterable[str]]], 
         beside = "with captions beside them" if True in captions else "without captions"
         return f"a folder of {count:,} images {beside}"
 
-    return SampleSource(about, read(), name=folder)
+    return SampleSource(about, read(), name=folder, passed_over=passed_over)
 
 
 def local_files(folder: Path, options: Options) -> SampleSource:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from litune.config import EmbedConfig, ReadingConfig
 from litune.errors import DataError, nearest
 from litune.pairs.find import find_source, holds_pairs
 from litune.pairs.folders import class_folders, image_files
-from litune.pairs.sample import CAPTION_COLUMNS, Damage, Options, Sample, SampleSource
+from litune.pairs.sample import CAPTION_COLUMNS, Damage, Options, Sample, SampleSource, say_passed_over
 from litune.pairs.tables import join
 from litune.progress import say
 
@@ -43,6 +43,8 @@ class Pairs:
     table: pa.Table
     source: str
     damaged: tuple[Damage, ...] = ()
+    note: str = ""
+    """What else is to be said of the source."""
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -123,6 +125,8 @@ def read_files(config: ReadingConfig | EmbedConfig, keep: Sequence[str] = ()) ->
 def say_pairs(pairs: Pairs) -> None:
     """Print the number of pairs, their source, and what was skipped."""
     say(f"pairs: {len(pairs):,} images, {pairs.captions:,} captions ({pairs.source})")
+    if pairs.note:
+        say(pairs.note)
     if pairs.damaged:
         first = pairs.damaged[0]
         say(f"skipped {len(pairs.damaged):,} inputs that can't be used, first {first.key}: {first.reason}")
@@ -151,7 +155,7 @@ def collect(source: SampleSource, options: Options, max_damaged: float) -> Pairs
     for name in options.keep:
         if name not in table.column_names:
             raise DataError(f"{source.name} has no {name!r} to keep: name another with --keep")
-    return Pairs(table, about, tuple(damaged))
+    return Pairs(table, about, tuple(damaged), say_passed_over(source.passed_over))
 
 
 def _check_damage(name: str, damaged: Sequence[Damage], good: int, files: int, max_damaged: float) -> None:
@@ -367,7 +371,7 @@ def _select(pairs: Pairs, split: Sequence[str], lang: Sequence[str]) -> Pairs:
         table = table.filter(pc.greater(pc.list_value_length(table["captions"]), 0))
     if table.num_rows == 0:
         raise DataError("no image is left after --split and --lang: widen them")
-    return Pairs(table.combine_chunks(), pairs.source, pairs.damaged)
+    return replace(pairs, table=table.combine_chunks())
 
 
 def _known(table: pa.Table, column: str, wanted: Sequence[str], option: str) -> list[str]:

@@ -19,13 +19,13 @@ from litune.pairs.address import folder_of, folders_in, is_file, is_url, open_fi
 from litune.pairs.reference import BROKEN, file_of, first_line
 from litune.pairs.sample import (
     CAPTION_COLUMNS,
-    IMAGE_SUFFIXES,
     LABEL_COLUMNS,
     MOST_TEXT,
     Damage,
     Options,
     Sample,
     SampleSource,
+    is_picture,
     optional_column,
     pick_column,
 )
@@ -257,7 +257,7 @@ def _read_csv(file: str, opened: Any, suffix: str) -> Iterator[Line]:
     duplicated = {n for n in names if n and names.count(n) > 1}
     if duplicated:
         raise DataError(f"{file} has the column {min(duplicated)!r} more than once: rename one")
-    if names[0] == "image#" or _is_picture(_split(head, delimiter)[0]):
+    if names[0] == "image#" or is_picture(_split(head, delimiter)[0]):
         opened.seek(0)  # no header
     rows = csv.reader(
         map(_decode, opened),
@@ -315,7 +315,7 @@ def _header(line: str, suffix: str) -> tuple[str, list[str]]:
     expected = "\t" if suffix == ".tsv" else ","
     for delimiter in sorted(DELIMITERS, key=lambda d: d != expected):
         cells = _split(line, delimiter)
-        if len(cells) > 1 and _is_picture(cells[0]):
+        if len(cells) > 1 and is_picture(cells[0]):
             return delimiter, ["image", "caption"] if len(cells) == 2 else ["image", "number", "caption"][: len(cells)]
         if {cell.lower() for cell in cells} & set(IMAGE_COLUMNS) and len(cells) > 1:
             return delimiter, cells
@@ -327,10 +327,6 @@ def _split(line: str, delimiter: str) -> list[str]:
     cells = next(csv.reader([line], delimiter=delimiter, quoting=DELIMITERS[delimiter]), [""])
     cells = [cell.strip() for cell in cells]
     return [_unquoted(cell) for cell in cells] if delimiter == "\t" else cells
-
-
-def _is_picture(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
 
 
 def image_base(file: str, images: Path | str | None, keys: Sequence[str]) -> str:
