@@ -20,6 +20,9 @@ from litune.progress import say
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 
+LFS_POINTER = b"version https://git-lfs.github.com/"
+"""How a file begins that Git LFS has left in the place of a large one."""
+
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # the names that `atomic` gives
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),

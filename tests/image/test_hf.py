@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -242,3 +243,33 @@ def test_folders_that_are_no_tower(tmp_path: Path) -> None:
     fails(tmp_path / "text", "can't be loaded")
     (tmp_path / "vit" / "config.json").write_text("{}")
     fails(tmp_path / "vit", "can't be loaded")
+
+
+def test_a_processor_that_disagrees_with_its_model(tmp_path: Path) -> None:
+    """Another size, or other channels, than the model takes: said before any picture is read."""
+    make("ViT", tmp_path)
+    save_processor(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"size": {"shortest_edge": 48}, "crop_size": {"height": 48, "width": 48}}))
+    with pytest.raises(TowerError, match=r"preprocessor_config.json gives pixels 3×48×48, which its model does not"):
+        load_image_tower(f"hf:{tmp_path}")
+
+
+def test_weights_that_are_not_finite(tmp_path: Path) -> None:
+    make("ViT", tmp_path)
+    save_processor(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    name = next(iter(weights))
+    weights[name].view(-1)[0] = float("nan")
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(TowerError, match=r"weights that are not finite, in '"):
+        load_image_tower(f"hf:{tmp_path}")
+
+
+def test_a_pointer_of_git_lfs(tmp_path: Path) -> None:
+    make("ViT", tmp_path)
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(TowerError, match=r"model.safetensors is a pointer of Git LFS"):
+        load_image_tower(f"hf:{tmp_path}")

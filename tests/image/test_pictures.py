@@ -6,14 +6,17 @@ import threading
 import time
 import zlib
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tests.conftest import draw
 
+from litune.curation.facts import read_facts
 from litune.errors import ConfigError, DataError
-from litune.image.pictures import ImageTransform, decode_file, map_ahead, open_rgb
+from litune.image.pictures import FORMATS, ImageTransform, cut_thin, decode_file, map_ahead, open_rgb, to_levels
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -30,6 +33,111 @@ def test_modes() -> None:
     for mode in ("L", "P", "1", "LA"):
         assert open_rgb(encoded(draw("red", "box").convert(mode))).mode == "RGB"
     assert open_rgb(encoded(draw("red", "box").convert("CMYK"), "JPEG")).mode == "RGB"
+
+
+SAMPLES = Path(__file__).parents[1] / "golden" / "samples"
+"""One picture in many kinds of samples, written by tifffile: from black to white, in gray and in colors."""
+
+
+@pytest.mark.parametrize(
+    ("name", "same", "apart"),
+    [
+        ("gray16", "gray8", 1), ("gray12in16", "gray8", 1), ("gray32", "gray8", 1), ("gray8in32", "gray8", 0),
+        ("signed8", "gray8", 0), ("signed16", "gray8", 1), ("signed32", "gray8", 1), ("white0is16", "gray8", 1),
+        ("float", "gray8", 0), ("float255", "gray8", 1), ("floatwide", "gray8", 1),
+        ("rgb16", "rgb8", 1), ("planes16", "rgb8", 1), ("planes16big", "rgb8", 1),
+    ],
+)  # fmt: skip
+def test_samples_of_every_kind(name: str, same: str, apart: int) -> None:
+    """Levels are those of the same picture in 8 bits, but for rounding."""
+    deep, plain = (np.asarray(open_rgb((SAMPLES / f"{n}.tif").read_bytes())).astype(int) for n in (name, same))
+    assert np.abs(deep - plain).max() <= apart
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("nan", "not finite"), ("rgb12in16", "16 bits hold no more than 12"),
+        ("float64", "a TIFF of a kind"), ("rgbfloat", "a TIFF of a kind"),
+    ],
+)  # fmt: skip
+def test_samples_that_are_not_read(name: str, reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
+        open_rgb((SAMPLES / f"{name}.tif").read_bytes())
+
+
+def test_levels_by_what_the_samples_hold() -> None:
+    assert to_levels(np.array([[0, 1023]])).tolist() == [[0, 255]]
+    assert to_levels(np.array([[0, 255]], np.uint16)).tolist() == [[0, 255]]
+    assert to_levels(np.array([[0, 65280]])).tolist() == [[0, 255]]
+    assert to_levels(np.array([[-1000, 0, 1000]])).tolist() == [[0, 128, 255]]
+    assert to_levels(np.array([[0.0, 0.5]])).tolist() == [[0, 128]]
+    assert to_levels(np.array([[5.0, 10.0]])).tolist() == [[128, 255]]
+    assert to_levels(np.zeros((1, 1))).tolist() == [[0]]
+
+
+@pytest.mark.parametrize("kind", ["zTXt", "iTXt", "iCCP"])
+def test_long_texts_in_a_png(kind: str, tmp_path: Path) -> None:
+    """A picture whose texts or profile are longer than Pillow reads is read, with its orientation."""
+    text = "x" * (2 << 20)
+    info = PngInfo()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options: dict[str, object] = {"pnginfo": info, "exif": exif}
+    if kind == "iCCP":
+        options["icc_profile"] = text.encode()
+    elif kind == "iTXt":
+        info.add_itxt("comment", text, zip=True)
+    else:
+        info.add_text("comment", text, zip=kind == "zTXt")
+    data = encoded(draw("red", "box").resize((8, 4)), **options)
+    with pytest.raises(ValueError, match="MAX_TEXT"):
+        Image.open(io.BytesIO(data)).load()
+    assert open_rgb(data).size == (4, 8)
+    (tmp_path / "a.png").write_bytes(data)
+    assert read_facts(str(tmp_path / "a.png"))["damage"] == ""
+
+
+@pytest.mark.parametrize(
+    ("head", "reason"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0", r"HEIC needs the package pillow-heif: .*litune\[pictures\]"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", r"JPEG XL needs the package pillow-jxl-plugin"),
+        (b"<?xml version='1.0'?><svg xmlns=''/>", "a drawing"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+    ],
+)
+def test_files_that_are_not_read_are_named(head: bytes, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("litune.image.pictures._formats", lambda: FORMATS)
+    with pytest.raises(DataError, match=reason):
+        open_rgb(head)
+
+
+@pytest.mark.parametrize(("module", "kind"), [("pillow_heif", "HEIF"), ("pillow_jxl", "JXL")])
+def test_formats_of_the_extra(module: str, kind: str) -> None:
+    pytest.importorskip(module, reason="HEIC and JPEG XL need the extra pictures")
+    open_rgb(encoded(draw("red", "box")))  # the formats are known from here on
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = draw("red", "box").resize((60, 40))
+    read = open_rgb(encoded(image, kind, exif=exif.tobytes(), quality=95))
+    assert read.size == (40, 60)
+    assert np.abs(np.asarray(read).astype(int) - np.asarray(image.rotate(-90, expand=True))).mean() < 8
+
+
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1)])
+@pytest.mark.parametrize("mode", ["center", "border", "squash"])
+def test_thin_pictures_are_cheap(size: tuple[int, int], mode: Literal["center", "border", "squash"]) -> None:
+    """Of a picture that is far longer than wide the middle is scaled: all of it would take three gigabytes."""
+    transform = ImageTransform((128, 128), (0.5,) * 3, (0.5,) * 3, crop_mode=mode)
+    image = Image.new("RGB", size)
+    assert cut_thin(image).size == tuple(min(side, 100) for side in size)
+    assert np.array_equal(transform(image), transform(cut_thin(image)))
+
+
+def test_all_else_is_scaled_whole() -> None:
+    image = Image.new("RGB", (100, 1))
+    assert cut_thin(image) is image
 
 
 def test_exif_rotation() -> None:
@@ -178,7 +286,7 @@ def test_cmyk_palette_and_depths() -> None:
     ):
         assert np.abs(np.asarray(open_rgb(data)).astype(int) - (220, 30, 30)).max() <= most
     deep = np.array([[0, 32768, 65535, 70000, -5]], np.int32)
-    assert np.asarray(open_rgb(encoded(Image.fromarray(deep), "TIFF")))[0, :, 0].tolist() == [0, 128, 255, 255, 0]
+    assert np.asarray(open_rgb(encoded(Image.fromarray(deep), "TIFF")))[0, :, 0].tolist() == [0, 119, 239, 255, 0]
     clear = Image.new("P", (4, 4), 0)
     clear.putpalette([255, 0, 0] * 256)
     assert open_rgb(encoded(clear, "PNG", transparency=0)).getpixel((0, 0)) == (255, 255, 255)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,7 +11,8 @@ import pytest
 from tests.pairs.packed import NAMES, hub_table, picture, write_shards
 
 from litune.errors import DataError
-from litune.pairs.pairs import read_pairs
+from litune.pairs.pairs import read_pairs, say_pairs
+from litune.pairs.sample import say_passed_over
 
 
 def test_img2datasets_files(tmp_path: Path) -> None:
@@ -83,3 +85,24 @@ def test_two_kinds(tmp_path: Path) -> None:
     pa.parquet.write_table(hub_table(NAMES), tmp_path / "more.parquet")
     with pytest.raises(DataError, match=r"00000.tar and .*more.parquet are files of different kinds"):
         read_pairs(tmp_path)
+
+
+def test_pictures_that_are_not_read_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By kind, with what reads them, in a folder, in class folders and where there is nothing else."""
+    for part in ("flat", "tree/red", "tree/blue"):
+        (tmp_path / part).mkdir(parents=True)
+        (tmp_path / part / "a.png").write_bytes(picture(NAMES[0]))
+        for name in ("b.SVG", "c.svg", "d.CR2", "e.jpg_large", "f.jpg!thumb", "g.txt", "h.pdf"):
+            (tmp_path / part / name).write_bytes(b"x")
+    say_pairs(read_pairs(tmp_path / "flat"))
+    assert "passed over 5 files that are not read: 2 .svg, 1 .cr2" in capsys.readouterr().err
+    say_pairs(read_pairs(tmp_path / "tree"))
+    assert "passed over 10 files that are not read: 4 .svg, 2 .cr2" in capsys.readouterr().err
+    say_pairs(read_pairs(f"file://{tmp_path}/tree"))
+    assert "passed over 10 files" in capsys.readouterr().err
+    (tmp_path / "tree" / "red" / "a.png").unlink()
+    with pytest.raises(DataError, match=r"red has no images \(passed over 5 files"):
+        read_pairs(tmp_path / "tree")
+    assert say_passed_over(Counter({".heic": 2, ".jxl": 1})).endswith(
+        "1 .jxl (HEIC, JXL: pip install 'litune[pictures]')"
+    )

@@ -200,3 +200,19 @@ def test_text_fields(folder: Path) -> None:
     assert "fields" not in one.table.column_names
     assert one.table["captions"].to_pylist() == [["red, box"], ["red"]]
     assert one.fingerprint() != pairs.fingerprint()
+
+
+def test_a_table_of_paths_alone(folder: Path) -> None:
+    """Paths, and numbers and classes beside them, are pairs; a column that may be of captions is not passed over."""
+    file = folder / "t.csv"
+    file.write_text("image\na.png\nb.png\n")
+    assert read_pairs(file).table["captions"].to_pylist() == [[], []]
+    file.write_text("image,price,split\na.png,1.5,train\nb.png,-2e3,val\n")
+    assert read_pairs(file).table["split"].to_pylist() == ["train", "val"]
+    file.write_text("image,Label\na.png,Red_Box\nb.png,blue\n")
+    table = read_pairs(file).table
+    assert table["label"].to_pylist() == ["Red_Box", "blue"]
+    assert table["captions"].to_pylist() == [["red box"], ["blue"]]
+    file.write_text("image,price,alt\na.png,1,a red box\n")
+    with pytest.raises(DataError, match=r"no column of captions .* --caption-column"):
+        read_pairs(file)

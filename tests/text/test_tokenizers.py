@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 from litune.errors import ConfigError, TowerError
 from litune.text.tokenizers import Tokenizer, Tokens, find_tokenizer, train_tokenizer
@@ -65,3 +66,25 @@ def test_errors(tmp_path: Path) -> None:
         find_tokenizer(str(tmp_path / "nothing"))
     with pytest.raises(ConfigError, match="none of the tokens"):
         Tokenizer(train_tokenizer(CAPTIONS, 60), "bert", 8)
+
+
+@pytest.mark.parametrize("family", ["Bert", "Roberta", "T5", "Albert"])
+def test_a_folder_without_a_tokenizer(tmp_path: Path, family: str) -> None:
+    """What `model.save_pretrained` alone writes: transformers makes a tokenizer of special tokens, or none."""
+    import transformers
+
+    getattr(transformers, f"{family}Config")().save_pretrained(tmp_path)
+    with pytest.raises(TowerError, match=r"has no tokenizer, every word would be unknown|no tokenizer can be loaded"):
+        find_tokenizer(str(tmp_path))
+
+
+def test_gaps_between_ids(tmp_path: Path) -> None:
+    """The number of ids that a tower needs is one more than the highest, whatever is left out before it."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 1, "dog": 9}, unk_token="a"))
+    assert Tokenizer(words, "own", 4).vocab_size == 10
+
+
+def test_a_pointer_of_git_lfs(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(TowerError, match=r"tokenizer.json is a pointer of Git LFS, .* git lfs pull"):
+        find_tokenizer(str(tmp_path))

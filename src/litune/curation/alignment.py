@@ -13,9 +13,11 @@ import io
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile
 from torch import Tensor
 from torch.nn import functional as F
+
+from litune.image.pictures import read_picture, upright
 
 SIDE = 64
 """Pixels of a thumbnail's side; the aspect ratio is not kept."""
@@ -34,9 +36,12 @@ SCALES, SHIFT = (0.6, 1.7), 0.7
 
 def thumbnail(data: bytes) -> np.ndarray:
     """The bytes of a picture as gray values, upright, squeezed to [SIDE, SIDE] uint8."""
-    image: Image.Image = Image.open(io.BytesIO(data))
-    image.draft("L", (2 * SIDE, 2 * SIDE))  # decode a JPEG at a fraction of its size, in gray
-    image = ImageOps.exif_transpose(image)
+    return read_picture(io.BytesIO(data), _gray)
+
+
+def _gray(file: ImageFile.ImageFile) -> np.ndarray:
+    file.draft("L", (2 * SIDE, 2 * SIDE))  # decode a JPEG at a fraction of its size, in gray
+    image = upright(file)
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image.convert("RGBA"))

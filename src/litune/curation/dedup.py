@@ -40,7 +40,7 @@ from litune.pages import write_page
 from litune.pairs.pairs import Pairs
 from litune.pairs.reference import absolute, names_of
 from litune.pairs.stores import is_store
-from litune.pairs.write import write_pairs
+from litune.pairs.write import reading, write_pairs
 from litune.progress import say, track
 from litune.store.embed import embed_pairs
 from litune.store.store import MANIFEST, FeatureStore
@@ -374,7 +374,8 @@ def _write(config: DedupConfig, pairs: ImageSet, removed: dict[int, Removed], re
         write_store(config.out / "store", pairs.source, np.flatnonzero(keep), table)
     _write_page(config, pairs, removed, report)
     write_json(config.out / REPORT, report)
-    say(f"wrote {config.out}: {report['kept']:,} of {report['images']:,} images kept; look at report.html")
+    kept = f"{report['kept']:,} of {report['images']:,} images kept"
+    say(f"wrote {config.out}: {kept}; look at report.html{reading(table)}")
 
 
 def _write_page(config: DedupConfig, pairs: ImageSet, removed: dict[int, Removed], report: dict[str, Any]) -> None:

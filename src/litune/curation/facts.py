@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
-from PIL import Image
+from PIL import ImageFile
 
 from litune.errors import DataError
 from litune.files import atomic, read_json, sweep_temporaries, write_json
-from litune.image.pictures import map_ahead
+from litune.image.pictures import map_ahead, read_picture
 from litune.pairs.pairs import Damage
-from litune.pairs.reference import open_picture
+from litune.pairs.reference import first_line, open_picture
 from litune.progress import say, track
 
 PART = 2000
@@ -34,37 +33,29 @@ def read_facts(path: str, *, content: bool = False, look: Callable[[bytes], obje
     """
     facts: Facts = {"width": 0, "height": 0, "format": "", "bytes": 0, "sha256": "", "damage": ""}
     try:
-        with open_picture(path) as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a large picture is fine; a too large one raises below
+        with open_picture(path) as file:
             data = file.read() if content else b""
             facts["bytes"] = file.seek(0, 2)
             file.seek(0)
             if content:
                 facts["sha256"] = hashlib.sha256(data).hexdigest()
-            with Image.open(file) as image:
-                width, height = image.size
-                # For getexif, Pillow would decode a whole PNG.
-                turned = image.format != "PNG" and image.getexif().get(0x0112, 1) >= 5
-                facts |= {"format": image.format or "", "width": width, "height": height}
-                if turned:
-                    facts |= {"width": height, "height": width}
+            facts |= read_picture(file, _header)
             if look is not None:
                 look(data)
-    except DataError as why:
-        facts["damage"] = str(why)
-    # Pillow's readers raise whatever they meet in a damaged file: OSError, SyntaxError, ValueError, struct.error …
-    except Exception as why:
-        facts["damage"] = damage_reason(why)
+    except FileNotFoundError:
+        facts["damage"] = "the file does not exist"
+    except (DataError, OSError) as why:
+        facts["damage"] = first_line(why)
     return facts
 
 
-def damage_reason(why: Exception) -> str:
-    """Why a picture can't be read, in a few words."""
-    if isinstance(why, FileNotFoundError):
-        return "the file does not exist"
-    if type(why).__name__ == "UnidentifiedImageError":
-        return "not an image"
-    return (str(why) or repr(why)).splitlines()[0]
+def _header(image: ImageFile.ImageFile) -> Facts:
+    """Width, height and format, as the header says."""
+    width, height = image.size
+    # For getexif, Pillow would decode a whole PNG.
+    if image.format != "PNG" and image.getexif().get(0x0112, 1) >= 5:
+        width, height = height, width
+    return {"width": width, "height": height, "format": image.format or ""}
 
 
 def gather(

@@ -24,7 +24,7 @@ from litune.errors import ConfigError, DataError, OutputExistsError
 from litune.files import check_file, clear_output, write_json
 from litune.pairs.reference import names_of
 from litune.pairs.stores import is_store
-from litune.pairs.write import check_table, write_pairs, write_table
+from litune.pairs.write import check_table, reading, write_pairs, write_table
 from litune.progress import say, track
 from litune.store.store import MANIFEST
 
@@ -84,13 +84,15 @@ def _filter(config: FilterConfig) -> dict[str, Any]:
         write_table(config.dropped, dropped(pool, rules))
     if config.report is not None:
         write_json(config.report, results)
+    how = ""
     if source.store is not None and not config.out.suffix:
         clear_output(config.out, (config.out / MANIFEST).exists(), "feature store", config.overwrite)
         write_store(config.out, source, pool.images_left, table)
     else:
         write_pairs(config.out, table)
+        how = reading(table)
     shutil.rmtree(_work_folder(config.out), ignore_errors=True)
-    say(f"wrote {config.out}: {results['kept_images']:,} images, {results['kept_captions']:,} captions")
+    say(f"wrote {config.out}: {results['kept_images']:,} images, {results['kept_captions']:,} captions{how}")
     return results
 
 

@@ -14,6 +14,7 @@ from litune.errors import DataError, nearest
 from litune.pairs.pairs import Pairs, options_of, read_files, say_pairs, select_captions
 from litune.pairs.sample import find_split
 from litune.pairs.stores import is_store, metadata_files, moved_to
+from litune.store.build import MEASURED
 from litune.store.store import FeatureStore, StoreWriter
 
 
@@ -37,9 +38,8 @@ def read_source(config: ReadingConfig) -> SourcePairs:
 
 
 def store_pairs(store: FeatureStore) -> pa.Table:
-    """A store's metadata as the columns of `Pairs.table`."""
-    names = ("key", "image_path", "captions", "langs", "fields", "split", "label")
-    table = store.metadata.select([name for name in names if name in store.metadata.column_names])
+    """A store's metadata as the columns of `Pairs.table`: all but those that follow from others or are measured."""
+    table = store.metadata.select([name for name in store.metadata.column_names if name not in ("caption", *MEASURED)])
     return table.rename_columns(["path" if name == "image_path" else name for name in table.column_names])
 
 

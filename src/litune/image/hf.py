@@ -8,6 +8,7 @@ others. Of two-tower models only the vision half is loaded.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from litune.errors import TowerError
+from litune.image.pictures import cut_thin
 from litune.image.tower import ImageTower, weights_hash
 from litune.towers.quiet import quiet_transformers
 from litune.towers.specs import no_more, random_asked, reason
+from litune.towers.weights import check_finite, check_pointers
 
 FIRST_TOKEN = {"vit", "deit", "vit_msn", "vit_mae", "dinov2", "dinov2_with_registers", "dinov3_vit"}
 """Families whose features are the first token's."""
@@ -36,7 +39,7 @@ class HfPreprocess:
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """The values that the model takes, normalised."""
-        values = self.processor(images=image, return_tensors="np")["pixel_values"]
+        values = self.processor(images=cut_thin(image), return_tensors="np")["pixel_values"]
         return np.asarray(values[0], dtype=np.float32)
 
     def describe(self) -> dict[str, Any]:
@@ -80,6 +83,7 @@ def hf_tower(spec: str, name: str, options: dict[str, str]) -> ImageTower:
     random = random_asked(spec, options)
     projected = options.pop("projection", "yes")
     no_more(spec, options, ["init", "projection"])
+    check_pointers(Path(name))
     try:
         config = AutoConfig.from_pretrained(name)
         kind = config.model_type
@@ -101,16 +105,32 @@ def hf_tower(spec: str, name: str, options: dict[str, str]) -> ImageTower:
         raise TowerError(reason(f"the image tower {spec!r} can't be loaded", why)) from why
     if report is not None:
         _check_complete(name, report, kind)
+        check_finite(spec, model)
     pooling = hf_pooling(model, kind)
     preprocess = HfPreprocess(processor)
+    network = HfNetwork(model.eval(), pooling)
+    _check_processor(name, preprocess, network)
     return ImageTower(
         spec,
-        HfNetwork(model, pooling),
+        network,
         preprocess,
         description=preprocess.describe(),
         weights=weights_hash(model),
         pooling=pooling,
     )
+
+
+def _check_processor(name: str, preprocess: HfPreprocess, network: HfNetwork) -> None:
+    """Raise `TowerError` where the model does not take what its own processor gives."""
+    pixels = torch.from_numpy(preprocess(Image.new("RGB", (64, 64))))[None]
+    try:
+        with torch.inference_mode():
+            network(pixels)
+    except Exception as why:
+        given = "×".join(map(str, pixels.shape[1:]))
+        raise TowerError(
+            reason(f"{name}: its preprocessor_config.json gives pixels {given}, which its model does not take", why)
+        ) from None
 
 
 def _vision_half(name: str, config: Any, projected: bool) -> tuple[Any, Any, dict[str, Any]]:

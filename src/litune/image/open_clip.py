@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from litune.errors import MissingExtraError, TowerError, nearest
+from litune.image.pictures import cut_thin
 from litune.image.tower import ImageTower, weights_hash
 from litune.towers.specs import no_more, random_asked, reason
 
@@ -37,7 +38,7 @@ class OpenClipPreprocess:
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """The values that the model takes, normalised."""
-        return np.asarray(self.transform(image), dtype=np.float32)
+        return np.asarray(self.transform(cut_thin(image)), dtype=np.float32)
 
 
 def open_clip_tower(spec: str, name: str, options: dict[str, str]) -> ImageTower:

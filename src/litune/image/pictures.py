@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import warnings
+import zlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property, partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,12 +21,30 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 from litune.errors import ConfigError, DataError, LituneError
+from litune.files import LFS_POINTER
 from litune.pairs.reference import first_line, read_bytes
 from litune.pairs.sample import Damage
 
 MAX_PIXELS = 179_000_000  # Pillow's own limit for a decompression bomb
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000", "TGA")
 """The formats that are decoded, whatever a file's name. Pillow knows more, but would run Ghostscript for EPS."""
+
+LONGEST = 100
+"""The largest aspect ratio of a picture that is scaled whole."""
+LONG_TEXT = 1 << 20
+"""Bytes of a text in a PNG file that Pillow reads."""
+HEAD = 1024
+"""The bytes of a file by which a picture that can't be read is named."""
+HEIF = re.compile(rb"....ftyp(heic|heix|hevc|heim|heis|mif1|msf1)", re.DOTALL)
+JXL = re.compile(rb"\xff\x0a|\0\0\0\x0cJXL ")
+DEPTHS = (8, 10, 12, 14, 16, 24, 32)
+"""Bits of the samples that cameras and scanners give."""
+DIM = 16
+"""The level that some color of 16 bits reaches, if there are more than 12 bits in any."""
+BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339
+"""Tags of TIFF."""
+WHITE_IS_ZERO, SEPARATE, SIGNED = 0, 2, 2
+"""Values of the tags."""
 
 Preprocess = Callable[[Image.Image], np.ndarray]
 """An RGB picture into a tower's input [3, H, W]."""
@@ -34,57 +56,182 @@ R = TypeVar("R")
 def open_rgb(data: bytes) -> Image.Image:
     """Image bytes as an upright RGB picture: EXIF rotation applied, transparent pixels on white, the first frame.
 
-    Raises `DataError` with the reason where the bytes are not an image, truncated, or larger than `MAX_PIXELS` (checked
-    before anything is decoded).
+    Samples of other than 8 bits become 8, see `to_levels`. Raises `DataError` with the reason where the bytes are not
+    an image, truncated, or larger than `MAX_PIXELS` (checked before anything is decoded).
     """
     if not data:
         raise DataError("the file is empty")
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise DataError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: damaged images would pass unnoticed")
+    return read_picture(io.BytesIO(data), lambda image: _to_rgb(upright(image)))
+
+
+def read_picture(file: Any, use: Callable[[ImageFile.ImageFile], T]) -> T:
+    """What `use` makes of the picture in a file, which is not decoded yet.
+
+    Raises `DataError` with the reason where the file is no image or damaged, or has more than `MAX_PIXELS`.
+    """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=_formats()) as image:
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise DataError(f"{width}×{height} pixels, more than {MAX_PIXELS:,}")
-                image.load()
-                return _to_rgb(_upright(image))
-    except DataError:
+        try:
+            return _use(file, use)
+        except ValueError as why:
+            if "MAX_TEXT" not in str(why):  # Pillow refuses pictures whose texts are long
+                raise
+            file.seek(0)
+            return _use(io.BytesIO(_without_long_texts(file.read())), use)
+    except (DataError, FileNotFoundError):
         raise
     # Pillow's decoders raise many kinds of errors for damaged files: OSError, SyntaxError, ValueError, struct.error …
     except Exception as why:
-        reason = "not an image" if type(why).__name__ == "UnidentifiedImageError" else str(why) or repr(why)
-        raise DataError(first_line(reason)) from None
+        file.seek(0)
+        unknown = type(why).__name__ == "UnidentifiedImageError"
+        raise DataError(_not_read(file.read(HEAD)) if unknown else first_line(str(why) or repr(why))) from None
+
+
+def _use(file: Any, use: Callable[[ImageFile.ImageFile], T]) -> T:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(file, formats=_formats()) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise DataError(f"{width}×{height} pixels, more than {MAX_PIXELS:,}")
+            return use(image)
 
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """The FORMATS that this build of Pillow supports."""
+    """The FORMATS that this build of Pillow supports, with those of the extra `pictures` that are installed."""
+    with suppress(ImportError):
+        import_module("pillow_heif").register_heif_opener()
+    with suppress(ImportError):
+        import_module("pillow_jxl")
     Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
+    return tuple(name for name in (*FORMATS, "HEIF", "JXL") if name in Image.OPEN)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """The picture rotated by its EXIF orientation; unchanged if only the EXIF data is damaged."""
+def _not_read(head: bytes) -> str:
+    """Why a file that begins like this is not read."""
+    for kind, package, start in (("HEIC", "pillow-heif", HEIF), ("JPEG XL", "pillow-jxl-plugin", JXL)):
+        if start.match(head):
+            return f"{kind} needs the package {package}: run  pip install 'litune[pictures]'"
+    if head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return "a TIFF of a kind that can't be read: save it with 8 or 16 bits a sample"
+    if b"<svg" in head:
+        return "not an image of pixels but a drawing (SVG): save it as PNG"
+    if head.startswith(LFS_POINTER):
+        return "not an image but a pointer of Git LFS: run  git lfs pull"
+    return "not an image"
+
+
+def _without_long_texts(png: bytes) -> bytes:
+    """A PNG file without the texts and profiles that are longer than `LONG_TEXT`, packed or not."""
+    chunks, at = [png[:8]], 8
+    while at < len(png):
+        length = int.from_bytes(png[at : at + 4])
+        end = at + 12 + length
+        if not _is_long_text(png[at + 4 : at + 8], png[at + 8 : at + 8 + length]):
+            chunks.append(png[at:end])
+        at = end
+    return b"".join(chunks)
+
+
+def _is_long_text(kind: bytes, body: bytes) -> bool:
+    if kind not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+        return False
+    rest = body.partition(b"\0")[2]
+    packed = kind in (b"zTXt", b"iCCP") or (kind == b"iTXt" and rest[:1] == b"\1")
+    text = rest[2:].split(b"\0", 2)[-1] if kind == b"iTXt" else rest[1:]
     try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # Pillow raises many kinds of errors for damaged EXIF data
+        return len(zlib.decompressobj().decompress(text, LONG_TEXT + 1) if packed else text) > LONG_TEXT
+    except zlib.error:
+        return True
+
+
+def upright(image: ImageFile.ImageFile) -> Image.Image:
+    """A picture decoded, rotated by its EXIF orientation, and of 8 bits a sample; of no rotation if EXIF is damaged."""
+    tags: Any = getattr(image, "tag_v2", {})
+    deep = 16 in tags.get(BITS, ()) or any(";16" in str(tile.args) for tile in image.tile)
+    if deep and tags.get(PLANAR) == SEPARATE:
+        _read_planes(image)
+    image.load()
+    if deep and image.mode in ("RGB", "RGBA", "LA") and _brightest(image) < DIM:
+        raise DataError("its samples of 16 bits hold no more than 12: save it with 8 bits a sample")
+    picture: Image.Image = image
+    with suppress(Exception):  # Pillow raises many kinds of errors for damaged EXIF data
+        picture = ImageOps.exif_transpose(image)
+    return _eight_bits(picture, tags)
+
+
+def _brightest(image: Image.Image) -> int:
+    """The highest level of any color, transparency left out."""
+    bands: Any = [image.getchannel(band) for band in image.getbands() if band != "A"]
+    return max(int(band.getextrema()[1]) for band in bands)
+
+
+def _read_planes(image: Any) -> None:
+    """Have Pillow read planes of 16 bits that are not packed as such: it would take them for planes of 8 bits."""
+    order = "L" if image.tag_v2.prefix == b"II" else "B"
+    image.tile = [
+        tile._replace(args=(f"{tile.args[0]};16{order}", *tile.args[1:])) if tile.codec_name == "raw" else tile
+        for tile in image.tile
+    ]
+
+
+def _eight_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
+    """A picture of one deep or signed sample a pixel as one of 8 bits, by its TIFF tags; others as they are."""
+    signed = SIGNED in tags.get(SAMPLE_FORMAT, ())
+    values = np.asarray(image)
+    if image.mode == "L" and signed:
+        return Image.fromarray(to_levels(values.view(np.int8)))
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image
+    if image.mode == "I" and tags and not signed:
+        values = values.view(np.uint32)
+    levels = to_levels(values)
+    return Image.fromarray(255 - levels if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else levels)
+
+
+def to_levels(values: np.ndarray) -> np.ndarray:
+    """Samples [H, W] of any type as uint8, by what they hold.
+
+    Whole numbers are taken for ones of as few of `DEPTHS` bits as hold the highest, of which the upper eight are kept.
+    Floats from 0 to 1 are scaled from there. Where there are negative samples, or floats above 1, the range from the
+    lowest, or 0, to the highest is scaled. Raises `DataError` for samples that are not finite.
+    """
+    lowest, highest = values.min(), values.max()
+    if not (np.isfinite(lowest) and np.isfinite(highest)):
+        raise DataError("it has samples that are not finite")
+    if values.dtype.kind != "f" and lowest >= 0:
+        depth = next(bits for bits in DEPTHS if int(highest) < 1 << bits)
+        return np.asarray(values >> (depth - 8)).astype(np.uint8)
+    low, high = min(float(lowest), 0.0), float(highest)
+    if low == 0 and high <= 1:
+        high = 1.0
+    scaled: np.ndarray = ((values.astype(np.float64) - low) * (255 / (high - low))).round().astype(np.uint8)
+    return scaled
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I;16") or image.mode == "I":
-        # Pillow clips these to 255; keep the upper eight of sixteen bits.
-        deep = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def cut_thin(image: Image.Image) -> Image.Image:
+    """The middle of a picture one of whose sides is more than `LONGEST` times the other; others as they are.
+
+    Scaled until the shorter side fits, as most towers do, such a picture would take gigabytes.
+    """
+    width, height = image.size
+    most = LONGEST * min(width, height)
+    if max(width, height) <= most:
+        return image
+    left, top = max(0, width - most) // 2, max(0, height - most) // 2
+    return image.crop((left, top, left + min(width, most), top + min(height, most)))
 
 
 @dataclass(frozen=True)
@@ -126,7 +273,7 @@ class ImageTransform:
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """Resized and cropped values, uint8 [3, H, W]."""
-        return np.asarray(self._pipeline(image))
+        return np.asarray(self._pipeline(image if self.crop_mode == "squash" else cut_thin(image)))
 
     def describe(self) -> dict[str, Any]:
         """The settings, as recorded in a store's fingerprint."""

@@ -72,7 +72,8 @@ def _use(name: str) -> str:
     return (
         "```python\nfrom PIL import Image\nfrom sentence_transformers import SentenceTransformer\n\n"
         f'model = SentenceTransformer("{name}")\n'
-        'images, texts = model.encode([Image.open("photo.jpg")]), model.encode(["a dog", "a bicycle"])\n'
+        'images = model.encode([Image.open("photo.jpg").convert("RGB")])  # the processor takes RGB alone\n'
+        'texts = model.encode(["a dog", "a bicycle"])\n'
         "scores = images @ texts.T  # cosines: all features have length one\n```"
     )
 

@@ -24,6 +24,7 @@ from litune.pairs.sample import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
     IMAGE_SUFFIXES,
+    LABEL_COLUMNS,
     Damage,
     Options,
     Sample,
@@ -228,7 +229,7 @@ class _Columns:
         self.lang = optional_column(file, names, options.lang_column, "lang")
         self.kept = [name for name in options.kept if name in names]
         self.classes = class_names(schema)
-        usual = ("label", "labels", *self.classes) if options.label_column is None else (options.label_column,)
+        usual = (*LABEL_COLUMNS, *self.classes) if options.label_column is None else (options.label_column,)
         self.label = first_column(names, usual)
         self.key = first_column(names, ("key", "__key__"))
         wanted_names = [*self.captions, self.split, self.lang, self.label, self.key, *self.kept]

@@ -21,10 +21,11 @@ from litune.pairs.folders import (
     parts_of,
     pictures_in,
 )
+from litune.pairs.outputs import DROPPED, is_marked
 from litune.pairs.reference import first_line
 from litune.pairs.sample import SPLITS, Options, SampleSource, is_picture, splits_of
 from litune.pairs.stores import is_store, store_source
-from litune.pairs.tables import TABLE_SUFFIXES, table_source, tables_source
+from litune.pairs.tables import TABLE_SUFFIXES, column_names, table_source, tables_source
 from litune.pairs.tars import tar_source
 from litune.pairs.trees import has_classes, has_splits, tables_in, tree_source, tree_splits, walk
 
@@ -76,6 +77,10 @@ def _from_elsewhere(folder: str, options: Options) -> SampleSource:
     for path in paths:
         inside, _, name = path.removeprefix(f"{folder}/").rpartition("/")
         names.setdefault(inside, []).append(name)
+    # What litune wrote is passed over.
+    outputs = tuple(f"{inside}/" for inside, own in names.items() if inside and is_marked({*own}))
+    names = {inside: own for inside, own in names.items() if not f"{inside}/".startswith(outputs)}
+    paths = [path for path in paths if not path[below:].startswith(outputs)]
     if {"dataset_dict.json", "state.json"} & set(names.get("", [])):
         raise DataError(f"{folder} {NOT_HERE}")
     if "img_emb" in names and "metadata" in names:
@@ -159,7 +164,7 @@ def _from_folder(folder: Path, options: Options) -> SampleSource:
         return local_files(folder, options)
     if annotations := annotation_files(folder):
         source = _from_files(annotations, options)
-    elif len(tables := _find_tables(folder)) > 1:
+    elif len(tables := _find_tables(folder, options)) > 1:
         names = [table.name for table in tables]
         source = tables_source(str(folder), names, splits_of(names), options)
     elif tables:
@@ -191,7 +196,7 @@ def _packed_in(folder: Path, options: Options) -> SampleSource | None:
 
 def _from_tree(folder: Path, options: Options) -> SampleSource:
     """The source in a folder of pictures, with folders in it or without."""
-    tree = walk(folder)
+    tree = walk(folder, options.out)
     if tables := tables_in(tree):
         source = tables_source(str(folder), tables, tree_splits(tables), options)
         source.within = folder
@@ -199,7 +204,7 @@ def _from_tree(folder: Path, options: Options) -> SampleSource:
     if not has_classes(tree) and any(pictures_in(folder)):
         return local_files(folder, options)
     if not has_classes(tree) or not (has_splits(tree) or any(map(is_picture, tree[""]))):
-        class_folders(folder)  # says what is missing
+        class_folders(folder, options.out)  # says what is missing
     return tree_source(str(folder), tree, options)
 
 
@@ -209,9 +214,11 @@ def _parquet_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet")) or list(splits)
 
 
-def _find_tables(folder: Path) -> list[Path]:
+def _find_tables(folder: Path, options: Options) -> list[Path]:
     """The table of captions in `folder`, or beside it under the folder's name; several, where each is of a split."""
     tables = sorted(p for p in folder.iterdir() if (p.suffix.lower() in TABLE_SUFFIXES or _is_list(p)) and p.is_file())
+    written = None if options.out is None else options.out.resolve()
+    tables = [table for table in tables if table.resolve() != written and not {*column_names(str(table))} >= DROPPED]
     if not tables:
         lists = list(itertools.islice(folder.glob("*.json"), MOST_LISTS + 1))
         tables = sorted(p for p in lists if len(lists) <= MOST_LISTS and p.is_file() and _kind(str(p)) == "table")

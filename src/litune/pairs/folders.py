@@ -13,8 +13,19 @@ from typing import Any
 
 from litune.errors import DataError
 from litune.pairs.address import read_all
+from litune.pairs.outputs import is_output
 from litune.pairs.reference import first_line
-from litune.pairs.sample import MOST_TEXT, Damage, Options, Sample, SampleSource, captions_in, is_picture
+from litune.pairs.sample import (
+    MOST_TEXT,
+    Damage,
+    Options,
+    Sample,
+    SampleSource,
+    captions_in,
+    count_passed_over,
+    is_picture,
+    say_passed_over,
+)
 from litune.pairs.tars import load_facts, pick_texts
 
 LOOKED_INTO = 1000
@@ -40,18 +51,32 @@ def pictures_in(folder: Path) -> Iterable[Path]:
     return (p for p in folder.iterdir() if is_picture(p.name))
 
 
-def class_folders(root: Path) -> dict[str, list[Path]]:
-    """A class-per-folder tree as {class: its image files}, sorted. Raises `DataError` where it is none."""
+def class_folders(root: Path, out: Path | None = None) -> dict[str, list[Path]]:
+    """A class-per-folder tree as {class: its image files}, sorted, without `out` and what else litune writes into it.
+
+    Raises `DataError` where it is none.
+    """
     if not root.is_dir():
         raise DataError(f"{root} is not a folder: expected one folder of images per class in it")
+    written = None if out is None else out.resolve()
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    folders = [folder for folder in folders if folder.resolve() != written and not is_output(folder)]
     classes = {f.name: _image_files_below(f) for f in folders}
     if not any(map(image_files, folders)):
-        raise DataError(f"{root} has no images, no table of captions and no class folders with images{_hint(root)}")
+        raise DataError(
+            f"{root} has no images, no table of captions and no class folders with images{_not_read(root)}{_hint(root)}"
+        )
     empty = [name for name, files in classes.items() if not files]
     if empty:
-        raise DataError(f"the class folder {root / empty[0]} has no images: remove it or fill it")
+        folder = root / empty[0]
+        raise DataError(f"the class folder {folder} has no images{_not_read(folder)}: remove it or fill it")
     return classes
+
+
+def _not_read(folder: Path) -> str:
+    """Pictures in a folder that are not read, as a clause in brackets; empty where there are none."""
+    clause = say_passed_over(count_passed_over(entry.name for entry in folder.iterdir()))
+    return f" ({clause})" if clause else ""
 
 
 def _hint(root: Path) -> str:
@@ -88,11 +113,12 @@ def files_source(folder: str, parts: Mapping[str, Callable[[], Iterable[str]]], 
     `parts` maps each part to a function that lists its files, called when the part is read; "" is the folder itself.
     """
     captions: set[bool] = set()
-    notes = Counter[str]()
+    notes, passed_over = Counter[str](), Counter[str]()
 
     def read() -> Iterator[Sample | Damage]:
         for part, listing in parts.items():
             names = set(listing())
+            passed_over.update(count_passed_over(names))
             for name in sorted(filter(is_picture, names)):
                 file = f"{folder}/{part}/{name}" if part else f"{folder}/{name}"
                 key = f"{part}/{_stem(name)}" if part else name
@@ -106,7 +132,8 @@ def files_source(folder: str, parts: Mapping[str, Callable[[], Iterable[str]]], 
         beside = "with captions beside them" if True in captions else "without captions"
         return f"a folder of {count:,} images {beside}"
 
-    return SampleSource(about, read(), name=folder, notes=notes, takes=("caption", "split", "lang"))
+    takes = ("caption", "split", "lang")
+    return SampleSource(about, read(), name=folder, passed_over=passed_over, notes=notes, takes=takes)
 
 
 def local_files(folder: Path, options: Options) -> SampleSource:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from litune.pairs.cells import is_missing, texts_in
 from litune.pairs.find import find_source, holds_pairs
 from litune.pairs.folders import class_folders, image_files
 from litune.pairs.reference import absolute
-from litune.pairs.sample import Damage, Options, Sample, SampleSource, find_split, is_picture
+from litune.pairs.sample import Damage, Options, Sample, SampleSource, find_split, is_picture, say_passed_over
 from litune.pairs.tables import join
 from litune.pairs.trees import tree_splits, walk
 from litune.progress import say
@@ -50,6 +50,8 @@ class Pairs:
     table: pa.Table
     source: str
     damaged: tuple[Damage, ...] = ()
+    note: str = ""
+    """What else is to be said of the source."""
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -89,13 +91,15 @@ def read_pairs(
     split: Sequence[str] = (),
     lang: Sequence[str] = (),
     max_damaged: float = 0.01,
+    out: Path | None = None,
 ) -> Pairs:
     """The pairs at `source`, whose kind is seen by looking at it (docs/sources.md has the list).
 
-    Pictures are not read. Raises `DataError` where there is nothing to read, a column is missing, or more than the
-    share `max_damaged` of the captions, or of the files that hold them, can't be used.
+    Pictures are not read, nor is a table at `out`, which the command writes. Raises `DataError` where there is nothing
+    to read, a column is missing, or more than the share `max_damaged` of the captions, or of the files that hold them,
+    can't be used.
     """
-    options = Options(images, image_column, caption_columns, split_column, lang_column, keep)
+    options = Options(images, image_column, caption_columns, split_column, lang_column, keep, out=out)
     pairs = collect(find_source(str(source), options), options, max_damaged)
     return _select(pairs, split, lang)
 
@@ -127,6 +131,7 @@ def read_files(config: ReadingConfig | EmbedConfig, keep: Sequence[str] = ()) ->
         split=config.split,
         lang=config.lang,
         max_damaged=config.max_damaged,
+        out=getattr(config, "out", None),
     )
 
 
@@ -138,6 +143,8 @@ def say_pairs(pairs: Pairs) -> None:
     texts = pc.list_flatten(pairs.table["captions"])
     if len(texts) > 1 and pc.all(pc.equal(texts, texts[0])).as_py():
         say(f"all captions are {texts[0].as_py()[:60]!r}: there is nothing to learn from them; see --caption-column")
+    if pairs.note:
+        say(pairs.note)
     if pairs.damaged:
         first = pairs.damaged[0]
         say(f"skipped {len(pairs.damaged):,} inputs that can't be used, first {first.key}: {first.reason}")
@@ -184,7 +191,7 @@ def collect(source: SampleSource, options: Options, max_damaged: float) -> Pairs
     for name in options.keep:
         if name not in table.column_names:
             raise DataError(f"{source.name} has no {name!r} to keep: name another with --keep")
-    return Pairs(table, about, tuple(damaged))
+    return Pairs(table, about, tuple(damaged), say_passed_over(source.passed_over))
 
 
 def _count_unnamed(paths: Sequence[str], within: Path | None) -> int:
@@ -402,7 +409,7 @@ def _select(pairs: Pairs, split: Sequence[str], lang: Sequence[str]) -> Pairs:
         table = table.filter(pc.greater(pc.list_value_length(table["captions"]), 0))
     if table.num_rows == 0:
         raise DataError("no image is left after --split and --lang: widen them")
-    return Pairs(table.combine_chunks(), pairs.source, pairs.damaged)
+    return replace(pairs, table=table.combine_chunks())
 
 
 def _known(table: pa.Table, column: str, wanted: Sequence[str], option: str) -> list[str]:

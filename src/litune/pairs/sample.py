@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -13,8 +14,11 @@ from litune.errors import DataError, nearest
 from litune.files import decode_text, encoding_of, is_latin
 from litune.progress import track
 
+PACKAGES = {".heic": "pillow_heif", ".heif": "pillow_heif", ".hif": "pillow_heif", ".jxl": "pillow_jxl"}
+"""The modules of the extra `pictures` that read formats which Pillow alone does not."""
 IMAGE_SUFFIXES = frozenset(
     [
+        *(suffix for suffix, module in PACKAGES.items() if find_spec(module)),
         ".jpg",
         ".jpeg",
         ".jpe",
@@ -45,6 +49,11 @@ IMAGE_COLUMNS = [
     "image_file",
     "image_name",
 ]
+NOT_READ = re.compile(
+    r"(heic|heif|hif|jxl|jxr|jxs|cr2|cr3|crw|nef|arw|dng|raf|orf|rw2|pef|srw|svgz?|psd|xcf|eps|ai|ico|exr|hdr|dcm|fits?|"
+    r"pcx|sgi|wmf|emf|(jpe?g|jpe|png|webp|gif|tiff?|bmp)\W?\w*)"
+)
+"""Suffixes of pictures that are not read, and of renamed ones: IMG_1.HEIC, photo.jpg_large, photo.jpg!thumb."""
 CAPTION_COLUMNS = [
     "caption",
     "captions",
@@ -64,6 +73,7 @@ SPLITS = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 """The names that people give to splits, the most usual first, and what litune calls them."""
+LABEL_COLUMNS = ("label", "labels")
 OWN = ("key", "path", "captions", "langs", "fields", "split", "label")
 SHOWN_FROM = 20
 MOST_TEXT = 16 << 20
@@ -92,6 +102,8 @@ class Options:
     keep: Sequence[str] = ()
     label_column: str | None = None
     """The column of classes beside pictures in a column; None for the first that is usual."""
+    out: Path | None = None
+    """What the command writes: never read where a folder's table is looked for."""
     without_picture: bool = False
     """Whether a row without a picture is a sample as well, damaged when its picture is read."""
 
@@ -145,6 +157,8 @@ class SampleSource:
     samples: Iterator[Sample | Damage]
     name: str
     files: int = 1
+    passed_over: Counter[str] = field(default_factory=Counter)
+    """Pictures beside the samples that are not read, by suffix; complete once the samples are read."""
     base: Callable[[Sequence[str]], str] | None = None
     """For tables: finds the images' folder from their names. Rows that name the same image are merged."""
     within: Path | None = None
@@ -158,6 +172,28 @@ class SampleSource:
 def is_picture(name: str) -> bool:
     """Whether a file's name is that of a picture."""
     return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
+
+
+def count_passed_over(names: Iterable[str]) -> Counter[str]:
+    """Of files of these names, those that are pictures which are not read, by their suffix."""
+    suffixes = (
+        PurePosixPath(name).suffix.lower() for name in names if not name.startswith(".") and not is_picture(name)
+    )
+    return Counter(suffix for suffix in suffixes if NOT_READ.fullmatch(suffix[1:]))
+
+
+def say_passed_over(passed_over: Counter[str]) -> str:
+    """Pictures that were passed over as a clause, by kind, the most frequent first; empty where there are none.
+
+    >>> say_passed_over(Counter({".svg": 2}))
+    'passed over 2 files that are not read: 2 .svg'
+    """
+    if not passed_over:
+        return ""
+    kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in passed_over.most_common())
+    packages = {suffix.lstrip(".").upper() for suffix in passed_over if suffix in PACKAGES}
+    remedy = f" ({', '.join(sorted(packages))}: pip install 'litune[pictures]')" if packages else ""
+    return f"passed over {passed_over.total():,} files that are not read: {kinds}{remedy}"
 
 
 def pick_column(where: str, names: Sequence[str], wanted: str | None, usual: Sequence[str], what: str) -> str:

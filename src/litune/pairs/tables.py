@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
@@ -18,6 +19,7 @@ from litune.pairs.reference import BROKEN, file_of, first_line
 from litune.pairs.sample import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
+    LABEL_COLUMNS,
     URL_COLUMNS,
     Damage,
     Options,
@@ -27,6 +29,7 @@ from litune.pairs.sample import (
     optional_column,
     pick_column,
 )
+from litune.prompts import canonicalize
 
 TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".token"})
 ROWS = 10_000
@@ -88,19 +91,25 @@ def _samples(file: str, lines: Iterator[Line], options: Options) -> Iterator[Sam
         if names is None or not cells.keys() <= set(names):
             # Each row of a JSON Lines file may bring new columns.
             names = [*dict.fromkeys([*(names or []), *cells])]
-            image, captions, split, lang = _columns(file, names, options)
+            image, captions, split, lang = _columns(file, names, cells, options)
+            label = _label_column(names, options)
         path = cells.get(image)
         if not isinstance(path, str) or not path.strip():
             yield Damage(where, f"the image path is {path!r}, expected a path")
             continue
         key = cells.get("key")
+        class_name = cells.get(label) if label else None
+        texts = {name: _listed(cells.get(name)) for name in captions}
+        if not texts and class_name not in (None, ""):
+            texts = {"label": canonicalize(str(class_name))}
         yield Sample(
             f"{where} ({path})",
             key if isinstance(key, str) and key else path,
             path,
-            {name: _listed(cells.get(name)) for name in captions},
-            _listed(cells.get(lang)) or "" if lang else "",
+            texts,
+            _languages(cells, lang, captions),
             cells.get(split) or "" if split else "",
+            None if isinstance(class_name, (list, dict)) else class_name,
             extra={name: cells[name] for name in options.kept if name in cells and name not in captions},
         )
     if empty:
@@ -111,20 +120,44 @@ def _listed(cell: Any) -> Any:
     return printed_list(cell) if isinstance(cell, str) else cell
 
 
-def _columns(file: str, names: list[str], options: Options) -> tuple[str, list[str], str | None, str | None]:
-    """The columns of image paths, captions, splits and languages."""
+def _languages(cells: dict[str, Any], lang: str | None, captions: Sequence[str]) -> Any:
+    """A row's languages, by text field where the fields have columns of their own: lang_title beside title."""
+    own = {name: _listed(cells[f"lang_{name}"]) or "" for name in captions if f"lang_{name}" in cells}
+    return own or (_listed(cells.get(lang)) or "" if lang else "")
+
+
+def _label_column(names: Sequence[str], options: Options) -> str | None:
+    """The column of classes; None where there is none."""
+    lower = {name.lower(): name for name in reversed(names)}
+    return next((lower[usual] for usual in (options.label_column, *LABEL_COLUMNS) if usual in lower), None)
+
+
+def _columns(
+    file: str, names: list[str], cells: dict[str, Any], options: Options
+) -> tuple[str, list[str], str | None, str | None]:
+    """The columns of image paths, captions, splits and languages; no captions where nothing in a row can be one."""
     if options.image_column is None and first_column(names, URL_COLUMNS) and not first_column(names, IMAGE_COLUMNS):
         raise DataError(f"{file} is a list of URLs: fetch the images with litune data fetch, then embed what it wrote")
     image = pick_column(file, names, options.image_column, IMAGE_COLUMNS, "--image-column image paths")
     split = optional_column(file, names, options.split_column, "split")
     lang = optional_column(file, names, options.lang_column, "lang")
-    if not options.caption_columns and {*names} <= {image, split, lang, "key", *options.kept}:
-        return image, [], split, lang  # images without captions
+    usual = {name.lower() for name in names} & set(CAPTION_COLUMNS)
+    known = {image, split, lang, "key", _label_column(names, options), *options.kept}
+    others = (cells.get(name) for name in names if name not in known)
+    if not (options.caption_columns or usual or any(map(_may_be_text, others))):
+        return image, [], split, lang
     captions = [
         pick_column(file, names, wanted, CAPTION_COLUMNS, "--caption-column captions")
         for wanted in dict.fromkeys(options.caption_columns) or [None]
     ]
     return image, captions, split, lang
+
+
+def _may_be_text(cell: Any) -> bool:
+    """Whether a column may hold texts, as far as its first cell tells: not where that is a number."""
+    if isinstance(cell, str):
+        return not re.fullmatch(r"\s*[-+]?[\d.,]+([eE][-+]?\d+)?\s*", cell)
+    return not isinstance(cell, (bool, int, float))
 
 
 def column_names(file: str) -> list[str]:

@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from litune.pairs.folders import read_file
-from litune.pairs.sample import SPLITS, Damage, Options, Sample, SampleSource, is_picture
-from litune.pairs.stores import is_store
+from litune.pairs.outputs import is_output
+from litune.pairs.sample import SPLITS, Damage, Options, Sample, SampleSource, count_passed_over, is_picture
 from litune.pairs.tables import TABLE_SUFFIXES
 from litune.prompts import canonicalize
 
@@ -18,11 +18,16 @@ Tree = Mapping[str, Sequence[str]]
 """The names of the files in each folder, by the folder's path from the tree's root ("" is the root itself)."""
 
 
-def walk(root: Path) -> dict[str, list[str]]:
-    """The tree at a folder on this machine, without what is hidden and without feature stores."""
+def walk(root: Path, out: Path | None = None) -> dict[str, list[str]]:
+    """The tree at a folder on this machine, without what is hidden, `out`, and what else litune wrote into it."""
+    written = None if out is None else out.resolve()
+
+    def is_read(folder: Path) -> bool:
+        return not folder.name.startswith(".") and folder.resolve() != written and not is_output(folder)
+
     tree: dict[str, list[str]] = {}
     for place, folders, names in os.walk(root, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and not is_store(Path(place, f)))
+        folders[:] = sorted(f for f in folders if is_read(Path(place, f)))
         inside = Path(place).relative_to(root).as_posix()
         tree["" if inside == "." else inside] = sorted(names)
     return tree
@@ -82,7 +87,9 @@ def tree_source(root: str, tree: Tree, options: Options) -> SampleSource:
             return f"a tree of {len(folders):,} folders{inside} with captions beside the images"
         return f"a tree of {len({parts[0] for parts, _ in folders.values() if parts}):,} class folders{inside}"
 
-    return SampleSource(about, read(), name=root, notes=notes, takes=("caption", "split", "lang") if captioned else ())
+    passed_over = count_passed_over(name for names in tree.values() for name in names)
+    takes = ("caption", "split", "lang") if captioned else ()
+    return SampleSource(about, read(), name=root, passed_over=passed_over, notes=notes, takes=takes)
 
 
 def _with_pictures(tree: Tree) -> list[str]:

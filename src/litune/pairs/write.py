@@ -48,29 +48,19 @@ def write_pairs(file: Path, pairs: pa.Table) -> None:
     """Write pairs (the columns of `Pairs.table`): one row per image, or per caption in .csv.
 
     Images inside the table's folder get relative paths, others absolute ones; `key` keeps the image's name. Each text
-    field has its own column.
+    field has its own column. `lang` has the captions' languages, or `lang_FIELD` those of each field where fields
+    differ in them. Further columns stay as they are. An image without captions has an empty list, `[]` in .csv.
     """
     folder = file.parent.absolute()
-    several = "fields" in pairs.column_names
-    names = dict.fromkeys(pairs["fields"].combine_chunks().flatten().unique().to_pylist()) if several else ["caption"]
-    schema = pa.schema(
-        [
-            ("image", pa.string()),
-            ("key", pa.string()),
-            *((name, pa.string()) for name in ("split", "label") if name in pairs.column_names),
-            *([("lang", pa.string() if several else pa.list_(pa.string()))] if "langs" in pairs.column_names else []),
-            *((name, pa.list_(pa.string())) for name in names),
-        ]
-    )
+    schema = _schema(pairs)
 
     def row(pair: dict[str, Any]) -> dict[str, Any]:
-        cells: dict[str, Any] = {"image": absolute(pair["path"]).removeprefix(f"{folder}/")}
-        cells |= {name: pair[name] for name in ("key", "split", "label") if name in pair}
-        if several:
-            cells |= {"lang": pair["langs"][0]} if pair.get("langs") else {}
-            captions = list(zip(pair["fields"], pair["captions"], strict=True))
-            return cells | {name: [text for field, text in captions if field == name] for name in names}
-        return cells | ({"lang": pair["langs"]} if "langs" in pair else {}) | {"caption": pair["captions"]}
+        languages = _by_field(pair, "langs")
+        cells = pair | {"image": absolute(pair["path"]).removeprefix(f"{folder}/")}
+        cells |= {"lang": next(iter(languages.values()), [])}
+        cells |= {f"lang_{field}": values for field, values in languages.items()}
+        cells |= _by_field(pair, "captions")
+        return {column.name: cells.get(column.name, [] if pa.types.is_list(column.type) else None) for column in schema}
 
     with atomic(file) as temporary:
         kind = file.suffix.lower()
@@ -82,20 +72,57 @@ def write_pairs(file: Path, pairs: pa.Table) -> None:
             return
         with open(temporary, "w", encoding="utf-8", newline="") as out:
             if kind == ".jsonl":
-                out.writelines(json.dumps(row(pair), ensure_ascii=False) + "\n" for pair in _rows(pairs))
+                out.writelines(json.dumps(row(pair), ensure_ascii=False, default=str) + "\n" for pair in _rows(pairs))
                 return
             table = csv.writer(out, lineterminator="\n")
             table.writerow(schema.names)
             for pair in _rows(pairs):
-                table.writerows(_one_by_one(row(pair), schema))
+                table.writerows(_one_by_one(row(pair)))
 
 
-def _one_by_one(row: dict[str, Any], schema: pa.Schema) -> Iterator[list[str]]:
-    """A row of lists as rows of single values; values that are not lists are repeated."""
-    lists = [row[name] for name in schema.names if isinstance(row.get(name), list)]
-    for i in range(max(1, *map(len, lists))):
-        values = (row.get(name) for name in schema.names)
-        yield [(value[i] if i < len(value) else "") if isinstance(value, list) else value or "" for value in values]
+def reading(pairs: pa.Table) -> str:
+    """How a table of these pairs is to be read, for the end of a line; empty where nothing has to be given."""
+    fields = _fields(pairs)
+    return f"; read it with --caption-column {' '.join(fields)}" if len(fields) > 1 else ""
+
+
+def _fields(pairs: pa.Table) -> list[str]:
+    """The columns of captions in a table of these pairs."""
+    several = "fields" in pairs.column_names
+    return (pairs["fields"].combine_chunks().flatten().unique().to_pylist() if several else []) or ["caption"]
+
+
+def _schema(pairs: pa.Table) -> pa.Schema:
+    """The columns of a table of these pairs: image, key, metadata, languages, captions."""
+    fields = _fields(pairs)
+    languages: list[str] = []
+    if "langs" in pairs.column_names:
+        alike = all(len(set(map(tuple, _by_field(pair, "langs").values()))) <= 1 for pair in _rows(pairs))
+        languages = ["lang"] if alike else [f"lang_{field}" for field in fields]
+    lists = [*languages, *fields]
+    own = {"path", "captions", "langs", "fields", "image", "key", *lists}
+    columns = [pa.field(name, pa.string()) for name in ("image", "key")]
+    columns += [column for column in pairs.schema if column.name not in own and not pa.types.is_nested(column.type)]
+    return pa.schema([*columns, *(pa.field(name, pa.list_(pa.string())) for name in lists)])
+
+
+def _by_field(pair: dict[str, Any], column: str) -> dict[str, list[str]]:
+    """The captions, or languages, of one image by text field; all are of "caption" where there are no fields."""
+    if not (values := pair.get(column)):
+        return {}
+    by_field: dict[str, list[str]] = {}
+    for field, value in zip(pair.get("fields") or ["caption"] * len(values), values, strict=True):
+        by_field.setdefault(field, []).append(value)
+    return by_field
+
+
+def _one_by_one(row: dict[str, Any]) -> Iterator[list[Any]]:
+    """A row of lists as rows of single values, the last one `[]` if all lists are empty; other values are repeated."""
+    longest = max(len(value) for value in row.values() if isinstance(value, list))
+    if not longest:
+        yield [*("" if isinstance(value, list) else value for value in list(row.values())[:-1]), "[]"]
+    for i in range(longest):
+        yield [(value[i] if i < len(value) else "") if isinstance(value, list) else value for value in row.values()]
 
 
 def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:

@@ -10,15 +10,13 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from litune.errors import DataError
-from litune.image.pictures import open_rgb
+from litune.image.pictures import LONGEST, cut_thin, open_rgb
 from litune.pairs.address import is_url
 from litune.pairs.reference import parse, read_bytes
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 MAX_FILE_BYTES = 512 << 20
 QUALITY = 85
-LONGEST = 100
-"""The largest aspect ratio accepted: towers enlarge a thin picture until its shorter side fits."""
 
 
 def open_upload(data: bytes, max_pixels: int) -> Image.Image:
@@ -48,7 +46,7 @@ def thumbnail(reference: str, size: int) -> bytes:
     Raises `DataError` where the file is gone, no plain file, too large or no picture.
     """
     data = _read(reference)
-    picture = ImageOps.contain(open_rgb(data), (size, size)) if data else open_rgb(data)
+    picture = ImageOps.contain(cut_thin(open_rgb(data)), (size, size))
     out = io.BytesIO()
     picture.save(out, format="JPEG", quality=QUALITY)
     return out.getvalue()

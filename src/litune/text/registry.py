@@ -44,6 +44,7 @@ from litune.text.vocabulary import TunedRows
 from litune.towers.quiet import quiet_transformers
 from litune.towers.specs import reason
 from litune.towers.vit import VIT_SIZES, check_vit_size, vit_size
+from litune.towers.weights import check_finite, check_pointers
 
 
 class TextTower(nn.Module):
@@ -337,6 +338,7 @@ def _hf_layout(model_type: str) -> Layout:
 def _hf_config(spec: TextSpec) -> Any:
     from transformers import AutoConfig
 
+    check_pointers(Path(spec.name))
     try:
         return AutoConfig.from_pretrained(spec.name)
     except Exception as why:
@@ -389,6 +391,7 @@ def _load_hf(spec: TextSpec, pooling: str, dropout: float | None) -> HfTextTower
     missing = sorted(report["missing_keys"])
     if missing:
         raise TowerError(f"{spec.spec} lacks {len(missing)} of the tower's weights, {missing[0]!r} first")
+    check_finite(spec.spec, model)
     return HfTextTower(model, _hf_pooling(spec.name, pooling, config))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,11 +16,16 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 from litune.errors import ConfigError, DataError, RunError, TowerError
 from litune.files import atomic, read_text
 from litune.text.sentencepiece import SentencePiece, read_sentencepiece
+from litune.towers.weights import check_pointers
 
 Layout = Literal["bert", "sticky_eos", "own"]
 Backend = tokenizers.Tokenizer | SentencePiece
 SENTENCEPIECE = "pieces.model"
 """A SentencePiece model beside the tokenizer.json converted from it; the model is what is used."""
+
+
+_SPECIAL = re.compile(r"<.*>|\[.*\]|[▁Ġ ]*")
+"""How special tokens are spelled, and marks of words alone."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +72,10 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """The number of tokens, added ones included."""
-        return int(self.backend.get_vocab_size())
+        """One more than the highest id of a token, added ones included."""
+        if isinstance(self.backend, SentencePiece):
+            return int(self.backend.get_vocab_size())
+        return max(self.backend.get_vocab().values(), default=-1) + 1
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
         """Tokenise N texts."""
@@ -119,15 +127,31 @@ def find_tokenizer(where: str) -> Backend:
         return read_sentencepiece(path / SENTENCEPIECE)
     if path.suffix == ".model" and path.is_file():
         return read_sentencepiece(path)
+    check_pointers(path)
     try:
         if file.is_file():
-            return tokenizers.Tokenizer.from_file(str(file))
-        from transformers import AutoTokenizer
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        else:
+            from transformers import AutoTokenizer
 
-        backend: tokenizers.Tokenizer = AutoTokenizer.from_pretrained(where).backend_tokenizer
-        return backend
+            backend = AutoTokenizer.from_pretrained(where).backend_tokenizer
     except Exception as why:
-        raise TowerError(f"no tokenizer can be loaded from {where!r}: {str(why).splitlines()[0]}") from None
+        raise TowerError(
+            f"no tokenizer can be loaded from {where!r}: {(str(why) or repr(why)).splitlines()[0]}"
+        ) from None
+    if not _has_pieces(backend):
+        raise TowerError(
+            f"{where!r} has no tokenizer, every word would be unknown: copy its tokenizer.json there, or what its "
+            "family has instead (vocab.txt, vocab.json, spiece.model …)"
+        )
+    return backend
+
+
+def _has_pieces(backend: tokenizers.Tokenizer) -> bool:
+    """Whether a tokenizer knows more than special tokens: transformers makes one without where there are no files."""
+    special = {token.content for token in backend.get_added_tokens_decoder().values()}
+    pieces = {piece for piece in backend.get_vocab(with_added_tokens=False) if not _SPECIAL.fullmatch(piece)}
+    return bool(pieces - special)
 
 
 def wordpiece(file: Path) -> tokenizers.Tokenizer:
