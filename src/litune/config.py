@@ -82,6 +82,11 @@ class EmbedConfig(Checked):
     python:MODULE:FUNCTION, or run:RUN (the image tower that a run has trained)."""
     out: Path
     """The feature store to write (a folder)."""
+    features: str = "pooled"
+    """What the features are. pooled: as the tower pools; cls: its class token; mean: the mean of its patches;
+    layers:6,12 (also cls:6,12, mean:6,12): the pooled outputs of these blocks, counted from 1. Several are
+    concatenated: cls+mean. +views:2 (5, 10) averages over mirror images and crops, +size:320 takes pictures of that
+    size. From then on they are the tower's: whatever uses the store encodes pictures the same way."""
     images: Address | None = None
     """The folder that the table's image paths are relative to, if litune should not look for it."""
     image_column: str | None = None
