@@ -90,15 +90,16 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
     if not spec.pretrained or spec.kind == "run":
         raise ConfigError(f"--text-tower is {config.text_tower}: name a pre-trained one that was not tuned, as minilm")
     with TemporaryDirectory(prefix="litune-probe-") as folder:
-        results = compare(embed_samples(config, Path(folder)) if config.features else config, spec)
+        stores = embed_samples(config, Path(folder)) if config.features else [Path(store) for store in config.stores]
+        results = compare(config, stores, spec)
     if config.json is not None:
         write_json(config.json, results)
     return results
 
 
-def compare(config: ProbeConfig, spec: TextSpec) -> dict[str, Any]:
+def compare(config: ProbeConfig, stores: Sequence[Path], spec: TextSpec) -> dict[str, Any]:
     """The stores, the most promising first; features of one tower in their order, held against the first."""
-    settings = [tune_settings(config, Path(path)) for path in config.stores]
+    settings = [tune_settings(config, path) for path in stores]
     tokenizer = make_tokenizer(text_spec(settings[0]), settings[0], [])
     tower = make_text_tower(spec, vocab_size=tokenizer.vocab_size, max_tokens=config.max_tokens)
     texts = Texts(tower.to(pick_device(config.device)).eval(), tokenizer)
@@ -118,6 +119,7 @@ def compare(config: ProbeConfig, spec: TextSpec) -> dict[str, Any]:
 
 def tune_settings(config: ProbeConfig, store: Path) -> TuneConfig:
     """How the store would be tuned on: the same pairs, the same default settings. Nothing is ever written to `out`."""
+    train, val = config.images
     return TuneConfig(
         store=store,
         text_tower=config.text_tower,
@@ -125,7 +127,7 @@ def tune_settings(config: ProbeConfig, store: Path) -> TuneConfig:
         locking="LL" if config.text_tower == USE_M3 else None,
         split=config.split,
         val_split=config.val_split,
-        holdout=config.holdout,
+        holdout=val / (train + val) if config.features else config.holdout,
         lang=config.lang,
         max_tokens=config.max_tokens,
         evaluations=0,

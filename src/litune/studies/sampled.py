@@ -16,8 +16,8 @@ from litune.store.embed import embed_pairs
 from litune.store.store import MANIFEST, FeatureStore
 
 
-def embed_samples(config: ProbeConfig, folder: Path) -> ProbeConfig:
-    """Embed the sample with each of the features into a store in `folder`; returns how to compare these stores.
+def embed_samples(config: ProbeConfig, folder: Path) -> list[Path]:
+    """Embed the sample with each of the features into a store in `folder`; returns the stores.
 
     Raises `ConfigError` where no image tower is known, and what embedding does.
     """
@@ -33,8 +33,7 @@ def embed_samples(config: ProbeConfig, folder: Path) -> ProbeConfig:
         made = embed_pairs(settings, pairs).tower or {}
         runtime = {name: made[name] for name in ("runtime", "precision")}
         stores.append(out)
-    most, val = config.images
-    return dataclasses.replace(config, stores=tuple(stores), holdout=val / (most + val))
+    return stores
 
 
 def _own_tower(path: Path) -> str:
