@@ -88,7 +88,7 @@ class HfNetwork(Layered, nn.Module):
     @property
     def depth(self) -> int:
         """The number of the ViT's blocks; 0 of other families."""
-        return self.model.config.num_hidden_layers if self.kind in TOKENS else 0
+        return int(self.model.config.num_hidden_layers) if self.kind in TOKENS else 0
 
     @property
     def has_class_token(self) -> bool:
@@ -112,11 +112,12 @@ class HfNetwork(Layered, nn.Module):
 
     def pooled(self, output: Tensor, layer: int) -> Tensor:
         """As the model pools."""
+        pooled = output[:, 0]
         if self.kind in SIGLIP:
-            attended: Tensor = getattr(self.model, "vision_model", self.model).head(output)
-            return attended
-        first = output[:, 0]
-        return self.model.visual_projection(first) if self.pooling == "projection" else first
+            pooled = getattr(self.model, "vision_model", self.model).head(output)
+        elif self.pooling == "projection":
+            pooled = self.model.visual_projection(pooled)
+        return pooled
 
     def mean(self, output: Tensor, layer: int) -> Tensor:
         """The mean over the patches, without class token and registers."""

