@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -150,7 +151,7 @@ def with_features(tower: ImageTower, features: Features) -> ImageTower:
 
     Raises `TowerError` where it has no such parts.
     """
-    known = tower.provenance
+    known: dict[str, Any] = tower.provenance
     pooling = known["pooling"]
     if features.parts != POOLED:
         if not isinstance(tower.network, Layered):
