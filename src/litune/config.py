@@ -82,6 +82,11 @@ class EmbedConfig(Checked):
     python:MODULE:FUNCTION, or run:RUN (the image tower that a run has trained)."""
     out: Path
     """The feature store to write (a folder)."""
+    features: str = "pooled"
+    """What the features are. pooled: as the tower pools; cls: its class token; mean: the mean of its patches;
+    layers:6,12 (also cls:6,12, mean:6,12): the pooled outputs of these blocks, counted from 1. Several are
+    concatenated: cls+mean. +views:2 (5, 10) averages over mirror images and crops, +size:320 takes pictures of that
+    size. From then on they are the tower's: whatever uses the store encodes pictures the same way."""
     images: Address | None = None
     """The folder that the table's image paths are relative to, if litune should not look for it."""
     image_column: str | None = None
@@ -780,11 +785,17 @@ class ProbeConfig(Checked):
 
     Compares its features with those of a frozen text tower: do images and captions have the same neighbours, does a
     linear map read them, do a few example pairs suffice to match others; and what storing and tuning would take. Give
-    the stores of several towers to rank them.
+    the stores of several towers to rank them, or pairs and --features to compare features of one tower on a sample.
     """
 
-    stores: Annotated[tuple[Path, ...], Place("STORE...")]
-    """The feature stores, of the same pairs if they are to be compared."""
+    stores: Annotated[tuple[Address, ...], Place("STORE...")]
+    """The feature stores, of the same pairs if they are to be compared. With --features, pairs as litune embed takes
+    them, or a store whose pictures are still there."""
+    features: tuple[str, ...] = ()
+    """Embed a sample of the pairs with each of these features (see litune embed) and compare them with the first, as in
+    --features pooled cls+mean views:2."""
+    image_tower: str | None = None
+    """The image tower that --features are of; of a feature store by default its own."""
     text_tower: str = "minilm"
     """The frozen text tower: minilm, use-m3 or hf:NAME_OR_FOLDER."""
     split: str = "train"
@@ -795,10 +806,10 @@ class ProbeConfig(Checked):
     """The share of the images held out where a store has no splits: the same images as litune tune holds out."""
     lang: tuple[str, ...] = ()
     """Use only captions in these languages."""
-    train_images: Annotated[int, at_least(50)] = 2000
-    """Images to learn from, at most, drawn by the seed."""
-    val_images: Annotated[int, at_least(20)] = 500
-    """Images to measure on, at most, drawn by the seed."""
+    train_images: Annotated[int, at_least(50)] | None = None
+    """Images to learn from, at most, drawn by the seed; by default 2000, and 600 with --features."""
+    val_images: Annotated[int, at_least(20)] | None = None
+    """Images to measure on, at most, drawn by the seed; by default 500, and 300 with --features."""
     max_tokens: Tokens = 16
     """Tokens of a caption that are read, at most."""
     seed: Natural = 0
@@ -814,6 +825,16 @@ class ProbeConfig(Checked):
         super().__post_init__()
         if not self.stores:
             raise ConfigError("no feature store was given: name one or more")
+        if self.features and len(self.stores) > 1:
+            raise ConfigError("--features are compared on one set of pairs: name one, not several stores")
+        if self.image_tower is not None and not self.features:
+            raise ConfigError("--image-tower is for --features, stores know their towers: leave it out")
+
+    @property
+    def images(self) -> tuple[int, int]:
+        """How many images to learn from and to measure on, at most."""
+        train, val = (600, 300) if self.features else (2000, 500)
+        return self.train_images or train, self.val_images or val
 
 
 @dataclass(frozen=True)

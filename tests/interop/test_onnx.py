@@ -36,6 +36,7 @@ GUIDE = Path(__file__).parents[2] / "docs" / "export.md"
             {"text_head": "gated", "image_head": "mlp", "dim": 24, "bias": -10.0},
         ),
         ("vit:Ti", "last", "timm:resnet10t?size=64&init=random", {"image_map": "none"}),
+        (None, "auto", "timm:test_vit?init=random&features=cls+layers:2,6+views:5+size:64", {}),
     ],
 )
 def test_any_batch_and_length(

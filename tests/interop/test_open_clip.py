@@ -76,6 +76,11 @@ def test_a_crop_that_it_has_not(make_run: MakeRun) -> None:
         ({"image_head": "mlp"}, "no image head of several layers"),
         ({"pooling": "last"}, "no pooling 'last'"),
         ({"image": "timm:test_vit?size=64&init=random"}, "for pictures of 160×160 pixels"),
+        (
+            {"image": "timm:resnet10t?init=random&features=pooled+layers:4&size=64"},
+            "can't express the features of timm:res",
+        ),
+        ({"image": "timm:resnet10t?init=random&features=views:2&size=64"}, "can't express the features of timm:res"),
     ],
 )
 def test_what_it_has_not(make_run: MakeRun, settings: dict[str, Any], message: str) -> None:

@@ -7,14 +7,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from tests.conftest import COLORS, SHAPES, draw
 
 from litune.cli import main
 from litune.config import ProbeConfig
-from litune.errors import ConfigError, DataError, OutputExistsError, StoreError
+from litune.errors import ConfigError, DataError, OutputExistsError, StoreError, TowerError
+from litune.image.registry import load_image_tower
+from litune.store.embed import embed
 from litune.store.selection import choose_pairs
 from litune.store.store import FeatureStore, StoreWriter
 from litune.studies import probe as module
-from litune.studies.probe import probe, table
+from litune.studies.probe import Pairs, fitted_ranks, probe, table
 
 WORDS = ["red", "green", "blue", "yellow", "bar", "box", "ring", "really", *"bcdfghjkmnpqrtvwxz"]
 
@@ -106,6 +112,75 @@ def test_draws_the_same_images_of_every_store(stores: list[Path], tiny_bert: Pat
     assert "can't be compared" in table(results)
 
 
+def pictures(folder: Path, count: int) -> Path:
+    """Colored shapes in other sizes on other grounds, with two captions each, a fourth of them held out."""
+    random = np.random.default_rng(0)
+    lines = ["image,split,caption"]
+    (folder / "images").mkdir(parents=True)
+    for i in range(count):
+        color, shape = list(COLORS)[i % len(COLORS)], SHAPES[i // len(COLORS) % len(SHAPES)]
+        picture = draw(color, shape, int(random.integers(32, 64)))
+        values = np.asarray(picture).astype(int) - random.integers(0, 60, 3)
+        Image.fromarray(values.clip(0, 255).astype(np.uint8)).save(folder / "images" / f"{i}.png")
+        split = "val" if i % 4 == 3 else "train"
+        lines += [f"{i}.png,{split},a {color} {shape}", f"{i}.png,{split},the {shape} is {color} really"]
+    (folder / "captions.csv").write_text("\n".join(lines))
+    return folder
+
+
+def test_features_of_a_tower_are_compared_on_a_sample(tiny_bert: Path, tmp_path: Path) -> None:
+    """The figures are those of stores that were embedded with these features; nothing is left behind."""
+    weights = tmp_path / "weights.safetensors"
+    save_file(load_image_tower("timm:test_vit?init=random").network.model.state_dict(), weights)
+    spec = f"timm:test_vit?checkpoint={weights}&size=32"
+    pairs = pictures(tmp_path / "pictures", 120)
+    names = ["pooled", "cls+mean", "layers:2+views:2"]
+    text = {"text_tower": f"hf:{tiny_bert}", "device": "cpu"}
+    found = probe(stores=[pairs], features=names, image_tower=spec, **text)
+    assert [one["features"] for one in found["stores"]] == names
+    assert [one["width"] for one in found["stores"]] == [64, 128, 64]
+    assert [(one["train_images"], one["images"]) for one in found["stores"]] == [(90, 30)] * 3
+    assert found["comparable"]
+    assert found["stores"][1]["to_the_first"]["difference"] == pytest.approx(
+        found["stores"][1]["figures"]["fit recall@10"] - found["stores"][0]["figures"]["fit recall@10"]
+    )
+    assert not any(Path(one["store"]).exists() for one in found["stores"])
+    shown = table(found)
+    assert shown.index("| pooled (64)") < shown.index("| cls+mean (128)") < shown.index("| layers:2+views:2 (64)")
+    assert " h at " in shown
+    store = embed(pairs=pairs, image_tower=spec, features=names[1], out=tmp_path / "store")
+    other = probe(stores=[store.path], **text)["stores"][0]
+    assert other["figures"] == pytest.approx(found["stores"][1]["figures"], abs=0.02)
+    # A store knows where its pictures are, and its tower.
+    plain = embed(pairs=pairs, image_tower=spec, out=tmp_path / "plain")
+    again = probe(stores=[plain.path], features=names[:2], train_images=60, val_images=24, **text)
+    assert [(one["train_images"], one["images"]) for one in again["stores"]] == [(60, 24)] * 2
+    assert again["stores"][1]["tower"] == f"{spec}&features=cls+mean"
+    with pytest.raises(ConfigError, match="does not know its image tower: name the one to try with --image-tower"):
+        probe(stores=[pairs], features=names, **text)
+    with pytest.raises(TowerError, match="names features already"):
+        probe(stores=[store.path], features=names, **text)
+
+
+def test_fitted_ranks() -> None:
+    """Where texts are a linear map of images their own image ranks first; of shuffled pairs at chance."""
+    random = torch.Generator().manual_seed(0)
+    images = torch.randn(400, 24, generator=random)
+    owner = torch.arange(400).repeat_interleave(2)
+    texts = (images @ torch.randn(24, 16, generator=random))[owner] + 0.1 * torch.randn(800, 16, generator=random)
+
+    def ranks(texts: torch.Tensor) -> np.ndarray:
+        learned, measured = object.__new__(Pairs), object.__new__(Pairs)
+        for pairs, there in ((learned, slice(0, 300)), (measured, slice(300, 400))):
+            pairs.images = images[there]
+            pairs.texts = texts[2 * there.start : 2 * there.stop]
+            pairs.owner = owner[: 2 * len(pairs.images)]
+        return fitted_ranks(learned, measured, seed=0)
+
+    assert (ranks(texts) < 1).mean() > 0.9
+    assert 0.02 < (ranks(texts[torch.randperm(800, generator=random)]) < 10).mean() < 0.2
+
+
 def test_from_the_command_line(stores: list[Path], tiny_bert: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["probe", str(stores[1]), "--text-tower", f"hf:{tiny_bert}", "--device", "cpu"])
     out = capsys.readouterr().out
@@ -125,6 +200,10 @@ def test_refuses(stores: list[Path], tiny_bert: Path, tmp_path: Path, capsys: py
         ProbeConfig(stores=())
     with pytest.raises(ConfigError, match="holdout"):
         ProbeConfig(stores=(small.path,), holdout=0)
+    with pytest.raises(ConfigError, match="--features are compared on one set of pairs"):
+        ProbeConfig(stores=(small.path, small.path), features=("cls",))
+    with pytest.raises(ConfigError, match="--image-tower is for --features"):
+        ProbeConfig(stores=(small.path,), image_tower="vit-s14")
     with pytest.raises(SystemExit) as stop:
         main(["probe", str(tmp_path / "nowhere"), "--text-tower", f"hf:{tiny_bert}"])
     assert stop.value.code == 2

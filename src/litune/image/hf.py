@@ -8,6 +8,7 @@ others. Of two-tower models only the vision half is loaded.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from litune.errors import TowerError
+from litune.image.features import OUTPUT, POOLED, Layered, Part
 from litune.image.pictures import cut_thin
 from litune.image.tower import ImageTower, weights_hash
 from litune.towers.quiet import quiet_transformers
@@ -27,7 +29,9 @@ FIRST_TOKEN = {"vit", "deit", "vit_msn", "vit_mae", "dinov2", "dinov2_with_regis
 """Families whose features are the first token's."""
 CLIP = {"clip", "clip_vision_model"}
 SIGLIP = {"siglip", "siglip_vision_model"}
-POOLED = {"convnext", "convnextv2", "levit", *CLIP, *SIGLIP}
+TOKENS = FIRST_TOKEN | CLIP | SIGLIP
+"""Families whose tokens and layers can be had."""
+OWN_POOLER = {"convnext", "convnextv2", "levit", *CLIP, *SIGLIP}
 """Families that pool without a module named `pooler`."""
 
 
@@ -48,8 +52,12 @@ class HfPreprocess:
         return {k: v for k, v in sorted(settings.items()) if v is not None}
 
 
-class HfNetwork(nn.Module):
-    """A transformers vision model's pooled output: `pooling` says which (see `hf_pooling`)."""
+class HfNetwork(Layered, nn.Module):
+    """A transformers vision model's features: its pooled output, or of its tokens and layers.
+
+    `pooling` says how the model pools (see `hf_pooling`). Tokens and layers are those of the families TOKENS, whose
+    layers are the blocks of a ViT.
+    """
 
     def __init__(self, model: Any, pooling: str) -> None:
         super().__init__()
@@ -57,9 +65,9 @@ class HfNetwork(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Features [B, W] of preprocessed pictures [B, 3, H, W]."""
-        if self.model.config.model_type == "vit_mae":
-            return self._masked_autoencoder(pixels)
-        output = self.model(pixel_values=pixels)
+        if self.parts != POOLED:
+            return self.features(pixels)
+        output = self._run(pixels)
         if self.pooling == "projection":
             projected: Tensor = output.image_embeds
             return projected
@@ -68,12 +76,56 @@ class HfNetwork(nn.Module):
         hidden: Tensor = output.last_hidden_state
         return hidden[:, 0]
 
-    def _masked_autoencoder(self, pixels: Tensor) -> Tensor:
-        # It masks the patches with the largest noise, none with mask_ratio 0; rising noise keeps the patches in order.
-        patches = self.model.embeddings.patch_embeddings.num_patches
-        rising = torch.arange(patches, device=pixels.device, dtype=torch.float32).expand(len(pixels), -1)
-        hidden: Tensor = self.model(pixel_values=pixels, noise=rising).last_hidden_state
-        return hidden[:, 0]
+    def _run(self, pixels: Tensor, **settings: Any) -> Any:
+        if self.kind == "vit_mae":
+            # It masks the patches with the largest noise, none with mask_ratio 0; rising noise keeps them in order.
+            patches = self.model.embeddings.patch_embeddings.num_patches
+            settings["noise"] = torch.arange(patches, device=pixels.device, dtype=torch.float32).expand(len(pixels), -1)
+        return self.model(pixel_values=pixels, **settings)
+
+    @property
+    def kind(self) -> str:
+        """The family, as the library names it."""
+        return str(self.model.config.model_type)
+
+    @property
+    def depth(self) -> int:
+        """The number of the ViT's blocks; 0 of other families."""
+        return int(self.model.config.num_hidden_layers) if self.kind in TOKENS else 0
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the first token is a class token."""
+        return self.kind in TOKENS - SIGLIP
+
+    def select(self, spec: str, parts: tuple[Part, ...]) -> None:
+        """Give these parts from now on. Raises `TowerError` where the model's family is none of TOKENS."""
+        if self.kind not in TOKENS:
+            raise TowerError(f"{spec!r} gives no tokens and no outputs of its layers ({self.kind}): use its timm twin")
+        super().select(spec, parts)
+
+    def outputs(self, pixels: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+        """Tokens [B, N, W], the last norm applied."""
+        output = self._run(pixels, output_hidden_states=True)
+        inner = getattr(self.model, "vision_model", self.model)
+        norm = next(getattr(inner, name) for name in ("layernorm", "norm", "post_layernorm") if hasattr(inner, name))
+        last = norm(output.last_hidden_state) if self.kind in CLIP else output.last_hidden_state
+        hidden = output.hidden_states  # the embeddings, then each block's
+        return {layer: last if layer in (OUTPUT, self.depth) else norm(hidden[layer]) for layer in layers}
+
+    def pooled(self, output: Tensor, layer: int) -> Tensor:
+        """As the model pools."""
+        pooled = output[:, 0]
+        if self.kind in SIGLIP:
+            pooled = getattr(self.model, "vision_model", self.model).head(output)
+        elif self.pooling == "projection":
+            pooled = self.model.visual_projection(pooled)
+        return pooled
+
+    def mean(self, output: Tensor, layer: int) -> Tensor:
+        """The mean over the patches, without class token and registers."""
+        before = {"deit": 2} | dict.fromkeys(SIGLIP, 0)
+        return output[:, before.get(self.kind, 1) + getattr(self.model.config, "num_register_tokens", 0) :].mean(1)
 
 
 def hf_tower(spec: str, name: str, options: dict[str, str]) -> ImageTower:
@@ -174,7 +226,7 @@ def hf_pooling(model: Any, kind: str) -> str:
         return "projection"
     if kind in SIGLIP and not getattr(model.config, "vision_use_head", True):
         raise TowerError("this SigLIP model has no attention head to pool with (vision_use_head)")
-    pools = kind in POOLED or any(hasattr(model, part) for part in ("pooler", "pool"))
+    pools = kind in OWN_POOLER or any(hasattr(model, part) for part in ("pooler", "pool"))
     if not pools:
         raise TowerError(f"litune does not know how {kind} pools its features yet: use its timm twin, or python:")
     return "pooler"

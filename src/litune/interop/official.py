@@ -20,6 +20,7 @@ from torch import Tensor
 
 from litune.errors import DataError, RunError
 from litune.files import atomic
+from litune.image.features import has_own_features
 from litune.image.pictures import ImageTransform
 from litune.image.registry import load_image_tower, weights_hash
 from litune.interop.layout import Block, Design, Entry, Shape, Transformer, entries, find_design
@@ -299,7 +300,7 @@ def _official_vit(model: LiT) -> Any:
     """The timm module of a `vit:` tower; None of any other."""
     tower = model.load_image_tower()
     preprocess = tower.preprocess
-    if isinstance(preprocess, ImageTransform) and preprocess.interpolation == "tensorflow":
+    if isinstance(preprocess, ImageTransform) and preprocess.interpolation == "tensorflow" and has_own_features(tower):
         return getattr(tower.network, "model", None)
     return None
 

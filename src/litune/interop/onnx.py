@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from litune.errors import ExportError, MissingExtraError
 from litune.evaluation.retrieval import retrieval
 from litune.files import atomic, write_json
-from litune.image.pictures import ImageTransform
+from litune.image.pictures import ImageTransform, one_view
 from litune.image.registry import ImageTower
 from litune.interop.plain import PlainImage, PlainText, plain_image, plain_text
 from litune.interop.samples import TEXTS, compare
@@ -113,16 +113,17 @@ def _write(module: nn.Module, args: tuple[Tensor, ...], file: Path, names: list[
 
 def save_preprocessing(tower: ImageTower, folder: Path) -> dict[str, Any]:
     """Write the settings of the preprocessing to `pixels`; returns a description of the pixels."""
-    if isinstance(tower.preprocess, ImageTransform):
+    transform, several = one_view(tower.preprocess), f"{tower.views} views of each picture, " if tower.views > 1 else ""
+    if isinstance(transform, ImageTransform):
         # The graph normalises: outside it, the mean is 0 and the standard deviation one level of 255.
-        described = tower.preprocess.describe() | {"mean": [0.0] * 3, "std": [1 / 255] * 3}
+        described = transform.describe() | {"mean": [0.0] * 3, "std": [1 / 255] * 3}
         write_json(folder / "image.json", described)
-        return {"pixels": "float32 RGB values from 0 to 255, resized and cropped as image.json says"}
-    processor = getattr(tower.preprocess, "processor", None)
+        return {"pixels": f"{several}float32 RGB values from 0 to 255, resized and cropped as image.json says"}
+    processor = getattr(transform, "processor", None)
     if processor is None:
         return {"pixels": f"what the preprocessing of {tower.spec} gives, as float32"}
     processor.save_pretrained(folder)
-    return {"pixels": "what transformers' image processor of preprocessor_config.json gives"}
+    return {"pixels": f"{several}what transformers' image processor of preprocessor_config.json gives"}
 
 
 def _pixels(tower: ImageTower, image: Image.Image) -> np.ndarray:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from litune.errors import ExportError, MissingExtraError
 from litune.files import atomic, write_json
+from litune.image.features import has_own_features
 from litune.image.pictures import ImageTransform, timm_settings
 from litune.image.registry import ImageTower
 from litune.interop.fold import Affine, image_affine, text_affine, without_bias
@@ -106,9 +107,16 @@ def _quiet() -> Iterator[None]:
         logging.getLogger().setLevel(level)
 
 
+def check_own_features(tower: ImageTower, target: str) -> None:
+    """Raise `ExportError`, on behalf of `target`, where the features are not what the tower pools itself."""
+    if not has_own_features(tower):
+        raise ExportError(f"{target} can't express the features of {tower.spec}: export to onnx instead")
+
+
 def timm_model(tower: ImageTower, target: str) -> Any:
     """The tower's timm model. Raises `ExportError` where it is another kind of tower."""
     model = getattr(tower.network, "model", None)
+    check_own_features(tower, target)
     if not hasattr(model, "pretrained_cfg") or not isinstance(tower.preprocess, ImageTransform):
         raise ExportError(f"{target} takes timm image towers, not {tower.spec}: export to onnx instead")
     return model

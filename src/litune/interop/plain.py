@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from litune.errors import ExportError
 from litune.image.registry import ImageTower
+from litune.image.tower import mean_of_views
 from litune.model.lit import LiT
 from litune.text.registry import HfTextTower, TextTower, VitTextTower
 from litune.vectors import normalize
@@ -98,16 +99,19 @@ class PlainImage(nn.Module):
         super().__init__()
         assert isinstance(tower.network, nn.Module)
         self.network, self.head, self.raw_pixels = tower.network, model.image_head, tower.normalize
+        self.views = tower.views
         self.register_buffer("mean", tower.get_buffer("mean"))
         self.register_buffer("std", tower.get_buffer("std"))
         self.register_buffer("center", model.center)
         self.register_buffer("whitening", model.whitening)
 
-    def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
-        """Features of length one."""
+    def forward(self, pixels: Tensor) -> Float[Tensor, "B D"]:
+        """Features of length one, of pictures [B, 3, H, W], or [B, V, 3, H, W] where V views are averaged."""
+        if self.views > 1:
+            pixels = pixels.flatten(0, 1)
         if self.raw_pixels:
             pixels = (pixels - self.get_buffer("mean")) / self.get_buffer("std")
-        mapped = self.network(pixels) - self.get_buffer("center")
+        mapped = mean_of_views(self.network(pixels), self.views) - self.get_buffer("center")
         if self.whitening is not None:
             mapped = mapped @ self.get_buffer("whitening")
         return normalize(self.head(mapped))

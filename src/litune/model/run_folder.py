@@ -29,6 +29,7 @@ from litune import distributed
 from litune.devices import pick_device
 from litune.errors import RunError, TowerError
 from litune.files import atomic, read_json, write_json
+from litune.image.features import Features, parse_features, with_features
 from litune.image.registry import (
     ImageTower,
     MadeWith,
@@ -232,8 +233,14 @@ def find_image_tower(spec: str) -> ImageTower:
     kind, _, folder = spec.partition(":")
     if kind != "run":
         return load_image_tower(spec)
+    folder, _, asked = folder.partition("?features=")
+    features = parse_features(asked or "pooled")
+    if features.size is not None:
+        raise TowerError(f"{spec!r} can't be given another size: leave out size:{features.size}")
     model = load(folder, device="cpu")
     tower = model.load_image_tower()
+    if features != Features():
+        tower = with_features(tower, features)
     lock(tower)
     tower.spec = spec
     tower.provenance = tower.provenance | {"spec": spec}

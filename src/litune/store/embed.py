@@ -11,6 +11,7 @@ from litune.config import EmbedConfig, command
 from litune.devices import pick_device
 from litune.errors import LituneError, OutputExistsError, StoreError
 from litune.files import clear_output
+from litune.image.features import featured_spec
 from litune.image.tower import MadeWith, check_same_tower
 from litune.model.run_folder import find_image_tower
 from litune.pairs.pairs import Pairs, read_files, say_pairs
@@ -42,7 +43,7 @@ def embed_pairs(config: EmbedConfig, pairs: Pairs) -> FeatureStore:
     """`embed` of pairs that are read already."""
     begun = begun_tower(config.out)
     device = "cpu" if config.device == "auto" and begun.get("device") == "cpu" else config.device
-    tower = find_image_tower(config.image_tower).to(pick_device(device))
+    tower = find_image_tower(featured_spec(config.image_tower, config.features)).to(pick_device(device))
     with distributed.claimed(config.out):
         return build_store(config, pairs, tower, partial(_check_output, overwrite=config.overwrite))
 

@@ -31,6 +31,10 @@ DEFINITIONS = {
         "linear recall@k: text→image retrieval after a ridge regression from text features to image features, in "
         "closed form, its strength chosen on a fifth of the example pairs. Ties count against it, as in litune eval."
     ),
+    "fit": (
+        "fit recall@k: text→image retrieval by what litune fit computes in closed form (canonical correlation "
+        "analysis), its settings chosen on a fifth of the example pairs."
+    ),
 }
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from litune.store.store import FeatureStore
 from litune.studies.alignment import (
     DEFINITIONS,
     NEIGHBOURS,
+    VALIDATION,
     best_strength,
     image_ranks,
     mutual_neighbours,
@@ -36,11 +38,14 @@ from litune.studies.alignment import (
     ridge_map,
 )
 from litune.studies.compare import grid
-from litune.text.registry import USE_M3, TextTower, make_text_tower, parse_text_spec
+from litune.studies.sampled import embed_samples
+from litune.text.registry import USE_M3, TextSpec, TextTower, make_text_tower, parse_text_spec
 from litune.text.tokenizers import Tokenizer
 from litune.towers.locking import train_unlocked
 from litune.tuning.batching import default_duration
+from litune.tuning.closed_form import Moments, Sums, cca
 from litune.tuning.run import Tuning
+from litune.tuning.start import HeldOutPairs, Options, choose
 
 KS = (1, 5, 10)
 COLUMNS = {
@@ -48,10 +53,14 @@ COLUMNS = {
     "anchors recall@10": "anchors R@10",
     "linear recall@1": "linear R@1",
     "linear recall@10": "linear R@10",
+    "fit recall@1": "fit R@1",
+    "fit recall@10": "fit R@10",
 }
 """The figures of the table, and what they are called there."""
 HEADLINE = "neighbours"
 """What stores are ordered by: nothing is learned for it, and it agrees best with tuned runs (docs/probe.md)."""
+FITTED = "fit recall@10"
+"""What features of one tower are compared by: what litune fit would reach on the sample."""
 LEAST = 2 * NEIGHBOURS
 BATCH = 256
 MEASURE_SECONDS = 3.0
@@ -65,6 +74,8 @@ class Probed:
     facts: dict[str, Any]
     keys: tuple[str, ...]
     outcomes: np.ndarray
+    owner: np.ndarray | None = None
+    """The image of each outcome, where an image has several."""
 
 
 @command(ProbeConfig)
@@ -78,25 +89,37 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
     spec = parse_text_spec(config.text_tower)
     if not spec.pretrained or spec.kind == "run":
         raise ConfigError(f"--text-tower is {config.text_tower}: name a pre-trained one that was not tuned, as minilm")
-    settings = [tune_settings(config, path) for path in config.stores]
-    tokenizer = make_tokenizer(text_spec(settings[0]), settings[0], [])
-    tower = make_text_tower(spec, vocab_size=tokenizer.vocab_size, max_tokens=config.max_tokens)
-    texts = Texts(tower.to(pick_device(config.device)).eval(), tokenizer)
-    probed = [probe_store(config, of_store, texts) for of_store in settings]
-    probed.sort(key=lambda store: -store.facts["figures"][HEADLINE])
-    results = {
-        "text_tower": config.text_tower,
-        "stores": [store.facts | against(probed[0], store) for store in probed],
-        "comparable": len({store.keys for store in probed}) == 1,
-        "definitions": DEFINITIONS | {"interval": INTERVALS},
-    }
+    with TemporaryDirectory(prefix="litune-probe-") as folder:
+        stores = embed_samples(config, Path(folder)) if config.features else [Path(store) for store in config.stores]
+        results = compare(config, stores, spec)
     if config.json is not None:
         write_json(config.json, results)
     return results
 
 
+def compare(config: ProbeConfig, stores: Sequence[Path], spec: TextSpec) -> dict[str, Any]:
+    """The stores, the most promising first; features of one tower in their order, held against the first."""
+    settings = [tune_settings(config, path) for path in stores]
+    tokenizer = make_tokenizer(text_spec(settings[0]), settings[0], [])
+    tower = make_text_tower(spec, vocab_size=tokenizer.vocab_size, max_tokens=config.max_tokens)
+    texts = Texts(tower.to(pick_device(config.device)).eval(), tokenizer)
+    probed = [probe_store(config, of_store, texts) for of_store in settings]
+    for store, features in zip(probed, config.features, strict=False):
+        store.facts["features"] = features
+    if not config.features:
+        probed.sort(key=lambda store: -store.facts["figures"][HEADLINE])
+    return {
+        "text_tower": config.text_tower,
+        "headline": FITTED if config.features else HEADLINE,
+        "stores": [store.facts | against(probed[0], store) for store in probed],
+        "comparable": len({store.keys for store in probed}) == 1,
+        "definitions": DEFINITIONS | {"interval": INTERVALS},
+    }
+
+
 def tune_settings(config: ProbeConfig, store: Path) -> TuneConfig:
     """How the store would be tuned on: the same pairs, the same default settings. Nothing is ever written to `out`."""
+    train, val = config.images
     return TuneConfig(
         store=store,
         text_tower=config.text_tower,
@@ -104,7 +127,7 @@ def tune_settings(config: ProbeConfig, store: Path) -> TuneConfig:
         locking="LL" if config.text_tower == USE_M3 else None,
         split=config.split,
         val_split=config.val_split,
-        holdout=config.holdout,
+        holdout=val / (train + val) if config.features else config.holdout,
         lang=config.lang,
         max_tokens=config.max_tokens,
         evaluations=0,
@@ -142,8 +165,9 @@ def probe_store(config: ProbeConfig, settings: TuneConfig, texts: Texts) -> Prob
     """Everything about one store."""
     store = FeatureStore(settings.store)
     all_train, all_val = choose_pairs(store, settings)
-    train = drawn(all_train, config.train_images, config.seed)
-    val = drawn(all_val, config.val_images, config.seed) if all_val is not None else None
+    train_most, val_most = config.images
+    train = drawn(all_train, train_most, config.seed)
+    val = drawn(all_val, val_most, config.seed) if all_val is not None else None
     if val is None or len(val) < LEAST or len(train) < 2 * LEAST:
         raise DataError(
             f"{store.path} has {len(train):,} images to learn from and {len(val or ()):,} held out, a probe needs "
@@ -168,9 +192,10 @@ def probe_store(config: ProbeConfig, settings: TuneConfig, texts: Texts) -> Prob
         "intervals": bounds,
         "chance": {name: chance(name, len(val)) for name in outcomes},
         "storage": storage(store),
-        "tuning": tuning_time(all_train, settings),
     }
-    return Probed(facts, tuple(val.keys), outcomes[HEADLINE])
+    if config.features:
+        return Probed(facts, tuple(val.keys), outcomes[FITTED], measured.owner.numpy())
+    return Probed(facts | {"tuning": tuning_time(all_train, settings)}, tuple(val.keys), outcomes[HEADLINE])
 
 
 def drawn(pairs: Selection, most: int, seed: int) -> Selection:
@@ -188,6 +213,19 @@ class Pairs:
         self.texts = texts(pairs.captions)
         self.owner = torch.from_numpy(pairs.owner)
 
+    def take(self, images: np.ndarray) -> HeldOutPairs:
+        """The pairs of these images, in this order."""
+        texts = [np.flatnonzero(self.owner.numpy() == image) for image in images]
+        owner = np.repeat(np.arange(len(images)), [len(rows) for rows in texts])
+        return HeldOutPairs(self.images.numpy()[images], self.texts.numpy()[np.concatenate(texts)], owner)
+
+    def sums(self, images: np.ndarray) -> Sums:
+        """The sums over the pairs of these images."""
+        pairs = self.take(images)
+        sums = Sums(pairs.images.shape[1], pairs.texts.shape[1])
+        sums.add(pairs.images, pairs.texts, np.bincount(pairs.owner))
+        return sums
+
 
 def measure(learned: Pairs, measured: Pairs, seed: int) -> dict[str, np.ndarray]:
     """Outcomes by figure: per image for neighbours, per caption for the recalls.
@@ -204,9 +242,20 @@ def measure(learned: Pairs, measured: Pairs, seed: int) -> dict[str, np.ndarray]
     strength = best_strength(anchor_texts, anchor_images, learned.owner, seed)
     matrix = ridge_map(anchor_texts, anchor_images[learned.owner], strength)
     by_map = image_ranks(images, F.normalize(texts @ matrix), measured.owner)
-    for name, ranks in (("anchors", by_anchors), ("linear", by_map)):
+    for name, ranks in (("anchors", by_anchors), ("linear", by_map), ("fit", fitted_ranks(learned, measured, seed))):
         outcomes |= {f"{name} recall@{k}": (ranks < k).astype(float) for k in KS}
     return outcomes
+
+
+def fitted_ranks(learned: Pairs, measured: Pairs, seed: int) -> np.ndarray:
+    """The rank of each measured text's own image after litune fit's closed form, chosen on a fifth of the images."""
+    images = len(learned.images)
+    order = np.random.default_rng(seed).permutation(images)
+    held_out, rest = np.split(order, [max(1, round(VALIDATION * images))])
+    sums = learned.sums(rest)
+    (image, text, *powers), _ = choose([(Moments(sums), learned.take(held_out))], Options())
+    maps = cca(Moments(sums + learned.sums(held_out)), image, text).weighted(*powers)
+    return image_ranks(*measured.take(np.arange(len(measured.images))).features(maps), measured.owner)
 
 
 def means(texts: Tensor, owner: Tensor, images: int) -> Tensor:
@@ -270,38 +319,57 @@ def against(best: Probed, probed: Probed) -> dict[str, Any]:
     """The paired difference of the headline figure to the most promising store's, where both have the same images."""
     if probed is best or probed.keys != best.keys:
         return {}
-    return {"to_the_first": paired(probed.outcomes, best.outcomes)}
+    return {"to_the_first": paired(probed.outcomes, best.outcomes, best.owner)}
 
 
 def table(results: dict[str, Any]) -> str:
     """The results as a Markdown table, the most promising store first, with what its figures mean."""
-    names = [name for name in results["stores"][0]["figures"] if name in COLUMNS]
-    lines = [["", HEADLINE, "to the first", *(COLUMNS[n] for n in names if n != HEADLINE), "1M images", "tuning"]]
+    headline, first = results["headline"], results["stores"][0]
+    names = [name for name in first["figures"] if name in COLUMNS]
+    last = "embedding 1M" if "features" in first else "tuning"
+    titles = [COLUMNS[name] for name in names if name != headline]
+    lines = [["", COLUMNS[headline], "to the first", *titles, "1M images", last]]
     for store in results["stores"]:
         shown = {name: percent(store["figures"][name], *store["intervals"][name]) for name in names}
-        how_long = f"{duration(store['tuning']['seconds'])} at {store['tuning']['pairs_per_second']:,.0f} pairs/s"
         lines.append(
             [
-                f"{Path(store['store']).name} ({store['tower']}, {store['width']})",
-                shown.pop(HEADLINE),
+                called(store),
+                shown.pop(headline),
                 difference(store.get("to_the_first")),
                 *shown.values(),
                 f"{store['storage']['bytes_per_million'] / 1e9:.1f} GB",
-                how_long,
+                how_long(store),
             ]
         )
-    first = results["stores"][0]
     chances = {name: f"{100 * first['chance'][name]:.1f}" for name in names}
-    lines.append(["chance", chances.pop(HEADLINE), "", *chances.values(), "", ""])
+    lines.append(["chance", chances.pop(headline), "", *chances.values(), "", ""])
     notes = [
         f"In percent, with 95% intervals; {first['images']:,} images and {first['captions']:,} captions that nothing "
         f"was learned from, {first['train_images']:,} images to learn from, captions by {results['text_tower']}.",
         *results["definitions"].values(),
-        f"tuning: litune tune's default length at the speed of {first['tuning']['measured']}.",
     ]
+    if "tuning" in first:
+        notes.append(f"tuning: litune tune's default length at the speed of {first['tuning']['measured']}.")
+    else:
+        notes.append(f"Features of {first['tower']}; embedding 1M: hours for a million images at the sample's speed.")
     if not results["comparable"]:
         notes.insert(0, "The stores hold different pairs: their figures can't be compared.")
     return "\n\n".join([grid(lines), *notes])
+
+
+def called(store: dict[str, Any]) -> str:
+    """A store in the table: its features where these are compared, else its folder and tower; and the width."""
+    if "features" in store:
+        return f"{store['features']} ({store['width']})"
+    return f"{Path(store['store']).name} ({store['tower']}, {store['width']})"
+
+
+def how_long(store: dict[str, Any]) -> str:
+    """How long tuning on the store would take; where features are compared, embedding a million images."""
+    if "features" in store:
+        storage = store["storage"]
+        return f"{storage['embedding_hours_per_million']:,.1f} h at {storage['images_per_second_when_embedded']:,.0f}/s"
+    return f"{duration(store['tuning']['seconds'])} at {store['tuning']['pairs_per_second']:,.0f} pairs/s"
 
 
 def percent(share: float, low: float, high: float) -> str:
