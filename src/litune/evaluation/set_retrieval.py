@@ -54,23 +54,33 @@ def _rank(
         t = send(texts[torch.from_numpy(chosen)], scoring_device(model))
         with evaluation.timed("scores"):
             ranks = retrieval.rank(x, t, torch.from_numpy(own))
-        results.append(_retrieval_result(evaluation, taken, ranks, own, of_lang, lang))
+        result = _retrieval_result(evaluation, taken, ranks, own, of_lang, lang)
+        results.append(result)
         if model.bank is not None and evaluation.protocol.hub_correction:
             with evaluation.timed("corrected scores"):
                 ranks = retrieval.rank(*model.bank.corrected(x, t), torch.from_numpy(own))
-            results.append(_corrected(_retrieval_result(evaluation, taken, ranks, own, of_lang, lang), model.bank))
+            results.append(_corrected(result, ranks, model.bank))
     return results
 
 
-def _corrected(result: Result, bank: Bank) -> Result:
-    """The result as one of a task of its own: neither another run's nor published figures stand beside it."""
+def _corrected(bare: Result, ranks: retrieval.Ranks, bank: Bank) -> Result:
+    """A result with these ranks, of a task of its own: neither bare nor published figures stand beside it."""
+    hits = _hits(ranks)
     return replace(
-        result,
-        task=result.task + retrieval.HUBS_CORRECTED,
-        definition=result.definition + retrieval.CORRECTED,
-        protocol=result.protocol
+        bare,
+        task=bare.task + retrieval.HUBS_CORRECTED,
+        values={figure: float(hit.mean()) for figure, hit in hits.items()},
+        outcomes=hits,
+        best_images=ranks.best_images,
+        extras=dict(bare.extras),  # what is published on the set is added to one of them
+        definition=bare.definition + retrieval.CORRECTED,
+        protocol=bare.protocol
         | {"hub_correction": {"method": "CSLS", "captions": len(bank.texts), "images": len(bank.images)}},
     )
+
+
+def _hits(ranks: retrieval.Ranks) -> dict[str, np.ndarray]:
+    return {figure: hit.astype(np.float64) for figure, hit in ranks.hits(KS).items()}
 
 
 def _retrieval_result(
@@ -81,7 +91,7 @@ def _retrieval_result(
     captions: list[str],
     lang: str,
 ) -> Result:
-    hits = {figure: hit.astype(np.float64) for figure, hit in ranks.hits(KS).items()}
+    hits = _hits(ranks)
     by_chance = retrieval.figures(ranks, owner, KS)["chance"]
     keys, pictures = evaluation.describe(embedded)
     return Result(
