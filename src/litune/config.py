@@ -519,6 +519,8 @@ class EvalConfig(Checked):
     """Use only captions in these languages."""
     by_lang: bool = False
     """Also one row per language of the captions."""
+    hub_correction: bool = True
+    """Also measure retrieval with the hub correction (CSLS), in rows of its own, where the run has it on."""
     classes: Path | None = None
     """A tree with one folder of images per class, classified zero-shot (also a store made from such a tree)."""
     templates: Annotated[tuple[str, ...], Repeated()] = ()
@@ -635,6 +637,8 @@ class SearchConfig(Checked):
     """exact looks at every image; approximate looks into the nearest cells of an index, which is built and kept in the
     store's folder where there is none (extra search); auto: approximate where one was built and there are more than
     200,000 images."""
+    hub_correction: bool = True
+    """Rank with the hub correction (CSLS) where the run has it on; scores are shown as cosines all the same."""
     sheet: NewFile | None = None
     """Also draw the found images into this file, a PNG."""
     json: NewFile | None = None
@@ -678,6 +682,8 @@ class ServeConfig(Checked):
     given here."""
     index: Literal["auto", "exact", "approximate"] = "auto"
     """How --images is searched, as with litune search; approximate needs an index that was built."""
+    hub_correction: bool = True
+    """Rank with the hub correction (CSLS) where the run has it on; scores are shown as cosines all the same."""
     batch: Count = 64
     """Texts or pictures that are encoded at once, at most."""
     batch_ms: Rate = 2.0

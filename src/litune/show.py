@@ -45,11 +45,12 @@ def show_run(results: dict[str, Any]) -> None:
         print(f"retrieval: {figures['images']:,} images, {figures['captions']:,} captions")
         ks = list(figures["text_to_image"])
         print(f"{'':16}" + "".join(f"{k:>12}" for k in ks))
-        show_recalls(figures)
-        for lang, of_lang in figures.get("by_lang", {}).items():
-            print(f"{lang}: {of_lang['images']:,} images, {of_lang['captions']:,} captions")
-            show_recalls(of_lang, "  ")
-        print(figures["definition"])
+        _show_all_languages(figures)
+        corrected = figures.get("hubs_corrected")
+        if corrected:
+            print("the same with hubs corrected")
+            _show_all_languages(corrected)
+        print((corrected or figures)["definition"])
     if figures := results.get("zero_shot"):
         print(
             f"zero-shot: {figures['images']:,} images, {figures['classes']:,} classes, templates {figures['templates']}"
@@ -61,6 +62,14 @@ def show_run(results: dict[str, Any]) -> None:
         print(figures["definition"])
     if rows := results.get("tasks"):
         show_tasks(rows, results["means"])
+
+
+def _show_all_languages(figures: dict[str, Any]) -> None:
+    """Print the recalls of all captions, then those of each language."""
+    show_recalls(figures)
+    for lang, of_lang in figures.get("by_lang", {}).items():
+        print(f"{lang}: {of_lang['images']:,} images, {of_lang['captions']:,} captions")
+        show_recalls(of_lang, "  ")
 
 
 def show_recalls(figures: dict[str, Any], indent: str = "") -> None:

@@ -15,6 +15,8 @@ from litune.errors import DataError, StoreError
 from litune.index.cells import make_cells
 from litune.index.index import EXACT_ROWS, Found, FoundCaption, Index, nearest_images, top_positions
 from litune.index.search import line, search
+from litune.model.hubs import Bank
+from litune.model.lit import LiT
 from litune.store.store import FeatureStore, StoreWriter
 from litune.tuning.tune import tune
 
@@ -358,3 +360,77 @@ def test_the_command(run: TuneConfig, tmp_path: Path, capsys: pytest.CaptureFixt
     assert search(**settings, query="a red box", captions=True, top=1)[0].caption == "a red box"
     found = search(**settings, query="a red box", where=["width>=56"], top=50)
     assert len(found) == 12
+
+
+def csls(candidates: np.ndarray, queries: np.ndarray, bank: np.ndarray) -> np.ndarray:
+    """Corrected scores [Q, B] by the formula, in float64."""
+    return queries @ candidates.T - np.sort(candidates @ bank.T, axis=1)[:, -10:].mean(1) / 2
+
+
+@pytest.fixture
+def with_bank(run: TuneConfig) -> LiT:
+    model = litune.load(run.out)
+    model.bank = Bank.of(unit(50, model.dim, 1), unit(50, model.dim, 2))
+    return model
+
+
+def test_a_text_ranks_by_corrected_scores(with_bank: LiT, run: TuneConfig) -> None:
+    """Exact, kept in memory and through cells with codes; scores are cosines, and a query with a picture's part in it
+    is corrected by its share."""
+    model, index = with_bank, Index(run.store)
+    assert model.bank is not None
+    images = model.encode_features(index.features(np.arange(index.rows))).double().numpy()
+    text = model.encode_text("a red box").double().numpy()
+    scores = csls(images, text, model.bank.texts.double().numpy())[0]
+    cosines = (text @ images.T)[0]
+    assert scores.argsort().tolist() != cosines.argsort().tolist()
+
+    def check(exact: bool) -> None:
+        matches = index.search(model, "a red box", top=6, exact=exact)
+        assert [match.row for match in matches] == (-scores).argsort()[:6].tolist()
+        assert [match.score for match in matches] == pytest.approx([cosines[match.row] for match in matches], abs=1e-6)
+
+    for _ in range(3):  # from the second search on, features are kept
+        check(exact=True)
+    bare = index.search(model, "a red box", top=6, hub_correction=False)
+    assert [match.row for match in bare] == (-cosines).argsort()[:6].tolist()
+    both = model.encode_features(index.features(np.array([3])))[0].double().numpy() * 0.5 + text[0]
+    both_scores = (both @ images.T + scores - cosines) / np.linalg.norm(both)
+    matches = index.search(model, "a red box", 3, image_weight=0.5, top=6)
+    assert [match.row for match in matches] == (-both_scores).argsort()[:6].tolist()
+    of_picture = index.search(model, image=3, top=6)
+    assert [match.row for match in of_picture] == (-(images @ images[3])).argsort()[:6].tolist()
+    pytest.importorskip("faiss")
+    index.build(cells=4)
+    index.save()
+    index.probes = 4
+    check(exact=False)
+
+
+def test_corrections_are_kept_beside_the_features(with_bank: LiT, run: TuneConfig) -> None:
+    """They are read again; what is damaged, of another run or of another bank is computed anew."""
+    index = Index(run.store)
+    expected = index.corrections(with_bank)
+    (file,) = (run.store / "hubs").iterdir()
+    np.save(file, np.full(index.rows, 7, np.float32))
+    assert Index(run.store).corrections(with_bank).unique().tolist() == [7]
+    file.write_bytes(b"damaged")
+    assert torch.equal(Index(run.store).corrections(with_bank), expected)
+    with_bank.bank = Bank.of(unit(50, with_bank.dim, 3), unit(50, with_bank.dim, 2))
+    assert not torch.equal(index.corrections(with_bank), expected)
+    assert len(list((run.store / "hubs").iterdir())) == 2
+
+
+def test_a_picture_ranks_captions_by_corrected_scores(with_bank: LiT, run: TuneConfig) -> None:
+    model, index = with_bank, Index(run.store)
+    assert model.bank is not None
+    captions = [text for texts in index.metadata["captions"].to_pylist() for text in texts]
+    texts = model.encode_text(captions).double().numpy()
+    image = model.encode_features(index.features(np.array([3]))).double().numpy()
+    scores = csls(texts, image, model.bank.images.double().numpy())[0]
+    matches = index.search_captions(model, image=3, top=5)
+    assert [match.caption for match in matches] == [captions[i] for i in (-scores).argsort(kind="stable")[:5]]
+    best = max(matches, key=lambda match: match.score)
+    assert best.score == pytest.approx(float((image @ texts.T)[0][captions.index(best.caption)]), abs=1e-6)
+    bare = index.search_captions(model, image=3, top=5, hub_correction=False)
+    assert [match.score for match in bare] == sorted((match.score for match in bare), reverse=True)

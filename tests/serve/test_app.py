@@ -15,11 +15,13 @@ from starlette.testclient import TestClient
 from tests.conftest import draw
 from tests.serve.conftest import Made, Start
 
+from litune.model.hubs import Bank
 from litune.model.lit import LiT
 from litune.serve.app import make_app
 from litune.serve.gate import POLICY, path_name
 from litune.serve.openapi import document
 from litune.store.store import FeatureStore
+from litune.vectors import normalize
 
 
 def png(picture: Image.Image) -> bytes:
@@ -111,6 +113,27 @@ def test_classify(client: TestClient, model: LiT, made: Made, templates: Any, te
     assert (first["index"], second["row"]) == (0, 2)
     assert "key" not in first
     assert np.allclose(first["probabilities"], expected[3], atol=1e-5)
+
+
+def test_search_ranks_with_the_hub_correction(start: Start, model: LiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `Index.search` does, page by page; scores are cosines, and --no-hub-correction turns it off."""
+    features = normalize(torch.randn(60, model.dim, generator=torch.Generator().manual_seed(0)))
+    monkeypatch.setattr(model, "bank", Bank.of(features[:30], features[30:]))
+    for on in (True, False):
+        engine = start(hub_correction=on)
+        client = TestClient(make_app(engine))
+        asks: list[dict[str, Any]] = [
+            {"text": "a red box"},
+            {"image": {"row": 7}},
+            {"text": "a red box", "image": {"row": 3}},
+        ]
+        for asked in asks:
+            sent = {**asked, "top": 5, "offset": 1}
+            matches = client.post("/v1/search", json=sent).json()["found"]
+            image = asked["image"]["row"] if "image" in asked else None
+            expected = engine.need_images().search(model, asked.get("text"), image, top=5, offset=1, hub_correction=on)
+            assert [match["row"] for match in matches] == [match.row for match in expected]
+            assert [match["score"] for match in matches] == pytest.approx([m.score for m in expected], abs=1e-5)
 
 
 def test_search(client: TestClient, model: LiT, made: Made) -> None:

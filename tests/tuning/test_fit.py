@@ -225,3 +225,39 @@ def test_pairs_without_anything_in_common(tiny_bert: Path, tmp_path: Path, capsy
     assert "heads begin at random" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="contrastive tuning needs two or more"):
         litune.fit(store.path, out=tmp_path / "lone", **tower)
+
+
+def test_a_fit_keeps_a_bank_and_decides(tiny_bert: Path, tmp_path: Path) -> None:
+    """The bank's features are those of the run, half as wide; whether it is used follows from the held-out recalls."""
+    store = random_store(tmp_path / "store", 900, 12, captions=2)
+    config = FitConfig(
+        store.path, f"hf:{tiny_bert}", tmp_path / "fitted", image_shrinkage=1.0, text_shrinkage=0.1, device="cpu"
+    )
+    model = fit.run(config)
+    manifest = json.loads((config.out / "manifest.json").read_text())
+    facts = manifest["hub_correction"]
+    assert facts["bank"] == {"captions": 1710, "images": 855}
+    for way in ("text_to_image", "image_to_text"):
+        assert facts["held_out"]["bare"][way] == manifest["held_out"][way]
+    means = {
+        name: [np.mean(list(figures[way].values())) for way in ("text_to_image", "image_to_text")]
+        for name, figures in facts["held_out"].items()
+    }
+    assert facts["on"] == all(np.greater(means["corrected"], means["bare"]))
+    assert (model.bank is not None) == facts["on"]
+    kept = load_file(config.out / "bank.safetensors")
+    train, _ = choose_mixture([store], TuneConfig(store.path, "", tmp_path))
+    assert kept["texts"].dtype == torch.float16
+    assert torch.allclose(kept["texts"].float(), model.encode_text(train.captions), atol=1e-3)
+    assert torch.equal(kept["images"], model.encode_features(train.features()).half())
+    for on in (True, False):
+        manifest["hub_correction"]["on"] = on
+        (config.out / "manifest.json").write_text(json.dumps(manifest))
+        assert (load(config.out, device="cpu").bank is not None) == on
+
+
+def test_too_few_captions_make_no_bank(fit_config: FitConfig) -> None:
+    model = fit.run(fit_config)
+    assert model.bank is None
+    assert not (fit_config.out / "bank.safetensors").exists()
+    assert "hub_correction" not in json.loads((fit_config.out / "manifest.json").read_text())

@@ -130,12 +130,20 @@ def evaluate_store(subject: Subject, config: EvalConfig, store: Path) -> tuple[d
     langs = images.languages if config.by_lang else []
     results = retrieve(_alone(task, images, subject, config), embedded, ["", *langs])
     damaged = results[0].protocol["damaged"]
-    figures = plain_retrieval(results[0])
+    bare = [result for result in results if "hub_correction" not in result.protocol]
+    figures = _store_figures(bare, config.by_lang)
     figures |= {"store": str(store), "split": config.split, "lang": list(config.lang), "damaged": damaged}
-    figures["definition"] = results[0].definition
-    if config.by_lang:
-        figures["by_lang"] = {result.lang: plain_retrieval(result) for result in results[1:]}
+    if corrected := [result for result in results if "hub_correction" in result.protocol]:
+        figures["hubs_corrected"] = _store_figures(corrected, config.by_lang)
     return figures, results
+
+
+def _store_figures(results: Sequence[Result], by_lang: bool) -> dict[str, Any]:
+    """The figures of all captions, which come first, and of each language by itself."""
+    figures = plain_retrieval(results[0]) | {"definition": results[0].definition}
+    if by_lang:
+        figures["by_lang"] = {result.lang: plain_retrieval(result) for result in results[1:]}
+    return figures
 
 
 def evaluate_classes(subject: Subject, config: EvalConfig, folder: Path) -> dict[str, Any]:
@@ -169,6 +177,7 @@ def _protocol(config: EvalConfig) -> Protocol:
         probes=config.probes,
         contamination=config.contamination,
         by_lang=config.by_lang,
+        hub_correction=config.hub_correction,
         max_damaged=config.max_damaged,
     )
 

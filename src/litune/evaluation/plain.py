@@ -6,6 +6,7 @@ from typing import Any
 
 from litune.evaluation.figures import figures
 from litune.evaluation.result import Result
+from litune.evaluation.retrieval import HUBS_CORRECTED
 
 KEPT = ("task", "kind", "metric", "lang", "values", "chance", "definition", "images", "protocol", "extras")
 WAYS = ("text_to_image", "image_to_text")
@@ -45,7 +46,9 @@ def plain_classification(result: Result) -> dict[str, Any]:
 
 def heading(result: Result) -> str:
     """The task, and the language where its name does not say it."""
-    return result.task if result.lang in ("", *result.task.split(":")[1:]) else f"{result.task} {result.lang}"
+    task = result.task.removesuffix(HUBS_CORRECTED)
+    named = task if result.lang in ("", *task.split(":")[1:]) else f"{task} {result.lang}"
+    return named + result.task.removeprefix(task)
 
 
 def intervals(result: Result) -> dict[str, list[float]]:

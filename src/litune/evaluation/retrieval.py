@@ -23,6 +23,14 @@ DEFINITION = (
 )
 
 
+HUBS_CORRECTED = " (hubs corrected)"
+"""What the name of a task ends with in a result that is measured with the hub correction."""
+CORRECTED = (
+    " Of a task with hubs corrected the scores are those of CSLS (Conneau et al., arXiv 1710.04087), with texts and "
+    "images that the run was tuned on: not to be compared with figures of bare cosines."
+)
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The ranks of N captions and B images in each other's order.

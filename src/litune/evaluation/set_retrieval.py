@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -16,6 +17,7 @@ from litune.evaluation import extras, retrieval
 from litune.evaluation.embedded import Embedded
 from litune.evaluation.result import Result
 from litune.evaluation.subject import Evaluation
+from litune.model.hubs import Bank
 from litune.model.lit import scoring_device
 
 KS = (1, 5, 10)
@@ -38,7 +40,7 @@ def retrieve(evaluation: Evaluation, embedded: Embedded | None, langs: Sequence[
 def _rank(
     evaluation: Evaluation, embedded: Embedded, captions: list[str], texts: Float[Tensor, "N D"], langs: Sequence[str]
 ) -> list[Result]:
-    """One result for each of the languages."""
+    """One result for each of the languages; a further one with the hub correction, where the run has it on."""
     images, model = evaluation.images, evaluation.subject.model
     features = torch.cat([torch.empty(0, model.dim), *embedded.blocks(model)])
     owner = np.repeat(np.arange(len(embedded.rows)), [len(images.captions[row]) for row in embedded.rows])
@@ -47,12 +49,38 @@ def _rank(
     for lang in (lang for lang in langs if not lang or lang in lang_of):  # others have no picture that can be read
         chosen = np.flatnonzero(lang_of == lang) if lang else np.arange(len(captions))
         rows, own = np.unique(owner[chosen], return_inverse=True)
+        of_lang, taken = [captions[i] for i in chosen], embedded.take(rows)
+        x = send(features[torch.from_numpy(rows)], scoring_device(model))
+        t = send(texts[torch.from_numpy(chosen)], scoring_device(model))
         with evaluation.timed("scores"):
-            on_device = send(features[torch.from_numpy(rows)], scoring_device(model))
-            ranks = retrieval.rank(on_device, texts[torch.from_numpy(chosen)], torch.from_numpy(own))
-        of_lang = [captions[i] for i in chosen]
-        results.append(_retrieval_result(evaluation, embedded.take(rows), ranks, own, of_lang, lang))
+            ranks = retrieval.rank(x, t, torch.from_numpy(own))
+        result = _retrieval_result(evaluation, taken, ranks, own, of_lang, lang)
+        results.append(result)
+        if model.bank is not None and evaluation.protocol.hub_correction:
+            with evaluation.timed("corrected scores"):
+                ranks = retrieval.rank(*model.bank.corrected(x, t), torch.from_numpy(own))
+            results.append(_corrected(result, ranks, model.bank))
     return results
+
+
+def _corrected(bare: Result, ranks: retrieval.Ranks, bank: Bank) -> Result:
+    """A result with these ranks, of a task of its own: neither bare nor published figures stand beside it."""
+    hits = _hits(ranks)
+    return replace(
+        bare,
+        task=bare.task + retrieval.HUBS_CORRECTED,
+        values={figure: float(hit.mean()) for figure, hit in hits.items()},
+        outcomes=hits,
+        best_images=ranks.best_images,
+        extras=dict(bare.extras),  # what is published on the set is added to one of them
+        definition=bare.definition + retrieval.CORRECTED,
+        protocol=bare.protocol
+        | {"hub_correction": {"method": "CSLS", "captions": len(bank.texts), "images": len(bank.images)}},
+    )
+
+
+def _hits(ranks: retrieval.Ranks) -> dict[str, np.ndarray]:
+    return {figure: hit.astype(np.float64) for figure, hit in ranks.hits(KS).items()}
 
 
 def _retrieval_result(
@@ -63,7 +91,7 @@ def _retrieval_result(
     captions: list[str],
     lang: str,
 ) -> Result:
-    hits = {figure: hit.astype(np.float64) for figure, hit in ranks.hits(KS).items()}
+    hits = _hits(ranks)
     by_chance = retrieval.figures(ranks, owner, KS)["chance"]
     keys, pictures = evaluation.describe(embedded)
     return Result(

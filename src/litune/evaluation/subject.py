@@ -41,6 +41,8 @@ class Protocol:
     probes: bool = False
     contamination: bool = True
     by_lang: bool = False
+    hub_correction: bool = True
+    """Retrieval is also measured with the hub correction, where the run has it on."""
     max_damaged: float = 0.01
 
 

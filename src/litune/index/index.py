@@ -11,6 +11,10 @@ cells' centroids, then with the copies of the images in the nearest cells, and t
 themselves; all of them go through the run's own `LiT.encode_features` first. Scores are therefore exact for every run,
 map and head, a new text tower can search at once, and only the choice of the images that are scored is approximate.
 
+Where the run has the hub correction on (`litune.model.hubs`), features of images get one further dimension, −r / 2, and
+a query has there how much of it is a text: rankings are those of the corrected scores, and what is returned are the
+cosines. Cells are chosen by the bare query.
+
 The copy only makes searches faster. The rows that a query scores are scattered over the store; in the copy they are
 about a hundred contiguous ranges, and half the bytes. Without it (an index that has not been saved yet, or one of an
 older litune) searches read the store itself.
@@ -43,6 +47,8 @@ from litune.index.cells import BLOCK, Cells, blocks, make_cells, usual_cells
 from litune.index.codes import Codes, open_codes, write_codes
 from litune.index.exact import SHARE, best_of, block_rows, top_positions
 from litune.index.filters import select_rows
+from litune.index.hubs import image_corrections
+from litune.model.hubs import as_queries, corrections
 from litune.model.lit import LiT, Picture, scoring_device
 from litune.progress import track
 from litune.store.store import FeatureStore
@@ -135,6 +141,7 @@ class Index:
         self._mapped: dict[str, Tensor] = {}
         self._last_run = ""
         self._captions: dict[str, Tensor] = {}
+        self._hubs: dict[str, Tensor] = {}
         if self.file.exists():
             self._read()
 
@@ -193,6 +200,17 @@ class Index:
         An image is a picture, a row of the index, or features [D]. For a text and an image, the weighted sum of their
         unit-length features is normalised again; a negative weight means "less like".
         """
+        return combine(self._parts(model, text, image, text_weight, image_weight))
+
+    def _parts(
+        self,
+        model: LiT,
+        text: str | None,
+        image: Picture | int | Tensor | None,
+        text_weight: float,
+        image_weight: float,
+    ) -> list[Tensor]:
+        """The weighted features of a query's text and of its picture, of those that there are."""
         parts = []
         if text is not None:
             if not text.strip():
@@ -200,7 +218,7 @@ class Index:
             parts.append(text_weight * model.encode_text(text)[0])
         if image is not None:
             parts.append(image_weight * self._image_feature(model, image))
-        return combine(parts)
+        return parts
 
     def _image_feature(self, model: LiT, image: Picture | int | Tensor) -> Tensor:
         if isinstance(image, Tensor):
@@ -223,15 +241,21 @@ class Index:
         offset: int = 0,
         where: Sequence[str] = (),
         exact: bool | None = None,
+        hub_correction: bool = True,
     ) -> list[Found]:
         """The images nearest to a text, an image, or both (see `query`), best first, without the first `offset`.
+
+        A text ranks them by corrected scores where the run has the hub correction on (see `litune.model.hubs`) and
+        `hub_correction` does not turn it off; `Found.score` is the cosine all the same.
 
         `where` are conditions on the metadata, such as "split=val" or "width>=640"; all have to be met. By default the
         search is exact up to `EXACT_ROWS` images, and where no cells were built.
         """
         _check_count("top", top, 1)
         _check_count("offset", offset, 0)
-        query = self.query(model, text, image, text_weight=text_weight, image_weight=image_weight)
+        parts = self._parts(model, text, image, text_weight, image_weight)
+        corrects = hub_correction and model.bank is not None
+        query = combine(parts, 0.0 if text is None else text_weight) if corrects else combine(parts)
         mask = select_rows(self.metadata, where) if where else None
         scores, rows = self.nearest(model, query[None], offset + top, mask=mask, exact=exact)
         return self.describe(rows[0][offset:], scores[0][offset:])
@@ -246,21 +270,32 @@ class Index:
         text: str | None = None,
         image: Picture | int | Tensor | None = None,
         *,
+        text_weight: float = 1.0,
+        image_weight: float = 1.0,
         top: int = 10,
         where: Sequence[str] = (),
+        hub_correction: bool = True,
     ) -> list[FoundCaption]:
-        """The captions nearest to a text or an image, best first. The first search encodes all captions."""
+        """The captions nearest to a text, an image or both, best first. The first search encodes all captions.
+
+        An image ranks them by corrected scores where the run has the hub correction on, as in `search`.
+        """
         _check_count("top", top, 1)
-        query = self.query(model, text, image)
+        parts = self._parts(model, text, image, text_weight, image_weight)
+        query = combine(parts, 0.0 if image is None else image_weight)
         mask = self.there & select_rows(self.metadata, where)
         lists = self.metadata["captions"].combine_chunks()
         captions, owner = lists.flatten(), np.repeat(np.arange(self.rows), _lengths(lists))
-        scores = self._caption_features(model, captions) @ query
+        features = self._caption_features(model, captions)
+        cosines = features @ query[:-1]
+        scores = cosines.clone()
+        if hub_correction and model.bank is not None and query[-1]:
+            scores += query[-1] * corrections(features, model.bank.images)
         scores[torch.from_numpy(~mask[owner])] = -torch.inf
         best = [i for i in top_positions(scores, top).tolist() if scores[i] > -torch.inf]
         keys = self.metadata["key"]
         return [
-            FoundCaption(int(owner[i]), str(keys[int(owner[i])]), captions[i].as_py(), float(scores[i])) for i in best
+            FoundCaption(int(owner[i]), str(keys[int(owner[i])]), captions[i].as_py(), float(cosines[i])) for i in best
         ]
 
     def _caption_features(self, model: LiT, captions: pa.Array, size: int = 1024) -> Tensor:
@@ -283,29 +318,47 @@ class Index:
         mask: np.ndarray | None = None,
         exact: bool | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """For each of Q query features, the scores and the rows of the `top` nearest images, best first, on the CPU.
+        """For each of Q query features, the cosines and the rows of the `top` nearest images, best first, on the CPU.
 
-        Only images in `mask` [rows] are searched. Equal scores keep the order of the rows. Where the model is on a GPU,
+        Queries that are one dimension wider than the model's features (see `combine`) rank by corrected scores. Only
+        images in `mask` [rows] are searched. Equal scores keep the order of the rows. Where the model is on a GPU,
         images are compared there.
         """
         keep = self.there if mask is None else self.there & mask
         count = int(keep.sum())
         queries = send(queries.float(), scoring_device(model))
+        hubs = self.corrections(model) if isinstance(model, LiT) and queries.shape[1] > model.dim else None
         if self.cells is None or (count <= EXACT_ROWS if exact is None else exact):
-            return best_of(self._all(model, keep, len(queries)), queries, top)
+            return _cosines(*best_of(self._all(model, keep, len(queries), hubs), queries, top), queries, hubs)
         share = max(count, 1) / max(len(self), 1)
-        scores = queries @ self._centroid_features(model).T
+        centroids = self._centroid_features(model)
+        scores = queries[:, : centroids.shape[1]] @ centroids.T
         results = [
-            best_of(self._near(model, query, cells, keep, top, share), query[None], top)
+            best_of(self._near(model, query, cells, keep, top, share, hubs), query[None], top)
             for cells, query in zip(scores, queries, strict=True)
         ]
-        return [scores[0] for scores, _ in results], [rows[0] for _, rows in results]
+        return _cosines([scores[0] for scores, _ in results], [rows[0] for _, rows in results], queries, hubs)
 
-    def _all(self, model: Encoder, keep: np.ndarray, queries: int) -> Iterator[tuple[np.ndarray, Tensor]]:
-        features = self._cached_features(model)
+    def corrections(self, model: LiT) -> Float[Tensor, " rows"]:
+        """−r / 2 of every image under a run that has the hub correction on, where features are compared.
+
+        Those of each store are computed in the first search, and kept in its folder.
+        """
+        assert model.bank is not None
+        image_side = _image_side(model)
+        key = f"{scoring_device(model)} {image_side} {model.bank.digest}"
+        if key not in self._hubs:
+            parts = [image_corrections(store, model, model.bank, image_side) for store in self.stores]
+            self._hubs = {key: send(torch.from_numpy(np.concatenate(parts)), scoring_device(model))}
+        return self._hubs[key]
+
+    def _all(
+        self, model: Encoder, keep: np.ndarray, queries: int, hubs: Tensor | None
+    ) -> Iterator[tuple[np.ndarray, Tensor]]:
+        features = self._cached_features(model, hubs)
         for rows in blocks(np.flatnonzero(keep), self._block_rows(model, queries)):
             if features is None:
-                yield rows, self._map_rows(model, rows)
+                yield rows, self._map_rows(model, rows, hubs)
             elif rows[-1] - rows[0] + 1 == len(rows):  # without gaps, a slice needs no copy
                 yield rows, features[rows[0] : rows[-1] + 1]
             else:
@@ -315,36 +368,48 @@ class Index:
         width = self.store.width
         return block_rows(scoring_device(model), width, model.dim if isinstance(model, LiT) else width, queries)
 
-    def _map_rows(self, model: Encoder, rows: np.ndarray) -> Tensor:
-        """The mapped features of these rows, on the device where they are compared."""
+    def _map_rows(self, model: Encoder, rows: np.ndarray, hubs: Tensor | None) -> Tensor:
+        """The mapped features of these rows, with their corrections, on the device where they are compared."""
         on_gpu = scoring_device(model).type == "cuda"
-        return _map(model, self.features(rows, self.dtype if on_gpu else None))  # float16: half the bytes to send
+        raw = self.features(rows, self.dtype if on_gpu else None)  # float16: half the bytes to send
+        return _join(_map(model, raw), hubs, rows)
 
     def _near(
-        self, model: Encoder, query: Tensor, scores: Tensor, keep: np.ndarray, top: int, share: float
+        self,
+        model: Encoder,
+        query: Tensor,
+        scores: Tensor,
+        keep: np.ndarray,
+        top: int,
+        share: float,
+        hubs: Tensor | None,
     ) -> Iterator[tuple[np.ndarray, Tensor]]:
         """The images in the `probes` nearest cells; in more of them where a filter leaves few images."""
         assert self.cells is not None
-        order = scores.cpu().argsort(descending=True).numpy()
-        enough = np.searchsorted(np.cumsum(self.cells.count()[order]) * share, 4 * top) + 1
-        positions = self.cells.positions(order[: max(int(self.probes / share), int(enough))])
+        nearest = scores.cpu().argsort(descending=True).numpy()
+        enough = np.searchsorted(np.cumsum(self.cells.count()[nearest]) * share, 4 * top) + 1
+        positions = self.cells.positions(nearest[: max(int(self.probes / share), int(enough))])
         rows = self.cells.order[positions]
         positions, rows = positions[keep[rows]], rows[keep[rows]]
         on_gpu = query.device.type == "cuda"
         size = self._block_rows(model) if on_gpu else max(1, NEAR_BYTES // (4 * self.store.width))
         if self.codes is not None and len(rows) > (shortlist := 4 * top + 100):
-            codes = self.codes
-            estimates = [_map(model, codes.features(part)) @ query for part in blocks(positions, size)]
+            codes, order = self.codes, self.cells.order
+            estimates = [
+                _join(_map(model, codes.features(part)), hubs, order[part]) @ query for part in blocks(positions, size)
+            ]
             rows = rows[top_positions(torch.cat(estimates).cpu(), shortlist).numpy()]
         for block in blocks(np.sort(rows), size):
-            yield block, self._map_rows(model, block)
+            yield block, self._map_rows(model, block, hubs)
 
-    def _cached_features(self, model: Encoder) -> Tensor | None:
+    def _cached_features(self, model: Encoder, hubs: Tensor | None) -> Tensor | None:
         """The mapped features of all rows; None where they are too large to keep, or in a run's first search."""
         device = scoring_device(model)
         if not isinstance(model, LiT):
             return None
-        key = f"{device} {fingerprint(model, 'center', 'whitening', 'image_head.')}"
+        key = f"{device} {_image_side(model)}"
+        if hubs is not None and model.bank is not None:
+            key += f" {model.bank.digest}"
         if key in self._mapped:
             return self._mapped[key]
         most = CACHED_BYTES if device.type == "cpu" else SHARE * free_memory(device)
@@ -353,9 +418,9 @@ class Index:
         if key != self._last_run:
             self._last_run = key
             return None
-        features = torch.empty(self.rows, model.dim, device=device)
+        features = torch.empty(self.rows, model.dim + (hubs is not None), device=device)
         for rows in blocks(np.arange(self.rows), self._block_rows(model)):
-            features[rows[0] : rows[-1] + 1] = self._map_rows(model, rows)
+            features[rows[0] : rows[-1] + 1] = self._map_rows(model, rows, hubs)
         self._mapped = {key: features}
         return features
 
@@ -384,7 +449,8 @@ class Index:
         if self.cells is None:
             raise StoreError(f"{self.file} has no cells: build them first")
         _, expected = self.nearest(model, queries, top, exact=True)
-        scores = queries.to("cpu", torch.float32) @ self._centroid_features(model).cpu().T
+        centroids = self._centroid_features(model).cpu()
+        scores = queries.to("cpu", torch.float32)[:, : centroids.shape[1]] @ centroids.T
         ranks = []  # for each true neighbour, how many cells are nearer to the query than its own
         for rows, cell_scores in zip(expected, scores, strict=True):
             cell_ranks = cell_scores.argsort(descending=True).argsort()
@@ -436,7 +502,7 @@ class Index:
         return int(removed.sum())
 
     def _changed(self) -> None:
-        self._metadata, self._mapped, self._captions = None, {}, {}
+        self._metadata, self._mapped, self._captions, self._hubs = None, {}, {}, {}
 
     def save(self) -> Path:
         """Write cells, codes, added stores and removed images, atomically; codes go to their own file beside `file`.
@@ -501,14 +567,36 @@ def _check_count(name: str, value: int, least: int) -> None:
         raise DataError(f"{name} is {value}, it must be at least {least}")
 
 
-def combine(parts: Sequence[Float[Tensor, " D"]]) -> Float[Tensor, " D"]:
-    """The sum of weighted features, of length one. Raises `DataError` for no parts, or parts that sum to zero."""
+def combine(parts: Sequence[Float[Tensor, " D"]], corrected: float | None = None) -> Float[Tensor, " E"]:
+    """The sum of weighted features, of length one. Raises `DataError` for no parts, or parts that sum to zero.
+
+    With `corrected`, the weight of the part for which the hub correction is meant (0 without one), the query gets one
+    further dimension (E = D + 1, else D).
+    """
     if not parts:
         raise DataError("a query needs a text, an image or both")
     total = torch.stack(list(parts)).sum(0)
     if not total.norm() > 1e-6:
         raise DataError("the weighted text and image cancel each other out: change the weights")
-    return normalize(total[None])[0]
+    query = normalize(total[None])
+    return (query if corrected is None else as_queries(query, corrected / float(total.norm())))[0]
+
+
+def _join(features: Tensor, hubs: Tensor | None, rows: np.ndarray) -> Tensor:
+    """Features of these rows with their corrections, if there are any, as one further dimension."""
+    if hubs is None:
+        return features
+    return torch.cat([features, hubs[send(torch.from_numpy(rows), hubs.device)][:, None]], dim=1)
+
+
+def _cosines(
+    scores: list[Tensor], rows: list[Tensor], queries: Tensor, hubs: Tensor | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Scores without their corrections, and their rows."""
+    if hubs is None:
+        return scores, rows
+    shares, hubs = queries[:, -1].cpu(), hubs.cpu()
+    return [each - share * hubs[of] for each, share, of in zip(scores, shares, rows, strict=True)], rows
 
 
 def shared(expected: Sequence[Tensor], retrieved: Sequence[Tensor]) -> float:
@@ -527,6 +615,11 @@ def fingerprint(model: LiT, *prefixes: str) -> str:
         digest.update(name.encode())
         digest.update(value.numpy().data)
     return digest.hexdigest()
+
+
+def _image_side(model: LiT) -> str:
+    """The fingerprint of what maps the features of images."""
+    return fingerprint(model, "center", "whitening", "image_head.")
 
 
 def _map(model: Encoder, raw: np.ndarray) -> Tensor:

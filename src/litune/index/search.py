@@ -6,6 +6,7 @@ import os
 import unicodedata
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ from litune.config import SearchConfig, command
 from litune.files import check_file, write_json
 from litune.index.gallery import write_sheet
 from litune.index.index import EXACT_ROWS, Found, FoundCaption, Index
+from litune.model.hubs import as_queries
 from litune.model.lit import LiT
 from litune.model.run_folder import check_store, load
 from litune.progress import say
@@ -38,19 +40,20 @@ def search(config: SearchConfig) -> list[Found] | list[FoundCaption]:
     index = Index(store)
     say_changes(index)
     if config.index == "approximate" and index.cells is None:
-        build(index, model)
+        build(index, model, hub_correction=config.hub_correction)
     elif config.index == "approximate" and index.codes is None:
         index.save()  # of an older litune, or its codes were removed
     text = config.query if config.query.strip() else None
-    query = index.query(model, text, config.image, text_weight=config.text_weight, image_weight=config.image_weight)
+    names = ("text_weight", "image_weight", "top", "where", "hub_correction")
+    how: dict[str, Any] = {name: getattr(config, name) for name in names}
     matches: list[Found] | list[FoundCaption]
     if config.captions:
-        matches = index.search_captions(model, image=query, top=config.top, where=config.where)
+        matches = index.search_captions(model, text, config.image, **how)
     else:
         exact = None if config.index == "auto" else config.index == "exact"
         if exact is None and index.cells is None and len(index) > EXACT_ROWS:
             say(f"searching all {len(index):,} images; --index approximate makes an index, once, and is faster")
-        matches = index.search(model, image=query, top=config.top, where=config.where, exact=exact)
+        matches = index.search(model, text, config.image, **how, exact=exact)
     if not matches:
         say("nothing found" + (f": no image meets {' and '.join(config.where)}" if config.where else ""))
     title = " + ".join([*([text] if text else []), *([str(config.image)] if config.image else [])])
@@ -102,7 +105,7 @@ def say_changes(index: Index) -> None:
         say(f"{index.file} has no codes, so searches are slower: litune search with --index approximate writes them")
 
 
-def build(index: Index, model: LiT) -> None:
+def build(index: Index, model: LiT, *, hub_correction: bool = True) -> None:
     """Build and save an index, and calibrate its probes on the store's own captions, encoded by this run."""
     index.build()
     captions = index.metadata["captions"].combine_chunks().flatten()
@@ -110,6 +113,8 @@ def build(index: Index, model: LiT) -> None:
     picked = np.unique(np.linspace(0, count - 1, CALIBRATED_ON).astype(int))
     if len(captions):
         queries = model.encode_text(captions.take(pa.array(picked)).to_pylist())
+        if hub_correction and model.bank is not None:
+            queries = as_queries(queries)
     else:
         queries = model.encode_features(index.features(picked))
     recall = index.calibrate(model, queries)

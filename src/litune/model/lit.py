@@ -17,6 +17,7 @@ from litune.devices import send
 from litune.errors import DataError, TowerError
 from litune.image.pictures import open_rgb
 from litune.image.registry import ImageTower
+from litune.model.hubs import Bank
 from litune.pairs.reference import read_bytes
 from litune.prompts import read_templates, write_prompts
 from litune.text.packing import Packed
@@ -67,6 +68,8 @@ class LiT(nn.Module):
         self.find_image_tower: Callable[[], ImageTower] | None = None
         self.origin: dict[str, Any] | None = None
         """Of an imported model, what its file has beside the weights, to be written back as it was."""
+        self.bank: Bank | None = None
+        """Of a run that ranks with the hub correction, the bank by which hubs are told (see `litune.model.hubs`)."""
 
     @property
     def scale(self) -> Float[Tensor, ""]:

@@ -6,6 +6,7 @@
     tokenizer.json      the tokenizer (and pieces.model, where it was made from one)
     metrics.jsonl       one JSON object per logged step and per evaluation
     README.md           the model card
+    bank.safetensors    features of tuning captions and images, float16, by which hubs are told (see litune.model.hubs)
     state.safetensors   weights, optimizer moments and step while tuning goes on; gone when it is done
     state-STEP/         the same with --shard, each rank's part in files of its own (see litune.sharding)
     best/               a run folder of its own: the model as it was best on the held-out pairs
@@ -38,6 +39,7 @@ from litune.image.registry import (
     with_random_weights,
 )
 from litune.model.heads import make_head
+from litune.model.hubs import Bank
 from litune.model.lit import LiT
 from litune.sharding import is_shared, own_part, whole_tensor
 from litune.text.registry import TextTower, build_text_tower
@@ -47,7 +49,7 @@ from litune.towers.locking import lock
 
 FORMAT = 1
 MANIFEST, CONFIG, MODEL, TOKENIZER = "manifest.json", "config.json", "model.safetensors", "tokenizer.json"
-METRICS, STATE = "metrics.jsonl", "state.safetensors"
+METRICS, STATE, BANK = "metrics.jsonl", "state.safetensors", "bank.safetensors"
 
 
 def model_state(model: LiT) -> dict[str, Tensor]:
@@ -128,6 +130,19 @@ def save_model(folder: Path, model: LiT, manifest: dict[str, Any]) -> None:
     write_json(folder / MANIFEST, {"format": FORMAT, **manifest, "model": describe_model(model)})
 
 
+def save_bank(folder: Path, bank: Bank) -> None:
+    """Write the bank by which a run tells hubs; its manifest says whether it ranks with it."""
+    save_tensors(folder / BANK, {"images": bank.images, "texts": bank.texts}, {"format": FORMAT})
+
+
+def _bank_in_use(folder: Path) -> Bank | None:
+    """A run's bank, where its manifest says that it ranks with it."""
+    if not read_json(folder / MANIFEST, RunError).get("hub_correction", {}).get("on"):
+        return None
+    tensors, _ = load_tensors(folder / BANK)
+    return Bank(tensors["texts"], tensors["images"])
+
+
 def describe_model(model: LiT) -> dict[str, Any]:
     """What is needed to build the model again, without weights."""
     return {
@@ -167,6 +182,7 @@ def load(run: Path | str, *, image_tower: str | None = None, device: str = "auto
     if model.image_tuned and image_tower is not None:
         raise TowerError(f"{folder} has trained its own image tower: leave out --image-tower")
     model.find_image_tower = image_tower_finder(model, image_tower)
+    model.bank = _bank_in_use(folder)
     return model.eval().to(pick_device(device))
 
 

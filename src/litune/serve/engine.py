@@ -65,6 +65,7 @@ class Engine:
         # Threads of their own: were pictures decoded in any thread, each would keep some of the memory that it took.
         self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
         self.scale = float(model.scale.detach())
+        self.corrects_hubs = model.bank is not None and config.hub_correction
         if index is not None:
             self.rows = np.flatnonzero(index.there)
             self.metadata = index.metadata
@@ -230,7 +231,8 @@ class Engine:
         if request.image is not None:
             parts.append(request.image_weight * (await self.images([request.image]))[0])
         try:
-            query = combine(parts)
+            text_weight = 0.0 if request.text is None else request.text_weight
+            query = combine(parts, text_weight if self.corrects_hubs else None)
         except DataError as why:
             raise Problem(422, str(why), "the query", "send other weights, or one of both") from None
         mask = await self._mask(tuple(request.where)) if request.where else None

@@ -46,6 +46,8 @@ def serve(config: ServeConfig) -> None:
             torch.set_num_threads(config.threads)
         model = load(config.run, image_tower=config.image_tower, device=config.device)
         index = None if config.images is None else open_images(config.run, config.images, model, config.index)
+        if index is not None and model.bank is not None and config.hub_correction:
+            index.corrections(model)  # so that the first search need not wait
         engine = Engine(model, index, config, Path(config.run).resolve().name, describe(config.run, model))
         app = make_app(engine, known_hosts(config))
         make_server(app, config.body_seconds, partial(announce, config, index, sock.getsockname()[1])).run([sock])

@@ -6,8 +6,8 @@ import dataclasses
 import time
 from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from litune import distributed
 from litune.config import FitConfig, TuneConfig, command
@@ -15,12 +15,14 @@ from litune.devices import pick_bfloat16, pick_device
 from litune.evaluation.retrieval import retrieval
 from litune.model.build import make_model, make_tokenizer, started_from, text_spec
 from litune.model.card import write_card
+from litune.model.hubs import Bank
 from litune.model.lit import LiT
 from litune.model.run_folder import load, save_model
 from litune.progress import say
 from litune.store.selection import Selection, check_one_tower, choose_mixture
 from litune.store.store import FeatureStore, library_versions
-from litune.tuning.held_out import EVALUATE_MOST
+from litune.tuning.held_out import held_out_part
+from litune.tuning.hubs import MOST, draw, keep_bank
 from litune.tuning.output import can_go_on, prepare_run
 from litune.tuning.start import HeldOutPairs, Options, start_heads, text_vectors
 from litune.tuning.state import describe_pairs
@@ -51,8 +53,9 @@ def fit(config: FitConfig) -> LiT:
         held_out = evaluate(model, val, settings) if val else None
         if not goes_on:
             prepare_run(settings)
+        hubs = keep_fitted_bank(model, train, val, settings)
         seconds = time.monotonic() - began
-        save_model(config.out, model, manifest(settings, model, train, val, facts, held_out, seconds))
+        save_model(config.out, model, manifest(settings, model, train, val, facts, held_out, seconds) | hubs)
         write_card(config.out)
     recall = f" · held-out T→I R@10 {held_out['text_to_image']['recall@10']:.1%}" if held_out else ""
     say(
@@ -77,13 +80,27 @@ def tune_settings(config: FitConfig) -> TuneConfig:
 
 def evaluate(model: LiT, val: Selection, settings: TuneConfig) -> dict[str, Any]:
     """Retrieval on the held-out pairs (at most 1,000 images), by the texts' kept vectors."""
-    if len(val) > EVALUATE_MOST:
-        val = val.subset(np.linspace(0, len(val) - 1, EVALUATE_MOST).round().astype(int))
-    vectors = text_vectors(model, val, pick_bfloat16(settings.precision, model.logit_scale.device))
-    pairs = HeldOutPairs.of(vectors.blocks())
+    return retrieval(*features_of(model, held_out_part(val), settings))
+
+
+def features_of(model: LiT, pairs: Selection, settings: TuneConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Features of images and of their captions, by the texts' kept vectors, and the image of each caption."""
+    vectors = text_vectors(model, pairs, pick_bfloat16(settings.precision, model.logit_scale.device))
+    both = HeldOutPairs.of(vectors.blocks())
     with torch.no_grad():
-        texts = model.features_of_texts(torch.from_numpy(pairs.texts).to(model.logit_scale.device)).cpu()
-    return retrieval(model.encode_features(pairs.images), texts, torch.from_numpy(pairs.owner))
+        texts = model.features_of_texts(torch.from_numpy(both.texts).to(model.logit_scale.device)).cpu()
+    return model.encode_features(both.images), texts, torch.from_numpy(both.owner)
+
+
+def keep_fitted_bank(model: LiT, train: Selection, val: Selection | None, settings: TuneConfig) -> dict[str, Any]:
+    """`keep_bank` of a fit; nothing where there is too little to decide on."""
+    drawn = draw(train, MOST, settings.seed) if val else None
+    if val is None or drawn is None:
+        return {}
+    pairs, numbers = drawn
+    images, texts, _ = features_of(model, pairs, settings)
+    bank = Bank.of(texts[torch.from_numpy(numbers)], images)
+    return keep_bank(settings.out, bank, features_of(model, held_out_part(val), settings))
 
 
 def manifest(

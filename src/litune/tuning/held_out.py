@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,13 @@ from litune.tuning.inputs import image_ids
 from litune.tuning.pixels import PixelLoader
 
 EVALUATE_MOST = 1000
+
+
+def held_out_part(val: Selection) -> Selection:
+    """Those of the held-out images that are evaluated: 1,000 at most, from everywhere."""
+    if len(val) <= EVALUATE_MOST:
+        return val
+    return val.subset(np.linspace(0, len(val) - 1, EVALUATE_MOST).round().astype(int))
 
 
 class HeldOut:
@@ -41,14 +47,25 @@ class HeldOut:
 
     def __call__(self, val: Selection) -> dict[str, Any]:
         """Recalls of the held-out pairs, both ways."""
-        if len(val) > EVALUATE_MOST:
-            val = val.subset(np.linspace(0, len(val) - 1, EVALUATE_MOST).round().astype(int))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            texts = self.model.encode_text(val.captions)
-        return distributed.from_main(partial(self._recalls, val, texts)) if self.shared else self._recalls(val, texts)
+        texts = self.texts(held_out_part(val).captions)
+        return self.on_main(lambda: retrieval(*self.pairs(val, texts)))
 
-    def _recalls(self, val: Selection, texts: Tensor) -> dict[str, Any]:
-        images, kept = self._images(val)
+    def texts(self, captions: list[str]) -> Tensor:
+        """Features of captions, in tuning's own precision; where ranks share the text tower, all call this."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            return self.model.encode_text(captions)
+
+    def on_main(self, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What rank 0 finds, where all ranks are here; else what this one does."""
+        return distributed.from_main(function) if self.shared else function()
+
+    def pairs(self, val: Selection, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features of the images in `held_out_part(val)` and of their captions, and the image of each caption.
+
+        `texts` are the features of all its captions; those of an image that can't be read are left out.
+        """
+        val = held_out_part(val)
+        images, kept = self.images(val)
         # An image that several stores hold out is one image: it would tie with itself.
         first = image_ids(val) if len(val.sources) > 1 else None
         if first is not None:
@@ -58,10 +75,10 @@ class HeldOut:
         owner[kept] = np.arange(len(kept))
         owner = owner if first is None else owner[first]
         there = owner[val.owner] >= 0
-        return retrieval(images, texts[torch.from_numpy(there)], torch.from_numpy(owner[val.owner][there]))
+        return images, texts[torch.from_numpy(there)], torch.from_numpy(owner[val.owner][there])
 
-    def _images(self, val: Selection) -> tuple[Tensor, np.ndarray]:
-        """Features of the held-out images, and the positions of those that could be read."""
+    def images(self, val: Selection) -> tuple[Tensor, np.ndarray]:
+        """Features of images, and the positions of those that could be read."""
         if not self.model.image_tuned:
             return self.model.encode_features(val.features()), np.arange(len(val))
         tower = self.model.image

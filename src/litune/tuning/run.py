@@ -29,6 +29,7 @@ from litune.store.selection import Selection, source_names
 from litune.towers.locking import train_unlocked
 from litune.tuning.batching import evaluation_steps, make_batches
 from litune.tuning.held_out import HeldOut
+from litune.tuning.hubs import tuned_bank
 from litune.tuning.inputs import Inputs, Micro, Preparation, on_device
 from litune.tuning.interrupt import after_the_step
 from litune.tuning.log import OnLog, RunLog, board_writer
@@ -296,10 +297,11 @@ class Tuning:
     def evaluate(self) -> dict[str, Any]:
         """Retrieval on the held-out pairs (at most 1,000 images), in tuning's own precision."""
         assert self.val is not None
-        self.last_evaluation = self._held_out()(self.val)
+        self.last_evaluation = self.held_out()(self.val)
         return self.last_evaluation
 
-    def _held_out(self) -> HeldOut:
+    def held_out(self) -> HeldOut:
+        """What evaluates the model as it is now."""
         return HeldOut(
             self.model,
             self.device,
@@ -316,7 +318,7 @@ class Tuning:
         if len(self.sources) == 1:
             return {}
         places = {one.store.path: name for name, one in zip(self.sources, self.train.sources, strict=True)}
-        found = {places[one.store.path]: {"val": self._held_out()(one)} for one in self.val.sources}
+        found = {places[one.store.path]: {"val": self.held_out()(one)} for one in self.val.sources}
         recalls = {name: one["val"]["text_to_image"]["recall@10"] for name, one in found.items()}
         say(
             f"step {self.progress.step:,}{self._recall_note()}: "
@@ -352,7 +354,7 @@ class Tuning:
         self.check()
         self.model.eval()
         if self.takes_part:
-            save_model(self.config.out, self.model, manifest(self))
+            save_model(self.config.out, self.model, manifest(self) | tuned_bank(self))
         if distributed.is_main():
             (self.config.out / STATE).unlink(missing_ok=True)
             drop_states(self.config.out)
