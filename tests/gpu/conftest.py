@@ -30,7 +30,7 @@ class World:
         """A run of three steps in float32 without dropout."""
         usual = {
             "duration": "3steps", "batch_size": 6, "learning_rate": 3e-3, "warmup": "1steps", "evaluations": 1,
-            "precision": "float32", "dropout": 0.0, "lang": ("en",),
+            "precision": "float32", "dropout": 0.0, "feature_dropout": 0.0, "lang": ("en",),
         }  # fmt: skip
         name = text_tower if isinstance(text_tower, str) else f"hf:{text_tower}"
         return TuneConfig(store=self.store, text_tower=name, out=out, **(usual | settings))  # type: ignore[arg-type]

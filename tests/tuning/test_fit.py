@@ -120,9 +120,10 @@ def test_tuning_starts_where_a_fit_ends(tune_config: TuneConfig, tmp_path: Path)
     assert torch.allclose(tuned.encode_text(texts), fitted.encode_text(texts), atol=1e-4)
 
 
-def test_tuning_adds_to_the_fit(tune_config: TuneConfig) -> None:
+def test_tuning_adds_to_the_fit(tune_config: TuneConfig, capsys: pytest.CaptureFixture[str]) -> None:
     config = dataclasses.replace(tune_config, start="fit", duration="240pairs", learning_rate=1e-3)
     tune.run(config)
+    assert "18 images are few: `litune fit` alone is about as good" in capsys.readouterr().err
     lines = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert np.mean(losses[-5:]) < np.mean(losses[:5])

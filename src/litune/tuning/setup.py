@@ -36,6 +36,8 @@ from litune.tuning.start import text_vectors
 if TYPE_CHECKING:
     from litune.tuning.run import Tuning
 
+FEW = 1000
+"""Images below which tuning adds nothing to the fit that it starts from (docs/fit.md has the table)."""
 SAMPLE = 10_000
 """The captions whose lengths stand for all, where they are not tokenised before the first step."""
 
@@ -146,6 +148,8 @@ def announce(run: Tuning) -> None:
     if model.image_tuned:
         assert model.image is not None
         say(f"training the image tower {model.image.spec} from pictures")
+    if run.fit_settings is not None and len(train) < FEW:
+        say(f"{len(train):,} images are few: `litune fit` alone is about as good, in seconds")
     if run.size < config.batch_size:
         say(f"batches are of {run.size:,} pairs, not {config.batch_size:,}: an image is in a batch once")
     if len(run.sources) > 1:
