@@ -17,7 +17,7 @@ SHARD = 8192
 def read_captions(table: Path | None, split: list[str], lang: list[str]) -> list[str]:
     """All captions of a table as litune reads them, or the emoji's names."""
     if table is not None:
-        pairs = read_pairs(table, images=table.parent, split=split, lang=lang)
+        pairs = read_pairs(table, images="memory://", split=split, lang=lang)  # pictures elsewhere are not looked for
         return [caption for captions in pairs.table["captions"].to_pylist() for caption in captions]
     return [one.name for one in find_emoji()]
 

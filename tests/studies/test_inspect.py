@@ -44,7 +44,7 @@ def test_store_run_and_pair(
     known = litune.inspect(str(run))
     assert known["kind"] == "run"
     assert known["locked"] == ["image tower"]
-    assert known["parts"]["image head"] == 49 * 32  # to the narrower tower's width, with a bias
+    assert known["parts"]["image head"] == 49 * 17  # to one dimension less than images, with a bias
     assert known["last"]["step"] == 2
     file = tmp_path / "pair.json"
     main(["inspect", str(store.path), "--text-tower", f"hf:{tiny_bert}", "--images", "1000", "--json", str(file)])
