@@ -287,6 +287,9 @@ def test_cmyk_palette_and_depths() -> None:
         assert np.abs(np.asarray(open_rgb(data)).astype(int) - (220, 30, 30)).max() <= most
     deep = np.array([[0, 32768, 65535, 70000, -5]], np.int32)
     assert np.asarray(open_rgb(encoded(Image.fromarray(deep), "TIFF")))[0, :, 0].tolist() == [0, 119, 239, 255, 0]
+    ramp = np.linspace(0, 2**32 - 1, 256).astype(np.uint32)[None].repeat(2, axis=0)  # which Pillow declares as signed
+    unsigned = np.asarray(open_rgb(encoded(Image.fromarray(ramp.view(np.int32)), "TIFF")))
+    assert unsigned[0, :, 0].tolist() == list(range(256))
     clear = Image.new("P", (4, 4), 0)
     clear.putpalette([255, 0, 0] * 256)
     assert open_rgb(encoded(clear, "PNG", transparency=0)).getpixel((0, 0)) == (255, 255, 255)
