@@ -172,6 +172,8 @@ def _show(figures: dict[str, Any], out: Path) -> None:
     for way, name in (("text_to_image", "text → image"), ("image_to_text", "image → text")):
         table.add_row(name, *(f"{retrieval[way][f'recall@{k}']:.1%}" for k in (1, 5, 10)))
         table.add_row("  chance", *(f"{retrieval['chance'][way][f'recall@{k}']:.1%}" for k in (1, 5, 10)), style="dim")
+        if corrected := retrieval.get("hubs_corrected"):
+            table.add_row("  hubs corrected", *(f"{corrected[way][f'recall@{k}']:.1%}" for k in (1, 5, 10)))
     console.print(table)
 
     stages = Table(title=f"the way, {duration(figures['seconds'])} in all")

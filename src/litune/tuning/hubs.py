@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LEAST, MOST = 1000, 10_000
 """Captions of a bank: fewer gain nothing, more little."""
 SHARE = 0.1
-"""A bank has at most this share of the pairs seen: encoding it takes little of a run's time."""
+"""Above `LEAST`, a bank has at most this share of the pairs seen: encoding it takes little of a run's time."""
 WAYS = {"T→I": "text_to_image", "I→T": "image_to_text"}
 
 Pairs = tuple[Float[Tensor, "B D"], Float[Tensor, "N D"], Int[Tensor, " N"]]
@@ -69,7 +69,7 @@ def keep_bank(folder: Path, bank: Bank, held_out: Pairs) -> dict[str, Any]:
 def tuned_bank(run: Tuning) -> dict[str, Any]:
     """`keep_bank` of a run of tuning that has taken its last step; nothing where there is too little to decide on."""
     seen = run.progress.step * run.size
-    drawn = draw(run.train, min(MOST, int(SHARE * seen)), run.config.seed) if run.val else None
+    drawn = draw(run.train, min(MOST, max(LEAST, int(SHARE * seen))), run.config.seed) if run.val else None
     if drawn is None:
         return {}
     assert run.val is not None
