@@ -25,7 +25,7 @@ def test_micro_batches_that_fit(
     world: World, tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With less memory than one pass takes: smaller micro-batches, and the same losses."""
-    config = world.config(tmp_path / "roomy", tiny_bert, batch_size=18, evaluations=0, device="cuda")
+    config = world.config(tmp_path / "roomy", tiny_bert, start="random", batch_size=18, evaluations=0, device="cuda")
     with pretend() as roomy:
         tune.run(config)
     capsys.readouterr()

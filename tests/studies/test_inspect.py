@@ -47,11 +47,11 @@ def test_store_run_and_pair(
     assert known["parts"]["image head"] == 49 * 17  # to one dimension less than images, with a bias
     assert known["last"]["step"] == 2
     file = tmp_path / "pair.json"
-    main(["inspect", str(store.path), "--text-tower", f"hf:{tiny_bert}", "--images", "1000", "--json", str(file)])
+    main(["inspect", str(store.path), "--text-tower", f"hf:{tiny_bert}", "--images", "18", "--json", str(file)])
     tuning = json.loads(file.read_text())["tuning"]
     # The run's parameters: the tower, the heads and the temperature.
     assert tuning["tuned_parameters"] == known["parameters"]
-    assert tuning["bytes_stored"] == 1000 * 2 * store.width
+    assert tuning["bytes_stored"] == 18 * 2 * store.width
     assert tuning["bytes_of_weights_gradients_and_moments"] == 16 * known["parameters"]
     assert "tuned parameters" in capsys.readouterr().out
     with pytest.raises(OutputExistsError, match=r"pair\.json exists: choose another --json"):

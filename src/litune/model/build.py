@@ -195,7 +195,7 @@ def make_model(
     own_space = config.locked and not fitted
     image_head = ("none" if own_space else "linear") if config.image_head == "auto" else config.image_head
     if fitted and image_head == "linear" and config.dim is None:
-        dim = max(1, min(image_width, text.width, len(train) - 1))  # the directions that so many images can have
+        dim = fitted_dim(image_width, text.width, len(train))
     else:
         dim = shared_dim(config, image_head, image_width, text.width)
     image_map = config.image_map if config.locked else "none"
@@ -286,6 +286,11 @@ def shared_dim(config: TuneConfig, image_head: str, image_width: int, text_width
             "give one side a head"
         )
     return config.dim or next(iter(fixed.values()), image_width)
+
+
+def fitted_dim(image_width: int, text_width: int, images: int) -> int:
+    """The shared dimension of heads that begin with a fit: the directions that so many images can have."""
+    return max(1, min(image_width, text_width, images - 1))
 
 
 def unlocked_tower(store: Store, config: TuneConfig) -> ImageTower:

@@ -16,7 +16,7 @@ from litune.errors import DataError, TowerError
 from litune.files import check_file, write_json
 from litune.image.registry import ImageTower
 from litune.interop.official import Checkpoint
-from litune.model.build import starts_fitted
+from litune.model.build import fitted_dim, starts_fitted
 from litune.model.heads import make_head
 from litune.model.lit import LiT
 from litune.model.run_folder import MANIFEST as RUN_MANIFEST
@@ -219,7 +219,7 @@ def _plan(facts: dict[str, Any], text: TextTower, config: InspectConfig) -> dict
     images = config.images or facts.get("images")
     assert config.text_tower is not None
     fitted = starts_fitted(TuneConfig(Path(), config.text_tower, Path()), parse_text_spec(config.text_tower))
-    dim = min(width, text.width) if fitted else width
+    dim = fitted_dim(width, text.width, images or width + 1) if fitted else width
     heads = [make_head("linear", text.width, dim), make_head("linear" if fitted else "none", width, dim)]
     tuned = sum(p.numel() for part in (text, *heads) for p in part.parameters()) + 1
     features = 4 * dim * config.batch_size
