@@ -23,7 +23,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from litune.config import TuneConfig
+from litune.errors import RunError
 from litune.evaluation.retrieval import retrieval
+from litune.files import read_json
 from litune.image.pictures import ImageTransform, open_rgb
 from litune.image.registry import load_image_tower
 from litune.pairs.reference import read_bytes
@@ -73,19 +75,14 @@ def without_texts(store: Path, folder: Path) -> Path:
 
 def fit_curve(options: argparse.Namespace, store: Path, folder: Path) -> Curve:
     """`litune fit`, every text encoded for it."""
-    evaluate, clock = fitting.evaluate, Clock()
-    found: list[dict[str, Any]] = []
-
-    def noted(*args: Any) -> dict[str, Any]:
-        found.append(evaluate(*args))
-        return found[0]
-
-    fitting.evaluate = clock.leaving_out(noted)
+    features_of, clock = fitting.features_of, Clock()
+    fitting.features_of = clock.leaving_out(features_of)
     try:
         fitting.fit(store, options.text_tower, folder / "fit", lang=tuple(options.lang), device="cpu")
     finally:
-        fitting.evaluate = evaluate
-    return [(clock(), found[0]["text_to_image"]["recall@10"])]
+        fitting.features_of = features_of
+    seconds, manifest = clock(), read_json(folder / "fit" / "manifest.json", RunError)
+    return [(seconds, manifest["held_out"]["text_to_image"]["recall@10"])]
 
 
 def tune_curve(options: argparse.Namespace, store: Path, folder: Path) -> Curve:

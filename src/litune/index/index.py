@@ -407,9 +407,8 @@ class Index:
         device = scoring_device(model)
         if not isinstance(model, LiT):
             return None
-        key = f"{device} {_image_side(model)}"
-        if hubs is not None and model.bank is not None:
-            key += f" {model.bank.digest}"
+        # The key of corrections names the run as well; what maps the features is hashed once a search.
+        key = next((key for key, own in self._hubs.items() if own is hubs), None) or f"{device} {_image_side(model)}"
         if key in self._mapped:
             return self._mapped[key]
         most = CACHED_BYTES if device.type == "cpu" else SHARE * free_memory(device)
@@ -595,8 +594,9 @@ def _cosines(
     """Scores without their corrections, and their rows."""
     if hubs is None:
         return scores, rows
-    shares, hubs = queries[:, -1].cpu(), hubs.cpu()
-    return [each - share * hubs[of] for each, share, of in zip(scores, shares, rows, strict=True)], rows
+    shares = queries[:, -1].cpu()
+    own = [hubs[send(of, hubs.device)].cpu() for of in rows]
+    return [each - share * part for each, share, part in zip(scores, shares, own, strict=True)], rows
 
 
 def shared(expected: Sequence[Tensor], retrieved: Sequence[Tensor]) -> float:

@@ -41,6 +41,7 @@ from litune.studies.compare import grid
 from litune.studies.sampled import embed_samples
 from litune.text.registry import USE_M3, TextSpec, TextTower, make_text_tower, parse_text_spec
 from litune.text.tokenizers import Tokenizer
+from litune.text.vectors import encode_texts
 from litune.towers.locking import train_unlocked
 from litune.tuning.batching import default_duration
 from litune.tuning.closed_form import Moments, Sums, cca
@@ -62,7 +63,6 @@ HEADLINE = "neighbours"
 FITTED = "fit recall@10"
 """What features of one tower are compared by: what litune fit would reach on the sample."""
 LEAST = 2 * NEIGHBOURS
-BATCH = 256
 MEASURE_SECONDS = 3.0
 MEASURE_IMAGES = 2048
 
@@ -142,22 +142,15 @@ class Texts:
         self.tower, self.tokenizer = tower, tokenizer
         self.known: dict[str, Tensor] = {}
 
-    @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """Raw vectors [N, W] of N captions."""
         device = next((p.device for p in self.tower.parameters()), torch.device("cpu"))
-        new = sorted((caption for caption in dict.fromkeys(captions) if caption not in self.known), key=len)
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self.known]
         if new:
-            vectors = []
+            tokens, bfloat16 = self.tokenizer(new), pick_bfloat16("auto", device)
             with track("encoding", "captions", len(new)) as task:
-                for start in range(0, len(new), BATCH):
-                    part = new[start : start + BATCH]
-                    bfloat16 = pick_bfloat16("auto", device)
-                    packed = self.tower.pack(self.tokenizer(part), device, bfloat16=bfloat16)
-                    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                        vectors.append(self.tower(packed.to(device)).float())
-                    task.advance(len(part))
-            self.known |= dict(zip(new, torch.cat(vectors).cpu(), strict=True))
+                vectors = encode_texts(self.tower, tokens, device, bfloat16=bfloat16, advance=task.advance)
+            self.known |= dict(zip(new, vectors, strict=True))
         return torch.stack([self.known[caption] for caption in captions])
 
 

@@ -6,30 +6,34 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
+
+from litune.text.registry import TextTower
+from litune.text.tokenizers import Tokens
 
 BATCH = 512
 
 
-def encode_by_length(
-    lengths: Int[np.ndarray, " U"],
-    encode: Callable[[np.ndarray], Tensor],
+@torch.no_grad()
+def encode_texts(
+    tower: TextTower,
+    tokens: Tokens,
+    device: torch.device,
+    *,
+    bfloat16: bool,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Float[Tensor, "U W"]:
-    """The float32 vectors of U texts, on the CPU, without gradients; texts of similar length share a batch.
+    """The tower's raw float32 vectors of U tokenised texts, on the CPU; texts of similar length share a batch.
 
-    `lengths` are their token counts; `encode` gives the vectors [n, W] of n texts, given their numbers; `advance` is
-    told of each batch how many it had.
+    `advance` is told of each batch how many it had.
     """
-    order = np.argsort(lengths, kind="stable")
-    vectors = torch.empty(0)
-    with torch.no_grad():
-        for begin in range(0, len(order), BATCH):
-            rows = order[begin : begin + BATCH]
-            part = encode(rows).float().cpu()
-            if begin == 0:
-                vectors = part.new_empty(len(order), part.shape[1])
-            vectors[torch.from_numpy(rows)] = part
-            advance(len(rows))
+    order = np.argsort(tokens.lengths, kind="stable")
+    vectors = torch.empty(len(order), tower.width)
+    for begin in range(0, len(order), BATCH):
+        rows = order[begin : begin + BATCH]
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            part = tower(tower.pack(tokens.take(rows), device, bfloat16=bfloat16).to(device))
+        vectors[torch.from_numpy(rows)] = part.float().cpu()
+        advance(len(rows))
     return vectors

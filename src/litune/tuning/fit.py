@@ -7,7 +7,6 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from litune import distributed
 from litune.config import FitConfig, TuneConfig, command
@@ -22,7 +21,7 @@ from litune.progress import say
 from litune.store.selection import Selection, check_one_tower, choose_mixture
 from litune.store.store import FeatureStore, library_versions
 from litune.tuning.held_out import held_out_part
-from litune.tuning.hubs import MOST, draw, keep_bank
+from litune.tuning.hubs import MOST, Pairs, draw, keep_bank
 from litune.tuning.output import can_go_on, prepare_run
 from litune.tuning.start import HeldOutPairs, Options, start_heads, text_vectors
 from litune.tuning.state import describe_pairs
@@ -50,10 +49,11 @@ def fit(config: FitConfig) -> LiT:
         model = make_model(train, spec, tokenizer, settings, start, device).to(device)
         options = Options(config.method, config.image_shrinkage, config.text_shrinkage)
         facts = start_heads(model, train, settings, options)
-        held_out = evaluate(model, val, settings) if val else None
+        of_val = features_of(model, held_out_part(val), settings) if val else None
+        held_out = retrieval(*of_val) if of_val else None
         if not goes_on:
             prepare_run(settings)
-        hubs = keep_fitted_bank(model, train, val, settings)
+        hubs = keep_fitted_bank(model, train, of_val, settings)
         seconds = time.monotonic() - began
         save_model(config.out, model, manifest(settings, model, train, val, facts, held_out, seconds) | hubs)
         write_card(config.out)
@@ -78,12 +78,7 @@ def tune_settings(config: FitConfig) -> TuneConfig:
     )
 
 
-def evaluate(model: LiT, val: Selection, settings: TuneConfig) -> dict[str, Any]:
-    """Retrieval on the held-out pairs (at most 1,000 images), by the texts' kept vectors."""
-    return retrieval(*features_of(model, held_out_part(val), settings))
-
-
-def features_of(model: LiT, pairs: Selection, settings: TuneConfig) -> tuple[Tensor, Tensor, Tensor]:
+def features_of(model: LiT, pairs: Selection, settings: TuneConfig) -> Pairs:
     """Features of images and of their captions, by the texts' kept vectors, and the image of each caption."""
     vectors = text_vectors(model, pairs, pick_bfloat16(settings.precision, model.logit_scale.device))
     both = HeldOutPairs.of(vectors.blocks())
@@ -92,15 +87,15 @@ def features_of(model: LiT, pairs: Selection, settings: TuneConfig) -> tuple[Ten
     return model.encode_features(both.images), texts, torch.from_numpy(both.owner)
 
 
-def keep_fitted_bank(model: LiT, train: Selection, val: Selection | None, settings: TuneConfig) -> dict[str, Any]:
+def keep_fitted_bank(model: LiT, train: Selection, of_val: Pairs | None, settings: TuneConfig) -> dict[str, Any]:
     """`keep_bank` of a fit; nothing where there is too little to decide on."""
-    drawn = draw(train, MOST, settings.seed) if val else None
-    if val is None or drawn is None:
+    drawn = draw(train, MOST, settings.seed) if of_val else None
+    if of_val is None or drawn is None:
         return {}
     pairs, numbers = drawn
     images, texts, _ = features_of(model, pairs, settings)
     bank = Bank.of(texts[torch.from_numpy(numbers)], images)
-    return keep_bank(settings.out, bank, features_of(model, held_out_part(val), settings))
+    return keep_bank(settings.out, bank, of_val)
 
 
 def manifest(

@@ -45,9 +45,9 @@ class HeldOut:
         self.bfloat16, self.image_bfloat16, self.image_micro = bfloat16, image_bfloat16, image_micro
         self.shared = shared
 
-    def __call__(self, val: Selection) -> dict[str, Any]:
-        """Recalls of the held-out pairs, both ways."""
-        texts = self.texts(held_out_part(val).captions)
+    def __call__(self, val: Selection, texts: Tensor | None = None) -> dict[str, Any]:
+        """Recalls of the held-out pairs, both ways; `texts`: the features of their captions, where they are known."""
+        texts = self.texts(held_out_part(val).captions) if texts is None else texts
         return self.on_main(lambda: retrieval(*self.pairs(val, texts)))
 
     def texts(self, captions: list[str]) -> Tensor:

@@ -76,7 +76,7 @@ def tuned_bank(run: Tuning) -> dict[str, Any]:
     images, numbers = drawn
     held_out, val = run.held_out(), run.val
     texts = held_out.texts(images.take_captions(numbers).to_pylist())
-    of_val = held_out.texts(held_out_part(val).captions)
+    of_val = held_out.texts(held_out_part(val).captions) if run.val_texts is None else run.val_texts
 
     def decide() -> dict[str, Any]:
         bank = Bank.of(texts, held_out.images(images)[0])

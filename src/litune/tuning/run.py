@@ -28,7 +28,7 @@ from litune.sharding import drop_states, is_shared
 from litune.store.selection import Selection, source_names
 from litune.towers.locking import train_unlocked
 from litune.tuning.batching import evaluation_steps, make_batches
-from litune.tuning.held_out import HeldOut
+from litune.tuning.held_out import HeldOut, held_out_part
 from litune.tuning.hubs import tuned_bank
 from litune.tuning.inputs import Inputs, Micro, Preparation, on_device
 from litune.tuning.interrupt import after_the_step
@@ -127,6 +127,8 @@ class Tuning:
         self.progress = Progress()
         self.skipped_in_a_row = 0
         self.last_evaluation: dict[str, Any] | None = None
+        self.val_texts: torch.Tensor | None = None
+        """Features of the held-out captions at the last evaluation, which follows the last step where there is any."""
 
     @property
     def takes_part(self) -> bool:
@@ -297,7 +299,9 @@ class Tuning:
     def evaluate(self) -> dict[str, Any]:
         """Retrieval on the held-out pairs (at most 1,000 images), in tuning's own precision."""
         assert self.val is not None
-        self.last_evaluation = self.held_out()(self.val)
+        held_out = self.held_out()
+        self.val_texts = held_out.texts(held_out_part(self.val).captions)
+        self.last_evaluation = held_out(self.val, self.val_texts)
         return self.last_evaluation
 
     def held_out(self) -> HeldOut:

@@ -31,7 +31,7 @@ from litune.store.selection import Selection
 from litune.store.text_vectors import TextVectors
 from litune.text.registry import TextTower
 from litune.text.tokenizers import Tokenizer
-from litune.text.vectors import encode_by_length
+from litune.text.vectors import encode_texts
 from litune.tuning.closed_form import LinearMaps, Moments, Sums, cca, procrustes, ridge
 from litune.vectors import normalize
 
@@ -173,15 +173,8 @@ def text_fingerprint(text: TextTower, tokenizer: Tokenizer, bfloat16: bool) -> s
 
 def encode(model: LiT, texts: list[str], *, bfloat16: bool) -> Float[np.ndarray, "N W"]:
     """The text tower's raw float32 vectors of N texts."""
-    text, device = model.text, model.logit_scale.device
     tokens = model.tokenizer(texts)
-
-    def part(rows: np.ndarray) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-            vectors: Tensor = text(text.pack(tokens.take(rows), device, bfloat16=bfloat16).to(device))
-        return vectors
-
-    return encode_by_length(tokens.lengths, part).numpy()
+    return encode_texts(model.text, tokens, model.logit_scale.device, bfloat16=bfloat16).numpy()
 
 
 def _at_most(train: Selection, most: int | None, seed: int) -> Selection:
