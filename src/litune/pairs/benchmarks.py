@@ -21,7 +21,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from litune.errors import DataError, nearest
-from litune.files import read_text
 from litune.pairs.address import is_url
 from litune.pairs.annotations import read_annotations
 from litune.pairs.cifar import Pixels, pixels_in, read_batch, read_pixels
@@ -32,6 +31,7 @@ from litune.pairs.reference import BROKEN, Member, PictureCell, first_line, pars
 from litune.pairs.sample import CAPTION_COLUMNS, SPLITS, Damage, Options, Sample, SampleSource, find_split, first_column
 from litune.pairs.tables import column_names, image_base, join
 from litune.pairs.tars import tar_source
+from litune.prompts import read_list
 
 TEST_SPLITS = ("test", "val", "validation", "valid", "dev", "eval")
 """The names under which people keep the images that a figure is taken on, in the order in which they are looked for."""
@@ -292,9 +292,7 @@ def _read_shard(source: _Source, shard: Path, wanted: str) -> Iterator[Sample]:
 
 def _lines(file: Path) -> list[str]:
     """The lines of a text file that are not empty; none where it is not there."""
-    if not file.is_file():
-        return []
-    return [line.strip() for line in read_text(file).split("\n") if line.strip()]
+    return read_list(str(file)) if file.is_file() else []
 
 
 def _numbered(where: Path, labels: Sequence[Any], names: Sequence[str]) -> tuple[list[str], np.ndarray]:

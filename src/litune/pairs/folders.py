@@ -58,9 +58,8 @@ def class_folders(root: Path, out: Path | None = None) -> dict[str, list[Path]]:
     """
     if not root.is_dir():
         raise DataError(f"{root} is not a folder: expected one folder of images per class in it")
-    written = None if out is None else out.resolve()
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    folders = [folder for folder in folders if folder.resolve() != written and not is_output(folder)]
+    folders = [folder for folder in folders if not is_output(folder, out)]
     classes = {f.name: _image_files_below(f) for f in folders}
     if not any(map(image_files, folders)):
         raise DataError(

@@ -30,8 +30,10 @@ def is_marked(names: Set[str]) -> bool:
     return any(mark <= names for mark in MARKS)
 
 
-def is_output(folder: Path) -> bool:
-    """Whether litune wrote a folder, or all folders in it, where it has nothing else."""
+def is_output(folder: Path, out: Path | None = None) -> bool:
+    """Whether litune wrote a folder, or all folders in it, where it has nothing else; or is to write it, as `out`."""
+    if out is not None and folder.resolve() == out.resolve():
+        return True
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     if is_marked({entry.name for entry in entries}) or _is_begun_run(folder):
         return True

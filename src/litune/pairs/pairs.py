@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -203,9 +202,12 @@ def _count_unnamed(paths: Sequence[str], within: Path | None) -> int:
     for path in paths:
         folder, _, name = absolute(path).rpartition("/")
         named.setdefault(folder, set()).add(name)
-    folders = {folder for folder in named if Path(folder).is_dir()} if len(named) <= MOST_FOLDERS else set()
-    folders |= {absolute(f"{within}/{inside}") for inside in walk(within)} if within is not None else set()
-    return sum(is_picture(file.name) and file.name not in named.get(f, ()) for f in folders for file in os.scandir(f))
+    tree = {} if within is None else walk(within)
+    listed: dict[str, Sequence[str]] = {absolute(f"{within}/{inside}"): names for inside, names in tree.items()}
+    if len(named) <= MOST_FOLDERS:
+        beside = (Path(folder) for folder in named if folder not in listed and Path(folder).is_dir())
+        listed |= {str(folder): [file.name for file in folder.iterdir()] for folder in beside}
+    return sum(is_picture(name) and name not in named.get(f, ()) for f, names in listed.items() for name in names)
 
 
 def _check_damage(name: str, damaged: Sequence[Damage], good: int, files: int, max_damaged: float) -> None:

@@ -190,7 +190,8 @@ def say_passed_over(passed_over: Counter[str]) -> str:
     """
     if not passed_over:
         return ""
-    kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in passed_over.most_common())
+    most_first = sorted(passed_over.items(), key=lambda kind: (-kind[1], kind[0]))
+    kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in most_first)
     packages = {suffix.lstrip(".").upper() for suffix in passed_over if suffix in PACKAGES}
     remedy = f" ({', '.join(sorted(packages))}: pip install 'litune[pictures]')" if packages else ""
     return f"passed over {passed_over.total():,} files that are not read: {kinds}{remedy}"

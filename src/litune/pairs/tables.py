@@ -128,8 +128,7 @@ def _languages(cells: dict[str, Any], lang: str | None, captions: Sequence[str])
 
 def _label_column(names: Sequence[str], options: Options) -> str | None:
     """The column of classes; None where there is none."""
-    lower = {name.lower(): name for name in reversed(names)}
-    return next((lower[usual] for usual in (options.label_column, *LABEL_COLUMNS) if usual in lower), None)
+    return first_column(names, [*filter(None, [options.label_column]), *LABEL_COLUMNS])
 
 
 def _columns(
@@ -141,7 +140,7 @@ def _columns(
     image = pick_column(file, names, options.image_column, IMAGE_COLUMNS, "--image-column image paths")
     split = optional_column(file, names, options.split_column, "split")
     lang = optional_column(file, names, options.lang_column, "lang")
-    usual = {name.lower() for name in names} & set(CAPTION_COLUMNS)
+    usual = first_column(names, CAPTION_COLUMNS)
     known = {image, split, lang, "key", _label_column(names, options), *options.kept}
     others = (cells.get(name) for name in names if name not in known)
     if not (options.caption_columns or usual or any(map(_may_be_text, others))):

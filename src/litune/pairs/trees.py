@@ -20,14 +20,9 @@ Tree = Mapping[str, Sequence[str]]
 
 def walk(root: Path, out: Path | None = None) -> dict[str, list[str]]:
     """The tree at a folder on this machine, without what is hidden, `out`, and what else litune wrote into it."""
-    written = None if out is None else out.resolve()
-
-    def is_read(folder: Path) -> bool:
-        return not folder.name.startswith(".") and folder.resolve() != written and not is_output(folder)
-
     tree: dict[str, list[str]] = {}
     for place, folders, names in os.walk(root, followlinks=True):
-        folders[:] = sorted(f for f in folders if is_read(Path(place, f)))
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and not is_output(Path(place, f), out))
         inside = Path(place).relative_to(root).as_posix()
         tree["" if inside == "." else inside] = sorted(names)
     return tree
